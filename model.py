@@ -1,0 +1,526 @@
+"""LLaMA 1/2/3.x, Vicuna, Mistral, Mixtral and Qwen2/3 in one file: static KV caches, any block of new tokens.
+
+    model = Transformer.from_pretrained("checkpoints/SmolLM2-135M-Instruct", dtype=torch.bfloat16)
+    model.setup_caches(max_batch_size=1, max_seq_length=1024)
+    logits, features = model(tokens, input_pos)
+
+Position and cache slot are arguments of every call and the cache itself knows no length, so forgetting a rejected
+draft costs nothing: its slots are written again. Checkpoints are Hugging Face folders as published, or hub ids.
+
+Shapes: B batch, T new tokens, S cache slots, H query heads, K key/value heads, G = H / K, D head dim, E experts,
+V vocabulary.
+"""
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """What config.json says, under the names of this file. Made by `from_config`, which refuses what is not built."""
+    model_type: str
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    block_size: int                     # tokens of context the model was made for
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None = None    # config.json's own dictionary; None means plain RoPE
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False              # Qwen2
+    qk_norm: bool = False               # Qwen3
+    sliding_window: int | None = None
+    n_expert: int = 0                   # Mixtral; 0 means a dense feed-forward
+    n_expert_active: int = 0
+
+    @classmethod
+    def from_config(cls, config: dict) -> "ModelArgs":
+        """Read the dictionary of a config.json, of transformers 4 or 5.
+
+        Raises ValueError naming the key and the value of whatever this file does not implement.
+        """
+        model_type = config.get("model_type")
+        if model_type not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
+            raise ValueError(f"config.json: model_type {model_type!r} is not supported "
+                             "(llama, mistral, mixtral, qwen2 and qwen3 are)")
+        for key in ("quantization_config", "attention_bias", "mlp_bias"):
+            if config.get(key):
+                raise ValueError(f"config.json: {key} {config[key]!r} is not supported")
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported (silu is)")
+        rope = _rope_parameters(config)
+        try:
+            n_head = config["num_attention_heads"]
+            windowed = config.get("use_sliding_window", model_type in ("mistral", "mixtral"))
+            args = cls(
+                model_type=model_type,
+                dim=config["hidden_size"],
+                n_layer=config["num_hidden_layers"],
+                n_head=n_head,
+                n_kv_head=config.get("num_key_value_heads") or n_head,
+                head_dim=config.get("head_dim") or (128 if model_type == "qwen3" else config["hidden_size"] // n_head),
+                intermediate_size=config["intermediate_size"],
+                vocab_size=config["vocab_size"],
+                # Vicuna-16k states the length it was trained for beside the one its positions are scaled from.
+                block_size=max(config.get("max_position_embeddings", 2048), config.get("max_sequence_length") or 0),
+                norm_eps=config.get("rms_norm_eps", 1e-6),
+                rope_theta=rope.pop("rope_theta"),
+                rope_scaling=rope or None,
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                qkv_bias=model_type == "qwen2",
+                qk_norm=model_type == "qwen3",
+                sliding_window=config.get("sliding_window") if windowed else None,
+                n_expert=config["num_local_experts"] if model_type == "mixtral" else 0,
+                n_expert_active=config["num_experts_per_tok"] if model_type == "mixtral" else 0,
+            )
+        except KeyError as missing:
+            raise ValueError(f"config.json has no key {missing}") from None
+        if args.n_head % args.n_kv_head:
+            raise ValueError(f"config.json: {args.n_head} heads cannot share {args.n_kv_head} key/value heads")
+        return args
+
+
+def _rope_parameters(config: dict) -> dict:
+    """RoPE settings of either generation of config.json: {"rope_theta"} alone, or with "rope_type" and its keys."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    rope_type = rope.pop("type", None)
+    rope_type = rope.pop("rope_type", rope_type) or "default"
+    if rope_type not in ("default", "linear", "dynamic", "llama3"):
+        raise ValueError(f"config.json: rope_type {rope_type!r} is not supported (linear, dynamic and llama3 are)")
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
+                                               "original_max_position_embeddings"]}
+    for key in needed.get(rope_type, []):
+        if key not in rope:
+            raise ValueError(f"config.json: rope_type {rope_type!r} needs the key {key!r}")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+    if rope_type in ("default", "dynamic"):
+        # Dynamic scaling changes the base only past max_position_embeddings, which is where block_size ends: there
+        # the angle of a token would depend on the length, and keys already in a cache would be wrong.
+        return {"rope_theta": rope["rope_theta"]}
+    return {"rope_type": rope_type, **rope}
+
+
+def rope_inv_freq(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
+    """Angle per position of each of the D/2 rotation planes: [D/2] fp32."""
+    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device=device).float() / args.head_dim
+    inv_freq = 1.0 / args.rope_theta ** exponent
+    scaling = args.rope_scaling
+    if scaling is None:
+        return inv_freq
+    if scaling["rope_type"] == "linear":
+        return inv_freq / scaling["factor"]
+    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (kept + (1 - kept) / scaling["factor"])
+
+
+class Transformer(nn.Module):
+    """The decoder. Weights are frozen: this project trains heads beside targets, never targets."""
+
+    def __init__(self, config: ModelArgs):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("inv_freq", rope_inv_freq(config), persistent=False)
+        self.register_buffer("kv_cache", None, persistent=False)
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, device: torch.device | str = "cpu",
+                        dtype: torch.dtype = torch.bfloat16) -> "Transformer":
+        """Load a Hugging Face folder, or a hub id, one tensor at a time, straight to `device` and `dtype`.
+
+        Raises FileNotFoundError or ValueError with one line that names the file, key or value at fault.
+        """
+        folder = resolve_checkpoint(checkpoint)
+        config = ModelArgs.from_config(read_json(folder / "config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        model.to(dtype).to_empty(device=device)
+        if config.tie_word_embeddings:  # to_empty gives each name memory of its own
+            model.output.weight = model.tok_embeddings.weight
+        model.inv_freq = rope_inv_freq(config, device)
+        load_weights(model, folder)
+        return model.eval()
+
+    def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
+        """Allocate `kv_cache` [n_layer, 2, B, K, S, D] for S = max_seq_length slots a row.
+
+        Raises ValueError when S passes the model's context or a sliding window that would begin to matter.
+        """
+        c = self.config
+        if max_seq_length > c.block_size:
+            raise ValueError(f"max_seq_length {max_seq_length} is beyond the model's context of {c.block_size} tokens")
+        if c.sliding_window is not None and max_seq_length > c.sliding_window:
+            raise ValueError(f"max_seq_length {max_seq_length} is beyond sliding_window {c.sliding_window}, "
+                             "past which windowed attention would be needed; it is not supported")
+        weight = self.norm.weight
+        self.kv_cache = torch.zeros(c.n_layer, 2, max_batch_size, c.n_kv_head, max_seq_length, c.head_dim,
+                                    dtype=weight.dtype, device=weight.device)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
+                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One pass over a block of new tokens.
+
+        tokens     [B, T] int64
+        input_pos  [B, T] or [T] int64: position of each token in its sequence, for RoPE
+        cache_pos  [B, T] or [T] int64: cache slot each token's key and value go to; input_pos when None
+        mask       [B, T, S] bool: the slots each token may see, its own among them. Only the first S slots are
+                   read, S <= those allocated, so a narrow mask makes a short conversation in a long cache cheap.
+                   None means causal: every slot up to the token's position.
+        Returns logits [B, T, V] and features [B, T, dim], the hidden state after the final norm. Before
+        `setup_caches` the block attends to itself alone.
+        """
+        features = self.features(tokens, input_pos, cache_pos, mask)
+        return self.output(features), features
+
+    def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
+                 mask: Tensor | None = None) -> Tensor:
+        """`forward` without the LM head: features [B, T, dim]."""
+        input_pos = input_pos.expand(tokens.shape)
+        cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
+        x = self.tok_embeddings(tokens)
+        rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype)
+        if mask is None:
+            mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
+        bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[i])
+        return self.norm(x)
+
+
+def causal_mask(input_pos: Tensor, n_slot: int | None) -> Tensor:
+    """[B, T] positions -> [B, T, S] bool: slots at or before each position; without a cache, the block's own rows."""
+    slots = input_pos[:, None, :] if n_slot is None else torch.arange(n_slot, device=input_pos.device)
+    return slots <= input_pos[:, :, None]
+
+
+def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """bool [B, T, S] -> additive [B, 1, G*T, S], once a pass, with a row for each query head of a key/value group."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return bias.repeat(1, group, 1)[:, None]
+
+
+def rope_cos_sin(input_pos: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[B, T] positions -> cosines and signed sines [B, T, 1, D] for `apply_rope`."""
+    angle = input_pos[:, :, None, None].float() * inv_freq
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x [B, T, heads, D] in the planes (i, i + D/2), the pairing of Hugging Face's weights."""
+    cos, sin = rope
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm decoder layer. EAGLE's draft layer is this one with `attention_norm` off (EAGLE, section 4.1)."""
+
+    def __init__(self, config: ModelArgs, attention_norm: bool = True):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = MoEFeedForward(config) if config.n_expert else FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps) if attention_norm else nn.Identity()
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, cache_pos: Tensor,
+                kv_cache: Tensor | None) -> Tensor:
+        """x [B, T, dim], bias [B, 1, G*T, S], cache_pos [B, T], kv_cache [2, B, K, slots, D] -> [B, T, dim]."""
+        x = x + self.attention(self.attention_norm(x), rope, bias, cache_pos, kv_cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelArgs):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        rows = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+        self.wqkv = nn.Linear(config.dim, rows, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, cache_pos: Tensor,
+                kv_cache: Tensor | None) -> Tensor:
+        B, T, _ = x.shape
+        H, K, D = self.n_head, self.n_kv_head, self.head_dim
+        qkv = self.wqkv(x).view(B, T, H + 2 * K, D)
+        qk, v = qkv.split((H + K, K), dim=2)
+        if self.q_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
+        q, k = apply_rope(qk, rope).split((H, K), dim=2)
+        if kv_cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)                       # [B, K, T, D]
+        else:
+            k, v = write_cache(kv_cache, cache_pos, k, v, bias.shape[-1])     # [B, K, S, D]
+        # The G query heads that share a key/value head become rows of it: keys and values are read once, and no
+        # kernel has to know about grouped queries.
+        q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)           # [B, K, G*T, D]
+        y = y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+        return self.wo(y)
+
+
+def write_cache(kv_cache: Tensor, cache_pos: Tensor, k: Tensor, v: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
+    """Put k, v [B, T, K, D] into kv_cache [2, B, K, slots, D] at cache_pos [B, T]; return views [B, K, n_slot, D]."""
+    keys, values = kv_cache[0, :k.shape[0]], kv_cache[1, :k.shape[0]]
+    row = torch.arange(k.shape[0], device=k.device)[:, None]
+    keys[row, :, cache_pos] = k
+    values[row, :, cache_pos] = v
+    return keys[:, :, :n_slot], values[:, :, :n_slot]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelArgs):
+        super().__init__()
+        self.w13 = nn.Linear(config.dim, 2 * config.intermediate_size, bias=False)  # gate rows, then up rows
+        self.w2 = nn.Linear(config.intermediate_size, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class MoEFeedForward(nn.Module):
+    """Mixtral: each token goes to its top experts, weighted by a softmax over the chosen ones.
+
+    Three ways to the same sum, by the number of rows: gather the routed experts' weights while they are fewer than
+    all; else run every expert over all rows, each read once and no shape depending on the routing; in a long
+    prefill, where arithmetic counts, only over the rows routed to it.
+    """
+    PREFILL_ROWS = 128
+
+    def __init__(self, config: ModelArgs):
+        super().__init__()
+        E, dim, hidden = config.n_expert, config.dim, config.intermediate_size
+        self.n_expert_active = config.n_expert_active
+        self.gate = nn.Linear(dim, E, bias=False)
+        self.w13 = nn.Parameter(torch.empty(E, 2 * hidden, dim))
+        self.w2 = nn.Parameter(torch.empty(E, dim, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])                                       # [N, dim]
+        probs = self.gate(rows).softmax(-1, dtype=torch.float)
+        weights, experts = probs.topk(self.n_expert_active, dim=-1)             # [N, k]
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        if experts.numel() < self.w2.shape[0]:
+            out = self._gathered(rows, weights, experts)
+        elif rows.shape[0] <= self.PREFILL_ROWS:
+            out = self._every_expert(rows, weights, experts)
+        else:
+            out = self._routed_rows(rows, weights, experts)
+        return out.view_as(x)
+
+    def _gathered(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        gate, up = torch.einsum("nd,nkhd->nkh", rows, self.w13[experts]).chunk(2, dim=-1)
+        return torch.einsum("nk,nkh,nkdh->nd", weights, F.silu(gate) * up, self.w2[experts])
+
+    def _every_expert(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        dense = rows.new_zeros(rows.shape[0], self.w2.shape[0]).scatter_(1, experts, weights)  # [N, E]
+        return sum(dense[:, e, None] * self._expert(e, rows) for e in range(self.w2.shape[0]))
+
+    def _routed_rows(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        out = torch.zeros_like(rows)
+        for e in range(self.w2.shape[0]):
+            n, k = torch.where(experts == e)  # sync: prefill only, never inside a decode step
+            out.index_add_(0, n, weights[n, k, None] * self._expert(e, rows[n]))
+        return out
+
+    def _expert(self, e: int, rows: Tensor) -> Tensor:
+        gate, up = F.linear(rows, self.w13[e]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.w2[e])
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+# Loading
+
+
+def resolve_checkpoint(checkpoint: str | Path) -> Path:
+    """The local folder of a checkpoint: itself, or the hub's copy fetched into huggingface-hub's cache.
+
+    Raises FileNotFoundError or ValueError in one line for a repository that is missing, gated or out of reach.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(checkpoint)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(f"{checkpoint}: no such folder (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    patterns = ["*.json", "tokenizer.model", "*.jinja"]
+    try:
+        local = snapshot_download(name, allow_patterns=[*patterns, "*.safetensors"], ignore_patterns=["*/*"])
+        if not any(Path(local).glob("*.safetensors")):
+            local = snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"])
+    except GatedRepoError:
+        raise ValueError(f"{name} is gated: accept its licence on its hub page, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{name}: neither a folder here nor a repository on the hub") from None
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(f"{name}: not a folder here, not in the hub's cache, and the hub cannot be reached; "
+                                "give a local folder or restore the network") from None
+    except OSError as error:  # httpx and requests failures are both OSError or wrapped in it by huggingface-hub
+        raise ValueError(f"{name}: fetching from the hub failed: {_one_line(error)}") from None
+    return Path(local)
+
+
+def load_weights(model: Transformer, folder: Path) -> None:
+    """Copy every tensor of the checkpoint into `model`. Strict: all keys, all shapes, nothing left over."""
+    targets = _hf_targets(model)
+    missing = set(targets)
+    for key, tensor, file in iterate_weights(folder):
+        if key not in targets:
+            # Old conversions saved RoPE's constants; a tied model may carry its one matrix twice.
+            if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and model.config.tie_word_embeddings):
+                continue
+            raise ValueError(f"{file}: unexpected key {key!r} for a {model.config.model_type} model")
+        if tensor.shape != targets[key].shape:
+            raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, "
+                             f"config.json makes it {list(targets[key].shape)}")
+        targets[key].copy_(tensor)
+        missing.discard(key)
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} of {len(targets)} weights are missing, first {min(missing)!r}")
+
+
+def _hf_targets(model: Transformer) -> dict[str, Tensor]:
+    """Hugging Face's key -> the part of our parameter it fills (q, k, v and gate, up are fused here)."""
+    c = model.config
+    targets = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight}
+    if not c.tie_word_embeddings:
+        targets["lm_head.weight"] = model.output.weight
+    for i, block in enumerate(model.layers):
+        targets |= {f"model.layers.{i}.{key}": part for key, part in block_targets(block, c).items()}
+    return {key: part.data for key, part in targets.items()}
+
+
+def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tensor]:
+    """`_hf_targets` of one layer, keys relative to it. EAGLE heads hold one layer under the same names."""
+    attention, ffn = block.attention, block.feed_forward
+    q_rows, kv_rows = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    targets = {"self_attn.o_proj.weight": attention.wo.weight, "post_attention_layernorm.weight": block.ffn_norm.weight}
+    for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+        parts = getattr(attention.wqkv, kind).split((q_rows, kv_rows, kv_rows))
+        targets |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", parts)}
+    if isinstance(block.attention_norm, RMSNorm):
+        targets["input_layernorm.weight"] = block.attention_norm.weight
+    if config.qk_norm:
+        targets["self_attn.q_norm.weight"] = attention.q_norm.weight
+        targets["self_attn.k_norm.weight"] = attention.k_norm.weight
+    if not config.n_expert:
+        gate, up = ffn.w13.weight.chunk(2)
+        return targets | {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up, "mlp.down_proj.weight": ffn.w2.weight}
+    targets["block_sparse_moe.gate.weight"] = ffn.gate.weight
+    for e in range(config.n_expert):
+        gate, up = ffn.w13[e].chunk(2)
+        prefix = f"block_sparse_moe.experts.{e}"
+        targets |= {f"{prefix}.w1.weight": gate, f"{prefix}.w3.weight": up, f"{prefix}.w2.weight": ffn.w2[e]}
+    return targets
+
+
+def iterate_weights(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
+    """Yield (key, tensor, file) over all shards of a folder, safetensors preferred, one shard open at a time."""
+    for name, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{name}.{suffix}.index.json", folder / f"{name}.{suffix}"
+        if index.exists():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            yield from (item for file in files for item in _read_shard(folder / file))
+            return
+        if single.exists():
+            yield from _read_shard(single)
+            return
+    raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
+                            "nor an index of shards of them")
+
+
+def _read_shard(file: Path) -> Iterator[tuple[str, Tensor, Path]]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: the checkpoint is incomplete, fetch it again")
+    from safetensors import SafetensorError, safe_open
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as shard:
+                for key in shard.keys():
+                    yield key, shard.get_tensor(key), file
+        else:
+            for key, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
+                yield key, tensor, file
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
+
+
+def read_json(file: Path) -> dict:
+    """Parse a JSON object, with one-line errors."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+# Weights laid out for the CPU
+
+
+class PackedLinear(nn.Module):
+    """bf16 linear whose weight oneDNN has reordered once, instead of at every call: 1.6x a plain linear at one row."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        # A plain attribute: an opaque mkldnn tensor cannot be a parameter that .to() or state_dict() may touch.
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack_linears(model: nn.Module) -> nn.Module:
+    """Replace every bf16 linear of a model on the CPU by a PackedLinear, where the processor gains from it."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return model
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
+                setattr(module, name, PackedLinear(child))
+    return model
