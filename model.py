@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class ModelArgs:
             raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported (silu is)")
         rope = _rope_parameters(config)
         try:
-            n_head = config["num_attention_heads"]
+            n_head = int(config["num_attention_heads"])
             windowed = config.get("use_sliding_window", model_type in ("mistral", "mixtral"))
             args = cls(
                 model_type=model_type,
@@ -87,6 +88,13 @@ class ModelArgs:
             )
         except KeyError as missing:
             raise ValueError(f"config.json has no key {missing}") from None
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"config.json holds a value of the wrong type: {error}") from None
+        for name in ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "vocab_size",
+                     "block_size", "norm_eps", "rope_theta"):
+            value = getattr(args, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"config.json: the value for {name} is {value!r}, not a positive number")
         if args.n_head % args.n_kv_head:
             raise ValueError(f"config.json: {args.n_head} heads cannot share {args.n_kv_head} key/value heads")
         return args
@@ -94,7 +102,10 @@ class ModelArgs:
 
 def _rope_parameters(config: dict) -> dict:
     """RoPE settings of either generation of config.json: {"rope_theta"} alone, or with "rope_type" and its keys."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_scaling {rope!r} is not an object")
+    rope = dict(rope)
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     rope_type = rope.pop("type", None)
     rope_type = rope.pop("rope_type", rope_type) or "default"
@@ -103,8 +114,8 @@ def _rope_parameters(config: dict) -> dict:
     needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
                                                "original_max_position_embeddings"]}
     for key in needed.get(rope_type, []):
-        if key not in rope:
-            raise ValueError(f"config.json: rope_type {rope_type!r} needs the key {key!r}")
+        if not isinstance(rope.get(key), (int, float)):
+            raise ValueError(f"config.json: rope_type {rope_type!r} needs a number under the key {key!r}")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
     if rope_type in ("default", "dynamic"):
@@ -232,7 +243,7 @@ def rope_cos_sin(input_pos: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tup
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x [B, T, heads, D] in the planes (i, i + D/2), the pairing of Hugging Face's weights."""
     cos, sin = rope
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class TransformerBlock(nn.Module):
@@ -285,10 +296,14 @@ class Attention(nn.Module):
 
 def write_cache(kv_cache: Tensor, cache_pos: Tensor, k: Tensor, v: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
     """Put k, v [B, T, K, D] into kv_cache [2, B, K, slots, D] at cache_pos [B, T]; return views [B, K, n_slot, D]."""
-    keys, values = kv_cache[0, :k.shape[0]], kv_cache[1, :k.shape[0]]
-    row = torch.arange(k.shape[0], device=k.device)[:, None]
-    keys[row, :, cache_pos] = k
-    values[row, :, cache_pos] = v
+    keys, values = kv_cache[:, :k.shape[0]]
+    if k.shape[0] == 1:  # a third of the general form's time on a CPU
+        keys.index_copy_(2, cache_pos[0], k.transpose(1, 2))
+        values.index_copy_(2, cache_pos[0], v.transpose(1, 2))
+    else:
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        keys[row, :, cache_pos] = k
+        values[row, :, cache_pos] = v
     return keys[:, :, :n_slot], values[:, :, :n_slot]
 
 
@@ -381,9 +396,9 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     patterns = ["*.json", "tokenizer.model", "*.jinja"]
     try:
-        local = snapshot_download(name, allow_patterns=[*patterns, "*.safetensors"], ignore_patterns=["*/*"])
-        if not any(Path(local).glob("*.safetensors")):
-            local = snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"])
+        local = snapshot_download(name, allow_patterns=[*patterns, "model*.safetensors"], ignore_patterns=["*/*"])
+        if not any(Path(local).glob("model*.safetensors")):
+            local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except GatedRepoError:
         raise ValueError(f"{name} is gated: accept its licence on its hub page, then `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -455,8 +470,11 @@ def iterate_weights(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
     for name, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{name}.{suffix}.index.json", folder / f"{name}.{suffix}"
         if index.exists():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-            yield from (item for file in files for item in _read_shard(folder / file))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index} has no weight_map: it does not say which shard holds which weight")
+            for file in sorted(set(weight_map.values())):
+                yield from _read_shard(folder / file)
             return
         if single.exists():
             yield from _read_shard(single)
@@ -475,7 +493,11 @@ def _read_shard(file: Path) -> Iterator[tuple[str, Tensor, Path]]:
                 for key in shard.keys():
                     yield key, shard.get_tensor(key), file
         else:
-            for key, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
+            mmap = zipfile.is_zipfile(file)  # files older than PyTorch 1.6 are read whole
+            content = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
+            if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+                raise RuntimeError("it does not hold a dictionary of tensors")
+            for key, tensor in content.items():
                 yield key, tensor, file
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None

