@@ -378,6 +378,37 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+# From logits to tokens
+
+
+def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                    top_p: float | None = None) -> Tensor:
+    """The distribution that is sampled from, [..., V] -> [..., V] fp32, for decoding, drafting and verification alike.
+
+    Temperature, then the top_k largest logits, then the smallest set of tokens whose probability reaches top_p, as
+    transformers orders them. Temperature 0 is the limit: all mass on the largest logit.
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, tokens = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: 0 for the first, which always stays
+        probs = torch.zeros_like(probs).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0))
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one token a row, [..., V] -> [...], by a race of exponential clocks: no host synchronisation."""
+    clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
+    return (probs / clocks).argmax(-1)
+
+
 # Loading
 
 
