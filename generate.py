@@ -20,24 +20,18 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model import Transformer, causal_mask, logits_to_probs, pack_linears, sample
+from eagle_head import EagleHead, EagleStep, Tree, load_tree
+from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_linears, prefill, read_json,
+                   resolve_checkpoint)
 
 DEFAULT_PROMPT = "Why is the sky blue?"
-PREFILL_CHUNK = 512  # prompt tokens a pass
 
 
 # Decoding
-
-
-class Sampling(NamedTuple):
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
 
 
 @dataclass
@@ -61,26 +55,33 @@ class Generation:
         return sum(lengths) / len(lengths)
 
 
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
-             top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-             stop_ids: Iterable[int] = (), compile: bool = False, max_seq_length: int | None = None,
-             on_tokens: Callable[[int, list[int]], None] | None = None) -> Generation:
-    """Continue a batch of prompts, given as token ids, by at most max_new_tokens each.
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, head: EagleHead | None = None,
+             tree: Tree | str = "static", draw_drafts: bool = False, temperature: float = 0.0, top_k: int | None = None,
+             top_p: float | None = None, seed: int | None = None, stop_ids: Iterable[int] = (), compile: bool = False,
+             max_seq_length: int | None = None,
+             on_tokens: Callable[[int, list[int], int], None] | None = None) -> Generation:
+    """Continue a batch of prompts, given as token ids, by at most max_new_tokens each; with a head, by EAGLE.
 
-    Every row gets what it would get alone (in fp32, at temperature 0). `on_tokens(row, ids)` is called with new tokens
-    as they come. Raises ValueError for an empty prompt or one that leaves no room in the context.
-    To answer many prompts, make one Decoder and call its `generate`: what is compiled is then kept.
+    At temperature 0 every row gets what it would get alone, and the same with a head as without (exactly in fp32).
+    With a seed the draws are repeatable; None goes on with torch's generator as it is. `on_tokens(row, ids, n_draft)`
+    is called with new tokens as they come, the first n_draft of them drafts that were accepted. Raises ValueError for
+    an empty prompt or one that leaves no room in the context. To answer many prompts, make one Decoder and call its
+    `generate`: what is compiled is then kept.
     """
-    check_prompts(prompts, max_seq_length or model.config.block_size)
+    tree = load_tree(tree) if isinstance(tree, str) else tree
     if max_seq_length is None:
-        max_seq_length = min(model.config.block_size, max(map(len, prompts)) + max_new_tokens)
-    if model.kv_cache is None or model.kv_cache.shape[2] < len(prompts) or model.kv_cache.shape[4] < max_seq_length:
-        model.setup_caches(len(prompts), max_seq_length)
-    decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile)
+        room = tree.n_room if head is not None else 0
+        max_seq_length = min(model.config.block_size, max(map(len, prompts), default=0) + max_new_tokens + room)
+    check_prompts(prompts, max_seq_length)
+    setup_caches(model, head, len(prompts), max_seq_length)
+    decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head, tree=tree,
+                      draw_drafts=draw_drafts)
     return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, on_tokens=on_tokens)
 
 
 def check_prompts(prompts: list[list[int]], n_slot: int) -> None:
+    if not prompts:
+        raise ValueError("there is no prompt")
     for prompt in prompts:
         if not prompt:
             raise ValueError("the prompt is empty")
@@ -88,59 +89,88 @@ def check_prompts(prompts: list[list[int]], n_slot: int) -> None:
             raise ValueError(f"the prompt has {len(prompt)} tokens, which leaves no room in a context of {n_slot}")
 
 
-class Decoder:
-    """Plain decoding over static tensors: the ground that EAGLE's step stands on.
+class PlainStep:
+    """One token a row and target pass: the ground that EAGLE's step stands on.
 
-    A step reads `tokens` [B, 1], the last token of each row, and `pos` [B, 1], its position; it writes the next ones
-    into the same memory, so that a captured graph can be replayed as it is, and what it produced into `produced`.
+    Reads `tokens` [B, 1], the last token of each row, at position `pos` [B, 1], and writes the next ones into the same
+    memory, so that a captured graph can be replayed as it is. `produced` [B, tokens a step can produce] is what the
+    host reads.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False):
-        device = model.inv_freq.device
-        self.model, self.sampling, self.compile = model, sampling, compile
-        self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-        self.pos = torch.zeros_like(self.tokens)
-        self.produced = torch.zeros_like(self.tokens)  # [B, tokens a step can produce], -1 where it produced fewer
-        self.generator = torch.Generator(device)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        if compile:
-            compile_layers(model)
+    def __init__(self, model: Transformer, tokens: Tensor, pos: Tensor, sampling: Sampling):
+        self.model, self.tokens, self.pos, self.sampling = model, tokens, pos, sampling
+        self.produced = torch.zeros_like(tokens)
 
     @property
-    def n_slot(self) -> int:
-        return self.model.kv_cache.shape[4]
+    def state(self) -> list[Tensor]:
+        return [self.tokens, self.pos]
 
-    def step(self, n_slot: int) -> None:
-        """One pass of the target over one token a row, looking at the first n_slot cache slots."""
-        mask = causal_mask(self.pos, n_slot)
-        logits, _ = self.model(self.tokens, self.pos, mask=mask)
-        self.tokens.copy_(next_tokens(logits, self.sampling, self.generator))
+    def prefill(self, prompts: list[list[int]], n_cached: int = 0) -> None:
+        self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
+        self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
+        for _ in prefill(self.model, prompts, n_cached):
+            pass
+
+    def __call__(self, n_slot: int) -> None:
+        """Looks at the first n_slot cache slots."""
+        logits, _ = self.model(self.tokens, self.pos, mask=causal_mask(self.pos, n_slot))
+        self.tokens.copy_(next_tokens(logits, self.sampling))
         self.produced.copy_(self.tokens)
-        self.pos.add_(1).clamp_(max=self.n_slot - 1)  # a finished row may idle at the end of its cache
+        self.pos.add_(1).clamp_(max=self.model.kv_cache.shape[4] - 1)  # a finished row may idle at its end
+
+
+class Decoder:
+    """Runs steps, captured where that is faster, until every row has stopped: plain ones, or EAGLE's with a head.
+
+    Keeps what is compiled and captured from one `generate` to the next. The model's caches must be set up, and the
+    head's with room for the nodes it expands (`setup_caches` below does both).
+    """
+
+    def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
+                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool = False):
+        self.model, self.compile = model, compile
+        self.eagle, device = None, model.inv_freq.device
+        if head is not None:
+            self.eagle = EagleStep(model, head, tree, batch_size, sampling, draw_drafts)
+            tokens, pos = self.eagle.tokens, self.eagle.pos  # shared: the last slots of a cache are filled by plain steps
+        else:
+            tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+            pos = torch.zeros_like(tokens)
+        self.plain = PlainStep(model, tokens, pos, sampling)
+        self.n_slot = model.kv_cache.shape[4]
+        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph | None] = {}  # (is EAGLE's, cache slots looked at)
+        self.n_ingested = 0     # of row 0: tokens whose keys both caches hold, for the next turn of a chat
+        if compile:
+            compile_layers(model.layers)
+            compile_layers([] if head is None else [head.layer])
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, seed: int | None = None,
-                 stop_ids: Iterable[int] = (), on_tokens: Callable[[int, list[int]], None] | None = None,
+                 stop_ids: Iterable[int] = (), on_tokens: Callable[[int, list[int], int], None] | None = None,
                  n_cached: int = 0) -> Generation:
         """As the function `generate`. The first n_cached tokens of every prompt are in the cache already."""
         check_prompts(prompts, self.n_slot)
         stop_ids = frozenset(stop_ids)
         limits = [min(max_new_tokens, self.n_slot - len(prompt)) for prompt in prompts]
         result = Generation([[] for _ in prompts], [[] for _ in prompts], ["length"] * len(prompts))
+        running = {row for row, limit in enumerate(limits) if limit > 0}
 
-        start = time.perf_counter()
-        self.prefill(prompts, n_cached)
+        start = self._clock()
+        (self.eagle or self.plain).prefill(prompts, min(n_cached, self.n_ingested) if self.eagle else n_cached)
         prefilled = self._clock()
         self.warm_up(max(map(len, prompts)), max_new_tokens)
-        self.generator.manual_seed(torch.seed() if seed is None else seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         warm = self._clock()
 
-        running = {row for row, limit in enumerate(limits) if limit > 0}
+        eagle = self.eagle is not None
         while running:
             longest = max(len(prompts[row]) + len(result.tokens[row]) for row in running)
-            self.run(bucket(longest, self.n_slot))
+            self.n_ingested = len(prompts[0]) + len(result.tokens[0]) - 1
+            eagle = eagle and self._tree_fits(longest)  # once a tree no longer fits, plain to the end
+            produced = self.run(eagle, longest)
             result.target_passes += 1
-            for row, ids in enumerate(self.produced.tolist()):  # sync: the step's one, to stream and to stop
+            for row, ids in enumerate(produced.tolist()):  # sync: the step's one, to stream and to stop
                 if row not in running:
                     continue
                 ids = [i for i in ids if i >= 0]
@@ -153,94 +183,73 @@ class Decoder:
                 if stop is not None or len(result.tokens[row]) == limits[row]:
                     running.discard(row)
                 if on_tokens is not None:
-                    on_tokens(row, kept)
+                    on_tokens(row, kept, len(ids) - 1)
         result.timings = {"prefill_seconds": prefilled - start, "compile_seconds": warm - prefilled,
                           "decode_seconds": self._clock() - warm}
         return result
 
-    def prefill(self, prompts: list[list[int]], n_cached: int) -> None:
-        """Fill the cache with all but the last token of each prompt, which is the first step's input.
-
-        Rows are padded on the right. What padding leaves in the cache lies past the row's end: no token sees it
-        before the row has grown over it.
-        """
-        device = self.tokens.device
-        length = max(map(len, prompts)) - 1
-        padded = torch.tensor([prompt[:-1] + [0] * (length + 1 - len(prompt)) for prompt in prompts], device=device)
-        for begin in range(n_cached, length, PREFILL_CHUNK):
-            pos = torch.arange(begin, min(begin + PREFILL_CHUNK, length), device=device).expand(len(prompts), -1)
-            mask = causal_mask(pos, bucket(begin + pos.shape[1], self.n_slot))
-            self.model.features(padded[:, begin:begin + PREFILL_CHUNK], pos, mask=mask)
-        self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
-        self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
+    def run(self, eagle: bool, length: int) -> Tensor:
+        """One step for rows of up to `length` tokens, the root among them: replayed where captured, else called."""
+        step = self.eagle if eagle else self.plain
+        n_slot = self._n_slot(eagle, length)
+        graph = self.graphs.get((eagle, n_slot))
+        graph.replay() if graph is not None else step(n_slot)
+        return step.produced
 
     def warm_up(self, length: int, max_new_tokens: int) -> None:
         """Compile and capture what the coming steps need, and leave no trace: their slots will be written again."""
-        last = bucket(min(length + max_new_tokens, self.n_slot), self.n_slot)
-        n_slot = bucket(length, self.n_slot)
-        while True:
-            if n_slot not in self.graphs:
-                state = self.tokens.clone(), self.pos.clone()
-                self._capture(n_slot)
-                self.tokens.copy_(state[0]), self.pos.copy_(state[1])
-            if n_slot >= last or not self.compile:
-                return
-            n_slot = bucket(n_slot + 1, self.n_slot)
+        last = min(length + max_new_tokens, self.n_slot) if self.compile else length
+        for length in range(length, last + 1):
+            eagle = self._tree_fits(length)
+            key = eagle, self._n_slot(eagle, length)
+            if key not in self.graphs:
+                self.graphs[key] = self._capture(*key)
 
-    def _capture(self, n_slot: int) -> None:
-        if not (self.compile and self.tokens.is_cuda):
-            self.step(n_slot)
-            return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles, then lets cuBLAS and SDPA choose their kernels
-                self.step(n_slot)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            self.step(n_slot)
-        self.graphs[n_slot] = graph
-
-    def run(self, n_slot: int) -> None:
-        """One step: replayed where it was captured, else called."""
-        if n_slot in self.graphs:
-            self.graphs[n_slot].replay()
+    def _capture(self, eagle: bool, n_slot: int) -> "torch.cuda.CUDAGraph | None":
+        """The step as a graph on a GPU, compiled or not; None elsewhere. Its state is left as it was."""
+        step = self.eagle if eagle else self.plain
+        before = [tensor.clone() for tensor in step.state]
+        graph = None
+        if self.compile and step.pos.is_cuda:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles, then lets cuBLAS and SDPA choose their kernels
+                    step(n_slot)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step(n_slot)
         else:
-            self.step(n_slot)
+            step(n_slot)
+        for tensor, value in zip(step.state, before):
+            tensor.copy_(value)
+        return graph
+
+    def _tree_fits(self, length: int) -> bool:
+        return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
+
+    def _n_slot(self, eagle: bool, length: int) -> int:
+        return bucket(length - 1 + (self.eagle.tree.n_room if eagle else 1), self.n_slot)
 
     def _clock(self) -> float:
-        if self.tokens.is_cuda:
+        if self.plain.pos.is_cuda:
             torch.cuda.synchronize()  # sync: between phases, to time them
         return time.perf_counter()
 
 
-def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """[..., V] -> [...]: the largest logit at temperature 0, else a draw."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    return sample(logits_to_probs(logits, *sampling), generator)
-
-
-def bucket(length: int, n_slot: int) -> int:
-    """Cache slots to look at for `length` used ones: 128, 192, 256, 384, 512, 768, ... up to n_slot.
-
-    Few enough for one captured graph each, near enough that attention follows the used length.
-    """
-    size = 128
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return min(size, n_slot)
-
-
-def compile_layers(model: Transformer) -> None:
+def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
     """Compile one layer; all share its code. Cold it takes seconds, where the whole graph takes a minute."""
-    on_gpu = model.inv_freq.is_cuda
-    for layer in model.layers:
+    for layer in layers:
         # Coordinate descent lets inductor write one-row products as fused reductions, which reach full bandwidth.
-        layer.compile(dynamic=False, options={"coordinate_descent_tuning": True} if on_gpu else None)
+        options = {"coordinate_descent_tuning": True} if layer.ffn_norm.weight.is_cuda else None
+        layer.compile(dynamic=False, options=options)
+
+
+def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
+    model.setup_caches(batch_size, n_slot)
+    if head is not None:
+        head.setup_caches(batch_size, n_slot)
 
 
 # Command line
@@ -250,8 +259,9 @@ def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
     try:
         check_outputs(args)
-        model, tokenizer, report = load(args)
-        chat(args, model, tokenizer) if args.interactive else answer(args, model, tokenizer, report)
+        model, head, tokenizer, report = load(args)
+        run = chat if args.interactive else answer
+        run(args, model, head, tokenizer, report)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -279,8 +289,8 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise ValueError("--interactive reads chat turns from the terminal: no --prompt, --prompt-file or --raw")
 
 
-def load(args: argparse.Namespace) -> tuple[Transformer, "Tokenizer", dict]:
-    """Model, tokenizer, and the first fields of the JSON report."""
+def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Tokenizer", dict]:
+    """Model, head, tokenizer, and the first fields of the JSON report. Fills in the options left to the checkpoint."""
     from tokenizer import Tokenizer
     start = time.perf_counter()
     device = pick_device(args.device)
@@ -289,17 +299,57 @@ def load(args: argparse.Namespace) -> tuple[Transformer, "Tokenizer", dict]:
         args.checkpoint = str(download_demo(log=say))
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template)
     model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype))
+    head, args.tree = load_head(args, model) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
         pack_linears(model)
+        if head is not None:
+            pack_linears(head)
+    if args.seed is None and args.temperature > 0:
+        args.seed = torch.seed() % 2 ** 31
     seconds = time.perf_counter() - start
     say(f"loaded {args.checkpoint} in {seconds:.1f} s ({device}, {args.dtype})")
-    return model, tokenizer, {
-        "checkpoint": args.checkpoint, "eagle": None, "device": str(device), "device_name": device_name(device),
-        "dtype": args.dtype, "torch": torch.__version__, "compiled": args.compile, "tree": None,
+    return model, head, tokenizer, {
+        "checkpoint": args.checkpoint, "eagle": args.eagle, "device": str(device), "device_name": device_name(device),
+        "dtype": args.dtype, "torch": torch.__version__, "compiled": args.compile, "tree": args.tree,
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
         "load_seconds": seconds,
     }
+
+
+def load_head(args: argparse.Namespace, model: Transformer) -> tuple[EagleHead, str]:
+    """The head with its draft vocabulary, and which tree to use: what lies beside the head, unless an option says else.
+
+    `--eagle` alone is the head that ships for this target, found by the `target` of its config.json.
+    """
+    if args.eagle == "":
+        args.eagle = shipped_head(args.checkpoint)
+    folder = resolve_checkpoint(args.eagle)
+    head = EagleHead.from_pretrained(folder, target=model)
+    vocab = args.draft_vocab or str(folder / "draft_vocab.json")
+    if args.draft_vocab not in (None, "off") or (args.draft_vocab is None and Path(vocab).exists()):
+        head.set_draft_vocab(load_draft_vocab(vocab, folder))
+    tree = folder / "tree.json"
+    return head, args.tree or (str(tree) if tree.exists() else "static")
+
+
+def shipped_head(checkpoint: str) -> str:
+    """The folder under heads/ that was trained for this checkpoint, by the last part of its name."""
+    folders = sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json"))
+    for file in folders:
+        if str(read_json(file).get("target", "")).split("/")[-1] == Path(checkpoint).name:
+            return str(file.parent)
+    raise FileNotFoundError(f"no head ships for {checkpoint}: name one, --eagle HEAD")
+
+
+def load_draft_vocab(spec: str, folder: Path) -> list[int]:
+    """Token ids, likeliest first, of a JSON file; or the first N of the file beside the head."""
+    count = int(spec) if spec.isdigit() else None
+    file = folder / "draft_vocab.json" if count is not None else Path(spec)
+    ids = read_json(file).get("ids")
+    if not isinstance(ids, list) or count == 0:
+        raise ValueError(f"{file}: a draft vocabulary is a JSON object with a list of token ids under \"ids\"")
+    return ids[:count]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -323,23 +373,34 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def answer(args: argparse.Namespace, model: Transformer, tokenizer: "Tokenizer", report: dict) -> None:
+def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead | None, batch_size: int,
+                 n_slot: int) -> Decoder:
+    setup_caches(model, head, batch_size, n_slot)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    tree = load_tree(args.tree) if head is not None else None
+    return Decoder(model, batch_size, sampling, compile=args.compile, head=head, tree=tree, draw_drafts=args.draw_drafts)
+
+
+def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: "Tokenizer",
+           report: dict) -> None:
     """Answer the prompts of the command line, all in one batch."""
     prompts = [encode(text, tokenizer, args.raw) for text in read_prompts(args)]
-    n_slot = args.max_seq_length or min(model.config.block_size, max(map(len, prompts)) + args.max_new_tokens)
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    room = 0 if head is None else load_tree(args.tree).n_room
+    n_slot = args.max_seq_length or min(model.config.block_size, longest + room)
     check_prompts(prompts, n_slot)
-    model.setup_caches(len(prompts), n_slot)
-    decoder = Decoder(model, len(prompts), Sampling(args.temperature, args.top_k, args.top_p), compile=args.compile)
+    decoder = make_decoder(args, model, head, len(prompts), n_slot)
 
-    printer = Printer(tokenizer, len(prompts))
+    printer = Printer(tokenizer, len(prompts), args.color and head is not None)
     with profiler(args.profile):
         result = decoder.generate(prompts, args.max_new_tokens, seed=args.seed, stop_ids=tokenizer.stop_ids,
                                   on_tokens=printer)
     printer.close()
 
     times, n_new = result.timings, sum(map(len, result.tokens))
-    say(f"{n_new} tokens in {times['decode_seconds']:.2f} s: {result.tokens_per_second:.1f} tokens/s "
-        f"(prompt {sum(map(len, prompts))} tokens in {times['prefill_seconds']:.2f} s, "
+    say(f"{n_new} tokens in {times['decode_seconds']:.2f} s: {result.tokens_per_second:.1f} tokens/s"
+        + ("" if head is None else f", {result.mean_accept_length:.2f} tokens per target pass") +
+        f" (prompt {sum(map(len, prompts))} tokens in {times['prefill_seconds']:.2f} s, "
         f"warm-up {times['compile_seconds']:.2f} s)")
     if args.json:
         write_atomically(args.json, json.dumps(report | {
@@ -373,14 +434,20 @@ def encode(text: str, tokenizer: "Tokenizer", raw: bool) -> list[int]:
 
 
 class Printer:
-    """Streams one answer as it comes; of several, each is printed whole once all are there."""
+    """Streams one answer as it comes; of several, each is printed whole once all are there.
 
-    def __init__(self, tokenizer: "Tokenizer", n_rows: int):
+    With `color`, text that came from accepted drafts is green and the target's own tokens are plain.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", n_rows: int, color: bool = False):
         self.streams = [tokenizer.stream() for _ in range(n_rows)]
         self.texts = [""] * n_rows
+        self.color = color
 
-    def __call__(self, row: int, ids: list[int]) -> None:
-        self._put(row, self.streams[row].push(ids))
+    def __call__(self, row: int, ids: list[int], n_draft: int) -> None:
+        drafted = self.streams[row].push(ids[:n_draft])
+        self._put(row, f"\033[32m{drafted}\033[0m" if drafted and self.color else drafted)
+        self._put(row, self.streams[row].push(ids[n_draft:]))
 
     def close(self) -> None:
         for row, stream in enumerate(self.streams):
@@ -397,11 +464,11 @@ class Printer:
             print(text, end="", flush=True)
 
 
-def chat(args: argparse.Namespace, model: Transformer, tokenizer: "Tokenizer") -> None:
+def chat(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: "Tokenizer",
+         report: dict) -> None:
     """Chat on the terminal. The cache is kept between turns: only what is new in the conversation is prefilled."""
     n_slot = args.max_seq_length or min(model.config.block_size, model.config.sliding_window or 1 << 30, 8192)
-    model.setup_caches(1, n_slot)
-    decoder = Decoder(model, 1, Sampling(args.temperature, args.top_k, args.top_p), compile=args.compile)
+    decoder = make_decoder(args, model, head, 1, n_slot)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
     say("Ctrl-C ends an answer, Ctrl-D leaves.")
@@ -429,11 +496,11 @@ def chat(args: argparse.Namespace, model: Transformer, tokenizer: "Tokenizer") -
                 messages = []
                 continue
         n_cached = common_prefix(prompt[:-1], cached)
-        cached, new_ids, printer = prompt[:n_cached], [], Printer(tokenizer, 1)
+        cached, new_ids, printer = prompt[:n_cached], [], Printer(tokenizer, 1, args.color)
 
-        def on_tokens(row: int, ids: list[int]) -> None:
+        def on_tokens(row: int, ids: list[int], n_draft: int) -> None:
             new_ids.extend(ids)
-            printer(row, ids)
+            printer(row, ids, n_draft)
 
         try:
             decoder.generate([prompt], args.max_new_tokens, seed=args.seed, stop_ids=tokenizer.stop_ids,
@@ -500,6 +567,14 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Generate text with a LLaMA, Vicuna, Mistral, Mixtral or Qwen checkpoint.")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--eagle", nargs="?", const="", metavar="HEAD",
+                        help="decode with this EAGLE head, a folder or hub id (no value: the one that ships)")
+    parser.add_argument("--tree", metavar="TREE", help="static, chain[:DEPTH], dynamic[:DEPTH,CHILDREN,NODES] or a JSON "
+                        "file of paths (default: tree.json beside the head, else static)")
+    parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
+                        "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
+    parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction, default=False,
+                        help="at a temperature, draw drafts from the head instead of taking its likeliest tokens")
     parser.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="several make a batch")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file that is one prompt")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
@@ -514,6 +589,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
+                        help="show accepted drafts in green (default: on a terminal)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened as one JSON object")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch profiler trace")
     return parser.parse_args(argv)

@@ -18,10 +18,14 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+PREFILL_CHUNK = 512  # prompt tokens a pass
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:  # to_empty gives each name memory of its own
             model.output.weight = model.tok_embeddings.weight
         model.inv_freq = rope_inv_freq(config, device)
-        load_weights(model, folder)
+        optional = {"lm_head.weight": model.output.weight} if config.tie_word_embeddings else {}
+        load_weights(_hf_targets(model), folder, optional)  # a tied model may carry its one matrix twice
         return model.eval()
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
@@ -225,6 +230,17 @@ def causal_mask(input_pos: Tensor, n_slot: int | None) -> Tensor:
     """[B, T] positions -> [B, T, S] bool: slots at or before each position; without a cache, the block's own rows."""
     slots = input_pos[:, None, :] if n_slot is None else torch.arange(n_slot, device=input_pos.device)
     return slots <= input_pos[:, :, None]
+
+
+def bucket(length: int, n_slot: int) -> int:
+    """Cache slots to look at for `length` used ones: 128, 192, 256, 384, 512, 768, ... up to n_slot.
+
+    Few enough for one captured graph each, near enough that attention follows the used length.
+    """
+    size = 128
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return min(size, n_slot)
 
 
 def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -378,7 +394,32 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0,
+            chunk: int = PREFILL_CHUNK) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Fill the cache with all but the last token of each prompt, which is the first step's input.
+
+    The first n_cached tokens are in the cache already. Yields per chunk (pos [B, T], next_tokens [B, T], features
+    [B, T, dim], mask [B, T, S]), next_tokens being the token after each position. Rows are padded on the right: what
+    padding leaves in the cache lies past the row's end, and no token sees it before the row has grown over it.
+    """
+    device = model.inv_freq.device
+    length, n_slot = max(map(len, prompts)), model.kv_cache.shape[4]
+    padded = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts], device=device)
+    for begin in range(n_cached, length - 1, chunk):
+        end = min(begin + chunk, length - 1)
+        pos = torch.arange(begin, end, device=device).expand(len(prompts), -1)
+        mask = causal_mask(pos, bucket(end, n_slot))
+        yield pos, padded[:, begin + 1:end + 1], model.features(padded[:, begin:end], pos, mask=mask), mask
+
+
 # From logits to tokens
+
+
+class Sampling(NamedTuple):
+    """Options of sampling; temperature 0 is greedy decoding."""
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
 
 
 def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
@@ -407,6 +448,13 @@ def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw one token a row, [..., V] -> [...], by a race of exponential clocks: no host synchronisation."""
     clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
     return (probs / clocks).argmax(-1)
+
+
+def next_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
+    """[..., V] -> [...]: the largest logit at temperature 0, else a draw from torch's own generator."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return sample(logits_to_probs(logits, *sampling))
 
 
 # Loading
@@ -442,21 +490,25 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
     return Path(local)
 
 
-def load_weights(model: Transformer, folder: Path) -> None:
-    """Copy every tensor of the checkpoint into `model`. Strict: all keys, all shapes, nothing left over."""
-    targets = _hf_targets(model)
+@torch.no_grad()
+def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, Tensor] = {}) -> None:
+    """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over.
+
+    targets   the file's key -> the tensor to fill
+    optional  keys that may be there too, of these shapes; their values are not read
+    """
     missing = set(targets)
     for key, tensor, file in iterate_weights(folder):
-        if key not in targets:
-            # Old conversions saved RoPE's constants; a tied model may carry its one matrix twice.
-            if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and model.config.tie_word_embeddings):
-                continue
-            raise ValueError(f"{file}: unexpected key {key!r} for a {model.config.model_type} model")
-        if tensor.shape != targets[key].shape:
-            raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, "
-                             f"config.json makes it {list(targets[key].shape)}")
-        targets[key].copy_(tensor)
-        missing.discard(key)
+        if key.endswith("rotary_emb.inv_freq"):  # old conversions saved RoPE's constants
+            continue
+        target = targets.get(key, optional.get(key))
+        if target is None:
+            raise ValueError(f"{file}: unexpected key {key!r}: config.json describes no such weight")
+        if tensor.shape != target.shape:
+            raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, config.json makes it {list(target.shape)}")
+        if key in targets:
+            target.copy_(tensor)
+            missing.discard(key)
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(targets)} weights are missing, first {min(missing)!r}")
 
@@ -469,7 +521,7 @@ def _hf_targets(model: Transformer) -> dict[str, Tensor]:
         targets["lm_head.weight"] = model.output.weight
     for i, block in enumerate(model.layers):
         targets |= {f"model.layers.{i}.{key}": part for key, part in block_targets(block, c).items()}
-    return {key: part.data for key, part in targets.items()}
+    return targets
 
 
 def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tensor]:
@@ -563,6 +615,11 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         # A plain attribute: an opaque mkldnn tensor cannot be a parameter that .to() or state_dict() may touch.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in ordinary layout [out, in]: a copy."""
+        return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
