@@ -33,14 +33,14 @@ class EagleHead(nn.Module):
     def __init__(self, config: ModelArgs, target: Transformer, bias: bool = True):
         super().__init__()
         self.config = config
-        # Not submodules: embedding and LM head are the target's own, neither saved nor trained with the head.
+        # Not a submodule: embedding and LM head are the target's own, neither saved nor trained with the head.
         self.__dict__["target"] = target
-        self.__dict__["draft_output"] = None    # LM head over the draft vocabulary, see `set_draft_vocab`
         self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
         self.layer = TransformerBlock(config, attention_norm=False)
         self.register_buffer("inv_freq", rope_inv_freq(config), persistent=False)
         self.register_buffer("kv_cache", None, persistent=False)
-        self.register_buffer("draft_ids", None, persistent=False)  # [Vd] target id of each draft id; None means all
+        self.draft_output: nn.Module | None = None                  # LM head over the draft vocabulary
+        self.register_buffer("draft_ids", None, persistent=False)   # [Vd] target id of each draft id; None means all
         self.requires_grad_(False)
 
     @classmethod
@@ -78,7 +78,7 @@ class EagleHead(nn.Module):
 
         Verification stays over the whole vocabulary, so the output does not change, only how often drafts are right.
         """
-        self.draft_ids, self.__dict__["draft_output"] = None, None
+        self.draft_ids, self.draft_output = None, None
         if ids is None:
             return
         vocab = self.config.vocab_size
@@ -88,7 +88,7 @@ class EagleHead(nn.Module):
         rows = self.target.output.weight[self.draft_ids]
         output = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)
         output.weight = nn.Parameter(rows, requires_grad=False)
-        self.__dict__["draft_output"] = output
+        self.draft_output = output
 
     def forward(self, tokens: Tensor, features: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | None = None) -> Tensor:
@@ -268,46 +268,61 @@ def load_tree(spec: str) -> Tree:
 # Drafting
 
 
-def draft_static(head: EagleHead, tree: StaticTree, root: Tensor, root_hidden: Tensor, n_slot: int,
+class Level(NamedTuple):
+    """How one depth of a static tree grows out of the n nodes expanded at the depth before."""
+    pick: Tensor        # [nodes of this depth] index into those nodes' children, [n * R]
+    inner: Tensor       # [m] the nodes of this depth that have children, among its nodes; m = 0 at the last
+    above: Tensor       # [m] their parents, among the n
+    slots: Tensor       # [m] their slots in the head's cache, from the root's position on
+    seen: Tensor        # [1, m, E] bool: the expanded nodes each one sees
+
+
+class StaticPlan(NamedTuple):
+    """A StaticTree as tensors on the device, made once."""
+    parents: Tensor     # [1, N]
+    depths: Tensor      # [1, N]
+    ancestors: Tensor   # [1, N, N]
+    expanded: Tensor    # [N] row of each node among the expanded ones, the root first; 0 for leaves
+    levels: list[Level]
+
+
+def plan_static(tree: StaticTree, device: torch.device) -> StaticPlan:
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    ancestors = ancestor_mask(tensor(tree.parents)[None], tree.depth)
+    expanded = sorted(set(tree.parents))
+    levels, above = [], [0]
+    for depth in range(1, tree.depth + 1):
+        nodes = [n for n in range(tree.n_node) if tree.depths[n] == depth]
+        inner = [n for n in nodes if n in expanded]
+        levels.append(Level(
+            pick=tensor([above.index(tree.parents[n]) * tree.n_child + tree.ranks[n] for n in nodes]),
+            inner=tensor([nodes.index(n) for n in inner]), above=tensor([above.index(tree.parents[n]) for n in inner]),
+            slots=tensor([expanded.index(n) - 1 for n in inner]), seen=ancestors[:, inner][:, :, expanded[1:]]))
+        above = inner
+    return StaticPlan(tensor(tree.parents)[None], tensor(tree.depths)[None], ancestors,
+                      tensor([expanded.index(n) if n in expanded else 0 for n in range(tree.n_node)]), levels)
+
+
+def draft_static(head: EagleHead, tree: StaticTree, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int,
                  pos: Tensor, sampling: Sampling | None = None) -> Draft:
     """Grow the tree level by level: children are the likeliest tokens, or with `sampling` drawn without replacement.
 
-    root [B, 1] token at position pos [B, 1]; root_hidden [B, 1, dim] the head's output for it.
+    root [B, 1] token at position pos [B, 1]; hidden [B, 1, dim] the head's output for it.
     """
-    B, device = root.shape[0], root.device
-    parents, ranks, depths = (torch.tensor(x, device=device) for x in (tree.parents, tree.ranks, tree.depths))
-    expanded = sorted(set(tree.parents))                        # node indices, the root first
-    slot = {node: e - 1 for e, node in enumerate(expanded)}     # in the draft's part of the head's cache
-    ancestors = ancestor_mask(parents[None], tree.depth)        # [1, N, N]
-    slots_seen = ancestors[:, :, expanded[1:]]                  # [1, N, E]
-
+    B = root.shape[0]
     tokens, child_probs = [root], []
-    level, level_hidden = [0], root_hidden                      # the expanded nodes of one depth, [B, n, dim]
-    for depth in range(1, tree.depth + 1):
-        logits = head.draft_logits(level_hidden)                                        # [B, n, Vd]
-        drafted, probs = draw_children(logits, tree.n_child, sampling)                  # [B, n, R]
+    for depth, level in enumerate(plan.levels, start=1):
+        drafted, probs = draw_children(head.draft_logits(hidden), tree.n_child, sampling)   # [B, n, R], [B, n, Vd]
         child_probs.append(probs)
-        nodes = [n for n in range(tree.n_node) if tree.depths[n] == depth]
-        position = {node: i for i, node in enumerate(level)}
-        pick = torch.tensor([position[tree.parents[n]] * tree.n_child + tree.ranks[n] for n in nodes], device=device)
-        tokens.append(head.to_target_ids(drafted).flatten(1)[:, pick])                  # [B, nodes of this depth]
-        inner = [n for n in nodes if n in slot]
-        if not inner:
-            break
-        of_parent = torch.tensor([position[tree.parents[n]] for n in inner], device=device)
-        index = torch.tensor([nodes.index(n) for n in inner], device=device)
-        first = slot[inner[0]]
-        level_hidden = head(tokens[-1][:, index], level_hidden[:, of_parent], pos - 1 + depth,
-                            pos + torch.arange(first, first + len(inner), device=device),
-                            block_mask(pos, slots_seen[:, inner].expand(B, -1, -1), n_slot))
-        level = inner
-    probs = None
-    if sampling is not None:
-        rows = torch.cat(child_probs, dim=1)                                            # [B, expanded, Vd]
-        row_of = torch.tensor([slot.get(n, -1) + 1 for n in range(tree.n_node)], device=device)
-        probs = rows[:, row_of]                                 # a leaf has no children: its row is never read
-    return Draft(torch.cat(tokens, dim=1), parents.expand(B, -1), depths.expand(B, -1),
-                 ancestors.expand(B, -1, -1), probs)
+        tokens.append(head.to_target_ids(drafted).flatten(1)[:, level.pick])
+        if depth < tree.depth:
+            hidden = head(tokens[-1][:, level.inner], hidden[:, level.above], pos - 1 + depth, pos + level.slots,
+                          block_mask(pos, level.seen.expand(B, -1, -1), n_slot))            # [B, m, dim]
+    probs = None if sampling is None else torch.cat(child_probs, dim=1)[:, plan.expanded]   # [B, N, Vd]
+    return Draft(torch.cat(tokens, dim=1), plan.parents.expand(B, -1), plan.depths.expand(B, -1),
+                 plan.ancestors.expand(B, -1, -1), probs)
 
 
 def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
@@ -323,11 +338,11 @@ def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tu
     return (probs / clocks).topk(n_child, dim=-1).indices, probs
 
 
-def draft_dynamic(head: EagleHead, tree: DynamicTree, root: Tensor, root_hidden: Tensor, n_slot: int,
+def draft_dynamic(head: EagleHead, tree: DynamicTree, root: Tensor, hidden: Tensor, n_slot: int,
                   pos: Tensor) -> Draft:
     """EAGLE-2: expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2]."""
     B, R, device = root.shape[0], tree.n_child, root.device
-    hidden, scores = root_hidden, root.new_zeros(B, 1, dtype=torch.float)               # of the expanded nodes
+    scores = root.new_zeros(B, 1, dtype=torch.float)    # of the expanded nodes, log probability of their paths
     parent_of = root.new_zeros(B, 1)                    # the expanded nodes' indices among all candidates; 0 is the root
     seen = torch.zeros(B, 1, tree.n_expand, dtype=torch.bool, device=device)            # expanded ancestors
     tokens, parents, all_scores = [root], [root.new_zeros(B, 1)], [torch.full_like(scores, torch.inf)]
@@ -363,7 +378,7 @@ def draft_dynamic(head: EagleHead, tree: DynamicTree, root: Tensor, root_hidden:
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x [B, n, dim], rows [B, m] -> [B, m, dim]."""
-    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[-1]))
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
 
 
 def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
@@ -407,9 +422,8 @@ def accept_deterministic(logits: Tensor, draft: Draft, depth: int, sampling: Sam
     B, N = draft.tokens.shape
     node, alive = draft.tokens.new_zeros(B, 1), torch.ones(B, 1, dtype=torch.bool, device=logits.device)
     path, n_accepted, bonus = [node], 0, None
-    greedy = logits.argmax(-1) if sampling.temperature == 0 else None                   # [B, N]
     for d in range(depth + 1):
-        token = greedy.gather(1, node) if greedy is not None else next_tokens(take_rows(logits, node), sampling)
+        token = next_tokens(take_rows(logits, node), sampling)                          # [B, 1], only where we are
         bonus = token if bonus is None else torch.where(alive, token, bonus)
         if d == depth:
             break
@@ -490,6 +504,7 @@ class EagleStep:
             raise ValueError(f"the tree takes {tree.n_child} children of a node, the draft vocabulary has {vocab} tokens")
         device, dtype = model.inv_freq.device, model.norm.weight.dtype
         self.model, self.head, self.tree, self.sampling, self.draw_drafts = model, head, tree, sampling, draw_drafts
+        self.plan = plan_static(tree, device) if isinstance(tree, StaticTree) else None
         width = tree.depth + 1
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
@@ -538,7 +553,7 @@ class EagleStep:
     def grow(self, root_hidden: Tensor, n_slot: int) -> Draft:
         if isinstance(self.tree, DynamicTree):
             return draft_dynamic(self.head, self.tree, self.tokens, root_hidden, n_slot, self.pos)
-        return draft_static(self.head, self.tree, self.tokens, root_hidden, n_slot, self.pos,
+        return draft_static(self.head, self.tree, self.plan, self.tokens, root_hidden, n_slot, self.pos,
                             self.sampling if self.draw_drafts else None)
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
@@ -566,10 +581,14 @@ class EagleStep:
 
 
 def move_slots(kv_cache: Tensor, pos: Tensor, path: Tensor) -> None:
-    """kv_cache [n_layer, 2, B, K, S, D]: slot pos + path[j] -> slot pos + j, for every layer in one gather."""
-    B, width = path.shape
-    shape = (*kv_cache.shape[:2], B, kv_cache.shape[3], width, kv_cache.shape[5])
-    source, target = pos + path, pos + torch.arange(width, device=pos.device)
-    cache = kv_cache[:, :, :B]
-    moved = cache.gather(4, source[None, None, :, None, :, None].expand(shape))     # a copy: the two overlap
-    cache.scatter_(4, target[None, None, :, None, :, None].expand(shape), moved)
+    """kv_cache [n_layer, 2, B, K, S, D]: slot pos + path[j] -> slot pos + j, for every layer in one gather.
+
+    Source and target overlap: the gather's copy comes between them.
+    """
+    source, target = pos + path, pos + torch.arange(path.shape[1], device=pos.device)   # [B, D + 1]
+    if len(pos) == 1:
+        cache = kv_cache[:, :, :1]
+        cache.index_copy_(4, target[0], cache.index_select(4, source[0]))
+    else:
+        row = torch.arange(len(pos), device=pos.device)[:, None]
+        kv_cache[:, :, row, :, target] = kv_cache[:, :, row, :, source]
