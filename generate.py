@@ -4,6 +4,7 @@
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --prompt "Hi" "Name three birds."           # a batch of two
     python generate.py --checkpoint FOLDER --prompt-file question.txt --temperature 0.7 --top-p 0.9 --seed 1
     python generate.py --interactive                                       # chat; Ctrl-C ends an answer, Ctrl-D leaves
+    python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3 --tree dynamic
 
 The answer streams to stdout, everything else goes to stderr. On a GPU each decode step is one captured CUDA graph
 over compiled layers; on a CPU it runs eagerly over weights packed for oneDNN, which starts at once.
@@ -139,6 +140,7 @@ class Decoder:
         self.plain = PlainStep(model, tokens, pos, sampling)
         self.n_slot = model.kv_cache.shape[4]
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph | None] = {}  # (is EAGLE's, cache slots looked at)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # graphs never run side by side
         self.n_ingested = 0     # of row 0: tokens whose keys both caches hold, for the next turn of a chat
         if compile:
             compile_layers(model.layers)
@@ -156,7 +158,9 @@ class Decoder:
         running = {row for row, limit in enumerate(limits) if limit > 0}
 
         start = self._clock()
-        (self.eagle or self.plain).prefill(prompts, min(n_cached, self.n_ingested) if self.eagle else n_cached)
+        with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
+            # Prompts come in all lengths: compiling for each would take longer than the layers themselves.
+            (self.eagle or self.plain).prefill(prompts, min(n_cached, self.n_ingested) if self.eagle else n_cached)
         prefilled = self._clock()
         self.warm_up(max(map(len, prompts)), max_new_tokens)
         if seed is not None:
@@ -218,7 +222,7 @@ class Decoder:
                     step(n_slot)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 step(n_slot)
         else:
             step(n_slot)
@@ -240,10 +244,12 @@ class Decoder:
 
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
     """Compile one layer; all share its code. Cold it takes seconds, where the whole graph takes a minute."""
+    # One row, a block of rows, the head's layer, and each again when the number of cache slots begins to vary.
+    torch._dynamo.config.recompile_limit = 32
     for layer in layers:
         # Coordinate descent lets inductor write one-row products as fused reductions, which reach full bandwidth.
         options = {"coordinate_descent_tuning": True} if layer.ffn_norm.weight.is_cuda else None
-        layer.compile(dynamic=False, options=options)
+        layer.compile(options=options)
 
 
 def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
@@ -258,7 +264,7 @@ def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_
 def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
     try:
-        check_outputs(args)
+        check_options(args)
         model, head, tokenizer, report = load(args)
         run = chat if args.interactive else answer
         run(args, model, head, tokenizer, report)
@@ -278,8 +284,13 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse at the start what would fail after the work is done."""
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse at the start what would be without effect, or fail after the work is done."""
+    for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draw-drafts", args.draw_drafts)):
+        if value and args.eagle is None:
+            raise ValueError(f"{name} needs --eagle")
+    if args.draw_drafts and args.temperature == 0:
+        raise ValueError("--draw-drafts needs a --temperature above 0")
     for name, file in (("--json", args.json), ("--profile", args.profile)):
         if file is not None and args.interactive:
             raise ValueError(f"{name} does not go with --interactive")

@@ -126,7 +126,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     begin = clock(device)
     model = load(args, args.dtype)
     if args.compile:
-        compile_layers(model)
+        compile_layers(model.layers)
     else:
         pack_linears(model)
     load_seconds = clock(device) - begin
@@ -336,7 +336,7 @@ def variants(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str], Transf
             # A deep copy in which the tensors are the same ones.
             twin = copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
             if name == "block":
-                compile_layers(twin)
+                compile_layers(twin.layers)
             elif name == "whole":
                 twin.compile(dynamic=False, options={"coordinate_descent_tuning": True} if twin.inv_freq.is_cuda else None)
             elif name == "packed" and not any(isinstance(m, PackedLinear) for m in pack_linears(twin).modules()):
