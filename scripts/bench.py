@@ -7,17 +7,16 @@
 
 Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. Times
 are medians of runs that alternate between all that is compared, so that a drifting clock or a neighbour on the machine
-hits all alike. With --variants, compilation starts from an empty cache; set TORCHINDUCTOR_CACHE_DIR to a folder and
-run twice to see how long it takes from a filled one. Run it alone on the machine.
+hits all alike. With --variants, compilation starts from an empty cache; with --compile-cache FOLDER too, the second
+run shows how long it takes from a filled one. Run it alone on the machine.
 
 Shapes: T new tokens (rows), S cache slots.
 """
 import argparse
-import contextlib
 import copy
 import itertools
-import os
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -29,17 +28,19 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from generate import (Decoder, Parser, compile_layers, device_name, number, peak_memory, pick_device, say,  # noqa: E402
+from generate import (Decoder, Parser, common_prefix, compile_layers, device_name, number, pick_device, say,  # noqa: E402
                       write_atomically)
 from model import (ModelArgs, PackedLinear, Sampling, Transformer, bucket, causal_mask, next_tokens,  # noqa: E402
-                   pack_linears, prefill, resolve_checkpoint)
+                   pack_linears, prefill, read_json, resolve_checkpoint)
 
+SLOTS = [128, 1024, 4096]
 PROMPT, NEW = 32, 128       # tokens of the decoding runs
 LONG_PROMPT = 2048          # tokens of the prefill run
 ROUNDS = 5                  # runs of what takes long: prefill, decoding, the peer
@@ -91,13 +92,31 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--json {args.json}: not a file in an existing folder")
     if args.peer and not args.checkpoint:
         raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
-    if max(args.rows) > min(args.slots):
-        raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
     args.device, args.dtype = pick_device(args.device), getattr(torch, args.dtype)
     args.compile = args.device.type == "cuda" if args.compile is None else args.compile
-    # Every shape is a recompilation of the same code; past the limit it would run eagerly without a word.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 16
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)  # streams and graphs go to the current device
+    args.config = SHAPES[args.shape] if args.shape else ModelArgs.from_config(
+        read_json(resolve_checkpoint(args.checkpoint) / "config.json"))
+    longest = context(args.config)
+    args.slots = args.slots or [n for n in SLOTS if n <= longest] or [longest]
+    if max(args.slots) > longest:
+        raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
+    if max(args.rows) > min(args.slots):
+        raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
+    check_memory(args)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
+
+
+def check_memory(args: argparse.Namespace) -> None:
+    """A clear line instead of a process killed by the system."""
+    needed = sum(p.numel() for p in meta_model(args.config, args.dtype).parameters()) * args.dtype.itemsize
+    if args.device.type == "cuda":
+        there = torch.cuda.get_device_properties(args.device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(f"the weights take {needed / 1e9:.0f} GB; {args.device} has {there / 1e9:.0f} GB")
 
 
 def environment(args: argparse.Namespace) -> dict:
@@ -139,7 +158,6 @@ def measure_target(args: argparse.Namespace) -> dict:
         "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
         "prefill": measure_prefill(model), "decode": measure_decode(model, args),
-        "peak_memory_bytes": peak_memory(model),
     }
     print_target(report)
     return report
@@ -174,8 +192,6 @@ class Part(NamedTuple):
 def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace) -> Iterator[Part]:
     allocated = model.kv_cache.shape[4]
     for n_used, n_row in itertools.product(args.slots, args.rows):
-        if n_used > allocated:
-            raise ValueError(f"--slots {n_used} is beyond the model's context of {allocated} tokens")
         yield Part("target pass", n_row, n_used, step_bytes(twin, n_row, bucket(n_used, allocated)),
                    target_pass(model, n_row, n_used))
 
@@ -296,35 +312,35 @@ def print_target(report: dict) -> None:
 
 def compare_variants(args: argparse.Namespace) -> dict:
     """The variants of both dtypes take turns at every row count, all over the first of --slots."""
-    with inductor_cache() as cold:
-        models = dict(variants(args))
-        runs, compiling = {}, {}
-        for key, n_row in tqdm(list(itertools.product(models, args.rows)), "compile", leave=False, disable=None):
-            args.compile = key[0] in ("block", "whole")
-            begin = clock(args.device)
-            runs[*key, n_row] = ready(target_pass(models[key], n_row, args.slots[0]), args)
-            compiling[*key, n_row] = clock(args.device) - begin
-        times = interleave(runs, args.repeats, args.device)
+    models = dict(variants(args))
+    runs, compiling = {}, {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
+        cache = str(args.compile_cache or empty)
+        with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f"{cache}/triton"):
+            start_seconds = start_compiler(args)
+            for key, n_row in tqdm(list(itertools.product(models, args.rows)), "compile", leave=False, disable=None):
+                args.compile = key[0] in ("block", "whole")
+                begin = clock(args.device)
+                runs[*key, n_row] = ready(target_pass(models[key], n_row, args.slots[0]), args)
+                compiling[*key, n_row] = clock(args.device) - begin
+            times = interleave(runs, args.repeats, args.device)
     rows = [{"variant": key[0], "dtype": key[1], "rows": key[2], "used_slots": args.slots[0],
              "first_call_seconds": compiling[key], **milliseconds(times[key])} for key in runs]
     print_table(["variant", "dtype", "first calls s", *(f"ms at {n_row}" for n_row in args.rows)],
                 [[*key, sum(compiling[*key, n_row] for n_row in args.rows),
                   *(statistics.median(times[*key, n_row]) * 1e3 for n_row in args.rows)] for key in models])
-    return {"compiled": None, "dtype": None, "inductor_cache": "empty" if cold else "given", "variants": rows}
+    print(f"\nfirst calls: sum over the row counts, from {args.compile_cache or 'an empty cache'}, after "
+          f"{start_seconds:.1f} s to start the compiler; {args.slots[0]} used slots")
+    return {"compiled": None, "dtype": None, "compile_cache": args.compile_cache and str(args.compile_cache),
+            "compiler_start_seconds": start_seconds, "variants": rows}
 
 
-@contextlib.contextmanager
-def inductor_cache() -> Iterator[bool]:
-    """Compile from an empty cache, unless the environment names one. Yields whether it is empty."""
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        yield False
-        return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        try:
-            yield True
-        finally:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+def start_compiler(args: argparse.Namespace) -> float:
+    """Seconds to load the compiler and start its workers, which the first graph would pay for."""
+    torch._dynamo.config.recompile_limit = 256  # every row count of every variant compiles the same code
+    begin = clock(args.device)
+    torch.compile(lambda x: x + 1)(torch.zeros(1, device=args.device))
+    return clock(args.device) - begin
 
 
 def variants(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str], Transformer]]:
@@ -378,7 +394,7 @@ def compare_peer(args: argparse.Namespace) -> dict:
                      for name, s in zip(names, speeds)],
             "ratio_to_transformers": statistics.median(ratios[0]), "ratio_pairs": ratios[0],
             "long_to_short_cache": statistics.median(ratios[1]), "long_to_short_pairs": ratios[1],
-            "same_tokens": common_start(outputs[0], outputs[1])}
+            "same_tokens": common_prefix(outputs[0], outputs[1])}
 
 
 def peer_arm(theirs: torch.nn.Module, prompt: list[int]) -> Callable[[], list[int]]:
@@ -402,30 +418,13 @@ def our_arm(model: Transformer, prompt: list[int], n_slot: int, args: argparse.N
     return run
 
 
-def common_start(a: list[int], b: list[int]) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
-
-
 # Models
 
 
 def load(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
     if args.checkpoint:
         return Transformer.from_pretrained(args.checkpoint, args.device, dtype)
-    config = SHAPES[args.shape]
-    check_memory(args, meta_model(config, dtype))
-    return random_model(config, args.device, dtype)
-
-
-def check_memory(args: argparse.Namespace, twin: Transformer) -> None:
-    """A clear line instead of a process killed by the system."""
-    needed = sum(p.numel() * p.element_size() for p in twin.parameters())
-    if args.device.type == "cuda":
-        there = torch.cuda.get_device_properties(args.device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ValueError(f"{args.shape} takes {needed / 1e9:.0f} GB; {args.device} has {there / 1e9:.0f} GB")
+    return random_model(args.config, args.device, dtype)
 
 
 def meta_model(config: ModelArgs, dtype: torch.dtype) -> Transformer:
@@ -521,13 +520,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
     model.add_argument("--shape", choices=SHAPES, help="random weights of a published shape")
+    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="with --variants: where compiled code is kept")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--variants", nargs="+", choices=("eager", "packed", "block", "whole"),
                       help="compare ways to run the model instead, in bfloat16 and float32")
     what.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
     parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
-    parser.add_argument("--slots", type=number(int, 1), nargs="+", default=[128, 1024, 4096], metavar="S",
-                        help="used cache slots, the new rows among them")
+    parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
+                        help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
     parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
