@@ -35,14 +35,15 @@ from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from generate import (Decoder, Parser, common_prefix, compile_layers, device_name, number, pick_device, say,  # noqa: E402
-                      write_atomically)
+from generate import (Decoder, Parser, common_prefix, compile_layers, device_name,  # noqa: E402
+                      number, pick_device, say, write_atomically)
 from model import (ModelArgs, PackedLinear, Sampling, Transformer, bucket, causal_mask, next_tokens,  # noqa: E402
                    pack_linears, prefill, read_json, resolve_checkpoint)
 
 SLOTS = [128, 1024, 4096]
 PROMPT, NEW = 32, 128       # tokens of the decoding runs
 LONG_PROMPT = 2048          # tokens of the prefill run
+BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 ROUNDS = 5                  # runs of what takes long: prefill, decoding, the peer
 
 
@@ -93,9 +94,11 @@ def check(args: argparse.Namespace) -> None:
     if args.peer and not args.checkpoint:
         raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
     args.device, args.dtype = pick_device(args.device), getattr(torch, args.dtype)
-    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
-    if args.device.index is not None:
+    if args.device.type not in BUFFER:
+        raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
+    if args.device.type == "cuda" and args.device.index is not None:
         torch.cuda.set_device(args.device)  # streams and graphs go to the current device
+    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
     args.config = SHAPES[args.shape] if args.shape else ModelArgs.from_config(
         read_json(resolve_checkpoint(args.checkpoint) / "config.json"))
     longest = context(args.config)
@@ -105,7 +108,6 @@ def check(args: argparse.Namespace) -> None:
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
     check_memory(args)
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
 
 
 def check_memory(args: argparse.Namespace) -> None:
@@ -145,6 +147,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     begin = clock(device)
     model = load(args, args.dtype)
     if args.compile:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
         compile_layers(model.layers)
     else:
         pack_linears(model)
@@ -166,10 +169,10 @@ def measure_target(args: argparse.Namespace) -> dict:
 def measure_bandwidth(device: torch.device) -> dict:
     """Bytes a second of a large copy (read and written) and of a large sum (read only).
 
-    A step mostly reads. On a GPU the copy is the customary yardstick; on a CPU, where writing costs a cache line's
-    read first, the sum is.
+    A step mostly reads. The yardstick is the copy on a GPU, as is customary, and the sum on a CPU, where the traffic
+    behind a written byte differs from processor to processor.
     """
-    n = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
+    n = BUFFER[device.type] // 4
     source = torch.rand(n, device=device)  # written, for memory that was only reserved reads as one shared page
     target = source.clone()
     runs = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
@@ -317,7 +320,7 @@ def compare_variants(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         cache = str(args.compile_cache or empty)
         with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f"{cache}/triton"):
-            start_seconds = start_compiler(args)
+            start_seconds = start_compiler(args) if {"block", "whole"} & set(args.variants) else 0
             for key, n_row in tqdm(list(itertools.product(models, args.rows)), "compile", leave=False, disable=None):
                 args.compile = key[0] in ("block", "whole")
                 begin = clock(args.device)
@@ -337,6 +340,7 @@ def compare_variants(args: argparse.Namespace) -> dict:
 
 def start_compiler(args: argparse.Namespace) -> float:
     """Seconds to load the compiler and start its workers, which the first graph would pay for."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
     torch._dynamo.config.recompile_limit = 256  # every row count of every variant compiles the same code
     begin = clock(args.device)
     torch.compile(lambda x: x + 1)(torch.zeros(1, device=args.device))
@@ -354,7 +358,8 @@ def variants(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str], Transf
             if name == "block":
                 compile_layers(twin.layers)
             elif name == "whole":
-                twin.compile(dynamic=False, options={"coordinate_descent_tuning": True} if twin.inv_freq.is_cuda else None)
+                options = {"coordinate_descent_tuning": True} if twin.inv_freq.is_cuda else None  # as compile_layers
+                twin.compile(dynamic=False, options=options)
             elif name == "packed" and not any(isinstance(m, PackedLinear) for m in pack_linears(twin).modules()):
                 continue  # nothing to pack: another device, dtype or processor
             yield (name, str(dtype).removeprefix("torch.")), twin
@@ -387,8 +392,8 @@ def compare_peer(args: argparse.Namespace) -> dict:
     names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
     print_table(["", "tokens/s median", "min", "max"],
                 [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds)])
-    print(f"\nours / transformers: {statistics.median(ratios[0]):.2f} (pairs {', '.join(f'{r:.2f}' for r in ratios[0])})"
-          f"\nlong / short cache:  {statistics.median(ratios[1]):.2f} (pairs {', '.join(f'{r:.2f}' for r in ratios[1])})")
+    for name, pairs in zip(("\nours / transformers", "long / short cache"), ratios):
+        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
     return {"transformers": transformers.__version__, "prompt_tokens": PROMPT, "new_tokens": NEW,
             "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
                      for name, s in zip(names, speeds)],
@@ -520,7 +525,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
     model.add_argument("--shape", choices=SHAPES, help="random weights of a published shape")
-    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="with --variants: where compiled code is kept")
+    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER",
+                        help="with --variants: where compiled code is kept")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--variants", nargs="+", choices=("eager", "packed", "block", "whole"),
                       help="compare ways to run the model instead, in bfloat16 and float32")

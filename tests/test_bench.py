@@ -1,0 +1,174 @@
+"""scripts/bench.py: the published shapes, the bytes of a step, and whole runs on tiny checkpoints."""
+import json
+
+import pytest
+import torch
+
+from model import Transformer
+from reference import tiny
+from scripts import bench
+
+PARAMETERS = {  # what the published weight files add up to
+    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "vicuna-33b": 32_528_943_616,
+    "mixtral-8x7b": 46_702_792_704, "smollm2-135m": 134_515_008,
+}
+DESCRIPTION = {"date", "command", "commit", "device", "device_name", "threads", "torch", "python", "model",
+               "random_weights", "dtype", "compiled", "repeats"}
+TIMES = {"ms_median", "ms_min", "ms_max"}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    for name, value in (("NEW", 4), ("LONG_PROMPT", 40), ("ROUNDS", 2), ("BUFFER", {"cpu": 1 << 24})):
+        monkeypatch.setattr(bench, name, value)
+
+
+def run(*argv, file):
+    status = bench.main(bench.parse_args([*map(str, argv), "--device", "cpu", "--repeats", "2", "--json", str(file)]))
+    assert status == 0
+    report = json.loads(file.read_text())
+    assert DESCRIPTION <= report.keys()
+    assert report["torch"] == torch.__version__ and report["command"].startswith("python scripts/bench.py --")
+    return report
+
+
+def ordered(row):
+    return 0 < row["ms_min"] <= row["ms_median"] <= row["ms_max"]
+
+
+def test_shapes_have_the_published_parameter_counts():
+    models = {name: bench.meta_model(config, torch.bfloat16) for name, config in bench.SHAPES.items()}
+    assert {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()} == PARAMETERS
+
+
+def test_the_demo_models_shape_is_that_of_its_config(demo_folder):
+    import dataclasses
+
+    from model import ModelArgs, read_json
+    assert dataclasses.asdict(ModelArgs.from_config(read_json(demo_folder / "config.json"))) \
+        == dataclasses.asdict(bench.SHAPES["smollm2-135m"])
+
+
+@pytest.mark.parametrize("kind", ["gqa", "llama2_tied", "qwen2", "qwen3"])
+def test_step_reads_every_weight_once_and_the_embeddings_of_its_rows(tmp_path, kind):
+    folder, _ = tiny(kind, tmp_path)
+    model = Transformer.from_pretrained(folder, dtype=torch.bfloat16)
+    model.setup_caches(1, 128)
+    table = model.tok_embeddings.weight
+    weights = 2 * sum(p.numel() for p in model.parameters())  # a tied matrix, which is the LM head, counts once
+    if not model.config.tie_word_embeddings:
+        weights -= 2 * table.numel()
+    for n_row, n_slot in (1, 128), (26, 64):
+        cache = 2 * model.kv_cache[..., :n_slot, :].numel()
+        assert bench.step_bytes(model, n_row, n_slot) == weights + 2 * table[:n_row].numel() + cache
+
+
+def test_step_reads_the_experts_its_rows_can_be_routed_to(tmp_path):
+    folder, _ = tiny("mixtral", tmp_path)
+    model = Transformer.from_pretrained(folder, dtype=torch.float32)
+    c = model.config
+    experts = 4 * sum(layer.feed_forward.w13.numel() + layer.feed_forward.w2.numel() for layer in model.layers)
+    rest = 4 * sum(p.numel() for p in model.parameters()) - experts - 4 * model.tok_embeddings.weight.numel()
+    for n_row, share in (1, 2 / 8), (3, 6 / 8), (4, 1), (26, 1):
+        assert bench.step_bytes(model, n_row, 0) == rest + share * experts + 4 * n_row * c.dim
+
+
+def test_what_is_compared_takes_turns():
+    order = []
+    times = bench.interleave({name: lambda name=name: order.append(name) for name in "ab"}, 3, torch.device("cpu"))
+    assert "".join(order) == "ab" + 3 * "ab"  # a round that is not kept first
+    assert [len(values) for values in times.values()] == [3, 3]
+
+
+def test_bench_of_a_checkpoint_writes_its_report(tmp_path, short):
+    folder, _ = tiny("gqa", tmp_path / "model", max_position_embeddings=256)
+    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 128, 250, file=tmp_path / "report.json")
+    assert {"parameters", "bandwidth", "load_seconds", "first_step_seconds", "compile_seconds", "steps", "prefill",
+            "decode"} <= report.keys()
+    assert [(row["rows"], row["used_slots"]) for row in report["steps"]] == [(1, 128), (4, 128), (1, 250), (4, 250)]
+    bandwidth = report["bandwidth"]
+    assert bandwidth["yardstick"] == "read"
+    assert bandwidth["bytes_per_second"] == bandwidth["read_bytes_per_second"] > 1e8
+    for row in report["steps"]:
+        assert ordered(row) and row["part"] == "target pass"
+        assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["ms_median"] * 1e3)
+        assert row["bandwidth_share"] == pytest.approx(row["bytes_per_second"] / bandwidth["bytes_per_second"])
+    assert report["steps"][0]["relative_to_one_row"] == 1
+    assert report["prefill"]["tokens"] == 40 and ordered(report["prefill"])
+    assert report["decode"]["new_tokens"] == 4 and report["decode"]["tokens_per_second"] > 0
+
+
+def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
+    tiny_moe = bench.shape(32, 2, 4, 2, 56, 96, 128, model_type="mixtral", n_expert=8, n_expert_active=2)
+    monkeypatch.setitem(bench.SHAPES, "tiny", tiny_moe)
+    report = run("--shape", "tiny", "--rows", 1, 16, "--dtype", "float32", file=tmp_path / "report.json")
+    assert report["random_weights"] and report["model"] == "tiny"
+    assert [row["used_slots"] for row in report["steps"]] == [128, 128]  # of the default ones, those in its context
+
+    model = bench.random_model(tiny_moe, torch.device("cpu"), torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.inv_freq.dtype == torch.float32
+    logits, _ = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+def test_variants_of_both_dtypes_are_compared(tmp_path, capsys):
+    folder, _ = tiny("gqa", tmp_path / "model")
+    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 64, "--variants", "eager", "packed",
+                 file=tmp_path / "report.json")
+    found = [(row["variant"], row["dtype"], row["rows"]) for row in report["variants"]]
+    assert set(found) >= {("eager", dtype, rows) for dtype in ("bfloat16", "float32") for rows in (1, 4)}
+    assert ("packed", "float32", 1) not in found  # packing is for bf16: it would be eager again
+    assert all(ordered(row) and row["first_call_seconds"] > 0 for row in report["variants"])
+    assert "ms at 4" in capsys.readouterr().out
+
+
+def test_variants_share_weights_but_not_modules(tmp_path):
+    folder, _ = tiny("gqa", tmp_path)
+    args = bench.parse_args(["--checkpoint", str(folder), "--slots", "64", "--variants", "eager", "packed"])
+    args.device = torch.device("cpu")
+    models = dict(bench.variants(args))
+    eager, fp32 = models["eager", "bfloat16"], models["eager", "float32"]
+    assert isinstance(eager.output, torch.nn.Linear) and fp32.output.weight.dtype == torch.float32
+    if ("packed", "bfloat16") in models:
+        packed = models["packed", "bfloat16"]
+        assert isinstance(packed.output, bench.PackedLinear) and packed.kv_cache is eager.kv_cache
+        assert packed.tok_embeddings.weight is eager.tok_embeddings.weight
+
+
+def test_peer_decodes_the_same_tokens(tmp_path, short):
+    folder, _ = tiny("gqa", tmp_path / "model")
+    report = run("--checkpoint", folder, "--peer", "--slots", 64, "--dtype", "float32", "--rows", 1,
+                 file=tmp_path / "report.json")
+    assert report["same_tokens"] == 4 == report["new_tokens"]
+    assert len(report["ratio_pairs"]) == len(report["long_to_short_pairs"]) == 2
+    assert [len(arm["runs"]) for arm in report["peer"]] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--shape", "llama-9"], "invalid choice: 'llama-9'"),
+    ([], "--checkpoint --shape"),
+    (["--shape", "smollm2-135m", "--rows", "0"], "'0'"),
+    (["--shape", "smollm2-135m", "--peer"], "--peer needs a real --checkpoint"),
+    (["--shape", "vicuna-33b", "--slots", "4096"], "beyond the model's context of 2048"),
+    (["--shape", "smollm2-135m", "--slots", "32"], "60 rows do not fit in 32 used slots"),
+    (["--checkpoint", "no/such/folder"], "no such folder"),
+    (["--shape", "smollm2-135m", "--json", "/no/such/folder/x.json"], "not a file in an existing folder"),
+    (["--shape", "smollm2-135m", "--device", "abacus"], "--device abacus"),
+    (["--shape", "smollm2-135m", "--device", "meta"], "only cpu and cuda"),
+])
+def test_a_users_mistake_is_one_line_and_status_2(argv, message, capsys):
+    try:
+        status = bench.main(bench.parse_args(argv))
+    except SystemExit as exit:
+        status = exit.code
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and len(lines) == 1
+    assert lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_model_too_large_for_the_device_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(bench.os, "sysconf", lambda name: 1 << 17)  # 2**34 bytes
+    assert bench.main(bench.parse_args(["--shape", "llama-2-70b", "--device", "cpu"])) == 2
+    assert "the weights take 138 GB; cpu has 17 GB" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""The scripts around a head: tree search and draft vocabulary."""
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eagle_head import EagleHead, StaticTree, load_tree
+from generate import parse_args as generate_args
+from model import Transformer
+from reference import tiny
+from scripts import draft_vocab, tune_tree
+
+
+@pytest.fixture
+def pair(tmp_path):
+    folder, _ = tiny("gqa", tmp_path / "target")
+    model = Transformer.from_pretrained(folder, dtype=torch.float32)
+    head = EagleHead(replace(model.config, n_layer=1), model)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model, head
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("vocab", [None, list(range(5, 60))])
+def test_draft_ranks_equal_drafting_position_by_position(pair, vocab):
+    model, head = pair
+    head.set_draft_vocab(vocab)
+    tokens, depth = torch.randint(0, model.config.vocab_size, (14,)).tolist(), 3
+    ranks = tune_tree.draft_ranks(model, head, tokens, depth)
+
+    model.kv_cache = head.kv_cache = None
+    ids = torch.tensor([tokens])
+    features = model.features(ids, torch.arange(len(tokens)))
+    assert ranks.shape == (depth, len(tokens) - 1 - depth)
+    for i in range(ranks.shape[1]):
+        known = features[:, :i + 1]
+        for d in range(depth):  # pairs (f_0, t_1) .. (f_i, t_{i+1}), then the head's own features
+            n = known.shape[1]
+            known = torch.cat((known, head(ids[:, 1:n + 1], known, torch.arange(n))[:, -1:]), dim=1)
+            guesses = head.to_target_ids(head.draft_logits(known[0, -1]).argsort(descending=True)).tolist()
+            true = tokens[i + d + 2]
+            assert ranks[d, i] == (guesses.index(true) if true in guesses else model.config.vocab_size)
+
+
+def test_best_nodes_are_worth_as_much_as_any_connected_tree():
+    accept = [[0.5, 0.3, 0.1], [0.6, 0.1, 0.05]]
+    paths = [p for d in (1, 2) for p in itertools.product(range(3), repeat=d)]
+    worth = {p: torch.tensor([accept[d][r] for d, r in enumerate(p)]).prod().item() for p in paths}
+    for n in range(1, 6):
+        trees = (t for t in itertools.combinations(paths, n) if all(p[:-1] in t or len(p) == 1 for p in t))
+        best = max(sum(worth[p] for p in t) for t in trees)
+        found = tune_tree.best_nodes(accept, n)
+        assert sum(value for value, _ in found) == pytest.approx(best)
+        StaticTree.from_paths([path for _, path in found])  # connected, or this raises
+
+
+def test_search_takes_the_tree_that_pays_on_the_device():
+    accept = [[0.8, 0.1], [0.8, 0.1], [0.8, 0.1]]
+    free_rows = {"target_by_rows": {1: 10.0, 64: 10.0}, "draft_level": 0.1, "first_level": 0.1, "rest": 0.1}
+    paths, report = tune_tree.search(accept, free_rows, max_nodes=14)
+    assert len(paths) == 14 and max(map(len, paths)) == 3
+    assert report["expected_speedup"] == pytest.approx(report["expected_accept_length"] * 10 / 10.4)
+    dear_levels = free_rows | {"draft_level": 20.0}
+    assert {len(path) for path in tune_tree.search(accept, dear_levels, max_nodes=14)[0]} == {1}
+    dear_rows = free_rows | {"target_by_rows": {1: 10.0, 64: 640.0}}
+    assert len(tune_tree.search(accept, dear_rows, max_nodes=14)[0]) == 1
+
+
+def test_tuned_tree_is_written_where_generate_finds_it(tmp_path, demo_folder, capsys):
+    model = Transformer.from_pretrained(demo_folder)
+    head = EagleHead(replace(model.config, n_layer=1), model)
+    folder = write_head(head, tmp_path / "head")
+    args = tune_tree.parse_args(["--checkpoint", str(demo_folder), "--eagle", str(folder), "--max-new-tokens", "16",
+                                 "--max-depth", "2", "--max-nodes", "4", "--repeats", "3"])
+    assert tune_tree.main(args) == 0, capsys.readouterr().err
+    assert load_tree(str(folder / "tree.json")).n_node <= 5
+    assert generate_args(["--eagle", str(folder)]).tree is None  # so that load_head takes tree.json
+
+
+def write_head(head, folder):
+    from safetensors.torch import save_file
+    c = head.config
+    folder.mkdir()
+    save_file({key: torch.randn_like(part, dtype=torch.float32) * 0.02 for key, part in head.weights().items()},
+              folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "llama", "hidden_size": c.dim, "vocab_size": c.vocab_size, "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head, "intermediate_size": c.intermediate_size, "rms_norm_eps": c.norm_eps}))
+    return folder
+
+
+def test_draft_vocabulary_holds_the_commonest_tokens_first(tmp_path, demo_folder, capsys):
+    from tokenizer import Tokenizer
+    tok = Tokenizer.from_pretrained(demo_folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": text}]})
+                              for text in (" the the the cat", " the cat")))
+    out = tmp_path / "draft_vocab.json"
+    args = draft_vocab.parse_args(["--checkpoint", str(demo_folder), "--data", str(data), "--size", "4", "--out", str(out)])
+    assert draft_vocab.main(args) == 0, capsys.readouterr().err
+    ids = json.loads(out.read_text())["ids"]
+    assert len(ids) == 4 and set(tok.stop_ids) <= set(ids)
+    words = [i for i in ids if i not in tok.stop_ids]
+    assert tok.decode(words[:1]) == " the"
+
+
+def test_draft_vocabulary_refuses_bad_data_in_one_line(tmp_path, demo_folder, capsys):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.json"
+    for content, culprit in ((b'{"a": "b"}\n{broken', "line 2"), (b"", "no text"), (b"\xff\xfe", "UTF-8")):
+        data.write_bytes(content)
+        args = draft_vocab.parse_args(["--checkpoint", str(demo_folder), "--data", str(data), "--out", str(out)])
+        assert draft_vocab.main(args) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1 and culprit in errors[0]
+    assert not out.exists()
