@@ -494,11 +494,14 @@ class EagleStep:
     """
 
     def __init__(self, model: Transformer, head: EagleHead, tree: Tree, batch_size: int,
-                 sampling: Sampling = Sampling(), draw_drafts: bool = False):
+                 sampling: Sampling = Sampling(), draw_drafts: bool | None = None):
         """draw_drafts: children are drawn from the draft's distribution and verified by multi-round speculative
-        sampling; else they are its likeliest tokens. Static trees at a temperature only."""
-        if draw_drafts and (isinstance(tree, DynamicTree) or sampling.temperature == 0):
+        sampling; else they are its likeliest tokens. None draws where it can be done: static trees at a temperature,
+        where more drafts are accepted so (dev/log.md)."""
+        can_draw = isinstance(tree, StaticTree) and sampling.temperature > 0
+        if draw_drafts and not can_draw:
             raise ValueError("drafts can be drawn for static trees and chains, at a temperature above 0")
+        draw_drafts = can_draw if draw_drafts is None else draw_drafts
         vocab = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
         if tree.n_child > vocab:
             raise ValueError(f"the tree takes {tree.n_child} children of a node, the draft vocabulary has {vocab} tokens")

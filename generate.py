@@ -57,7 +57,7 @@ class Generation:
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, head: EagleHead | None = None,
-             tree: Tree | str = "static", draw_drafts: bool = False, temperature: float = 0.0, top_k: int | None = None,
+             tree: Tree | str = "static", draw_drafts: bool | None = None, temperature: float = 0.0, top_k: int | None = None,
              top_p: float | None = None, seed: int | None = None, stop_ids: Iterable[int] = (), compile: bool = False,
              max_seq_length: int | None = None,
              on_tokens: Callable[[int, list[int], int], None] | None = None) -> Generation:
@@ -128,7 +128,7 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
-                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool = False):
+                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):
         self.model, self.compile = model, compile
         self.eagle, device = None, model.inv_freq.device
         if head is not None:
@@ -215,15 +215,7 @@ class Decoder:
         before = [tensor.clone() for tensor in step.state]
         graph = None
         if self.compile and step.pos.is_cuda:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # compiles, then lets cuBLAS and SDPA choose their kernels
-                    step(n_slot)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                step(n_slot)
+            graph = capture(lambda: step(n_slot), self.pool)
         else:
             step(n_slot)
         for tensor, value in zip(step.state, before):
@@ -240,6 +232,20 @@ class Decoder:
         if self.plain.pos.is_cuda:
             torch.cuda.synchronize()  # sync: between phases, to time them
         return time.perf_counter()
+
+
+def capture(step: Callable[[], None], pool: tuple | None = None) -> "torch.cuda.CUDAGraph":
+    """The kernels of one call as a graph, after two calls that compile and let cuBLAS and SDPA choose their kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph
 
 
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
@@ -287,7 +293,7 @@ def say(line: str) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Refuse at the start what would be without effect, or fail after the work is done."""
     for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draw-drafts", args.draw_drafts)):
-        if value and args.eagle is None:
+        if value is not None and args.eagle is None:
             raise ValueError(f"{name} needs --eagle")
     if args.draw_drafts and args.temperature == 0:
         raise ValueError("--draw-drafts needs a --temperature above 0")
@@ -369,6 +375,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs belong to the current device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
@@ -584,8 +592,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "file of paths (default: tree.json beside the head, else static)")
     parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
                         "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
-    parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction, default=False,
-                        help="at a temperature, draw drafts from the head instead of taking its likeliest tokens")
+    parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction,
+                        help="at a temperature, draw drafts from the head instead of taking its likeliest tokens "
+                        "(default: where the tree is not dynamic)")
     parser.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="several make a batch")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file that is one prompt")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")

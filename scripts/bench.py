@@ -3,6 +3,7 @@
     python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
     python scripts/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
     python scripts/bench.py --shape smollm2-135m --slots 128 --variants eager packed block whole
+    python scripts/bench.py --shape llama-2-7b --trees static dynamic --accept-length 3.62 4.70   # EAGLE's step, by parts
     python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
 Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. Times
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
 from generate import (Decoder, Parser, common_prefix, compile_layers, device_name,  # noqa: E402
                       number, pick_device, say, write_atomically)
 from model import (ModelArgs, PackedLinear, Sampling, Transformer, bucket, causal_mask, next_tokens,  # noqa: E402
@@ -155,12 +158,18 @@ def measure_target(args: argparse.Namespace) -> dict:
     setup_caches(model, max(*args.slots, LONG_PROMPT, PROMPT + NEW))
 
     twin = meta_model(model.config, args.dtype)
-    steps = time_parts(list(target_parts(model, twin, args)), args, bandwidth)
+    parts = list(target_parts(model, twin, args))
+    if args.trees:
+        head = random_head(model, args)
+        for tree, n_used in itertools.product(args.trees, args.slots):
+            parts += eagle_parts(model, head, twin, tree, n_used)
+    steps = time_parts(parts, args, bandwidth)
     report = {
         "parameters": sum(p.numel() for p in twin.parameters()), "bandwidth": bandwidth, "load_seconds": load_seconds,
         "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
         "prefill": measure_prefill(model), "decode": measure_decode(model, args),
+        "eagle": [measure_eagle(model, head, name, args, steps) for name in args.trees],
     }
     print_target(report)
     return report
@@ -213,6 +222,68 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], Non
     return step
 
 
+def random_head(model: Transformer, args: argparse.Namespace) -> EagleHead:
+    """A head of the target's shape, as the published ones are, drafting --draft-vocab tokens."""
+    torch.set_default_dtype(args.dtype)
+    try:
+        with args.device:
+            head = EagleHead(replace(model.config, n_layer=1, n_expert=0, qk_norm=False, rope_scaling=None), model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if args.draft_vocab:
+        head.set_draft_vocab(list(range(args.draft_vocab)))
+    compile_layers([head.layer]) if args.compile else pack_linears(head)
+    head.setup_caches(1, model.kv_cache.shape[4])
+    return head.eval()
+
+
+def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int) -> Iterator[Part]:
+    """The stages of one EAGLE step and the whole of it, over a context of n_used slots, the tree's among them."""
+    tree, size = load_tree(name), model.norm.weight.element_size()
+    step = EagleStep(model, head, tree, 1)
+    n_slot = bucket(n_used, model.kv_cache.shape[4])
+    step.prefill([random_tokens(model, n_used - tree.n_room + 1)])
+    root = step.ingest(n_slot)
+    draft = step.grow(root, n_slot)
+    logits, features = step.verify(draft, n_slot)
+    state = [tensor.clone() for tensor in step.state]
+
+    def restoring(run: Callable[[], object]) -> Callable[[], None]:
+        def restored() -> None:
+            run()
+            for tensor, value in zip(step.state, state):
+                tensor.copy_(value)
+        return restored
+
+    # twin counts the target; a packed head has no parameters left to count
+    c = head.config
+    layer = c.dim * (2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
+    lm_head = c.dim * (c.vocab_size if head.draft_ids is None else len(head.draft_ids))
+    cache = 2 * c.n_kv_head * c.head_dim * n_slot
+    ingest, level = size * (layer + cache), size * (layer + lm_head + cache)
+    target = step_bytes(twin, tree.n_node, n_slot)
+    grow = size * lm_head + (tree.depth - 1) * level
+    for part, n_row, n_byte, run in (
+            ("ingest", tree.depth + 1, ingest, lambda: step.ingest(n_slot)),
+            ("grow", tree.n_node - 1, grow, lambda: step.grow(root, n_slot)),
+            ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
+            ("accept + commit", tree.depth + 1, 0,
+             restoring(lambda: step.commit(draft, features, step.accept(logits, draft)))),
+            ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
+            ("whole step", tree.n_node, ingest + grow + target, restoring(lambda: step(n_slot)))):
+        yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
+
+
+def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], None]:
+    """The head over n_row nodes, and the draft logits of each."""
+    weight = head.fc.weight if isinstance(head.fc, torch.nn.Linear) else head.target.norm.weight
+    tokens = torch.zeros(1, n_row, dtype=torch.long, device=head.inv_freq.device)
+    features = torch.randn(1, n_row, head.config.dim, device=tokens.device, dtype=weight.dtype)
+    pos = torch.arange(n_used - n_row, n_used, device=tokens.device)[None]
+    mask = causal_mask(pos, bucket(n_used, head.kv_cache.shape[3]))
+    return lambda: head.draft_logits(head(tokens, features, pos, mask=mask)).argmax(-1)
+
+
 def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
     """Bytes that a pass over n_row tokens of one sequence has to read, looking at n_slot cache slots.
 
@@ -239,7 +310,7 @@ def time_parts(parts: list[Part], args: argparse.Namespace, bandwidth: dict) -> 
         median = statistics.median(times)
         if part.n_row == 1:
             one_row[part.name, part.n_used] = median
-        alone = one_row.get((part.name, part.n_used))
+        alone = one_row.get(("target pass", part.n_used))
         rows.append({
             "part": part.name, "rows": part.n_row, "used_slots": part.n_used, **milliseconds(times),
             "relative_to_one_row": alone and median / alone, "bytes": part.n_byte,
@@ -251,19 +322,10 @@ def time_parts(parts: list[Part], args: argparse.Namespace, bandwidth: dict) -> 
 
 def ready(step: Callable[[], None], args: argparse.Namespace) -> Callable[[], None]:
     """Compile `step` by calling it; on a GPU return the replay of its captured graph, as Decoder runs its steps."""
-    if not (args.compile and args.device.type == "cuda"):
-        step()
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):  # compiles, then lets cuBLAS and SDPA choose their kernels
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    if args.compile and args.device.type == "cuda":
+        return capture(step).replay
+    step()
+    return step
 
 
 def measure_prefill(model: Transformer) -> dict:
@@ -293,6 +355,20 @@ def measure_decode(model: Transformer, args: argparse.Namespace) -> dict:
             "warmup_seconds": results[0].timings["compile_seconds"]}
 
 
+def measure_eagle(model: Transformer, head: EagleHead, name: str, args: argparse.Namespace, steps: list[dict]) -> dict:
+    """EAGLE's decoding end to end. What a step takes beyond its parts on the device is the host's gap."""
+    prompt, tree = random_tokens(model, args.slots[0]), load_tree(name)
+    decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    results = [decoder.generate([prompt], 32) for _ in range(ROUNDS + 1)]
+    wall = statistics.median(1e3 * r.timings["decode_seconds"] / r.target_passes for r in results[1:])
+    ms = {row["part"]: row["ms_median"] for row in reversed(steps) if row["used_slots"] == args.slots[0]}
+    whole = ms[f"{name}: whole step"]
+    ratio = whole / ms["target pass"] if "target pass" in ms else None
+    return {"tree": name, "used_slots": args.slots[0], "ms_whole_step": whole, "ms_wall_per_step": wall,
+            "ms_host_gap": wall - whole, "relative_to_plain_step": ratio,
+            "projected_speedup": {str(tau): tau / ratio for tau in args.accept_length} if ratio else {}}
+
+
 def print_target(report: dict) -> None:
     bandwidth, prefilled, decoded = report["bandwidth"], report["prefill"], report["decode"]
     print(f"{report['parameters'] / 1e9:.3f} B parameters, loaded in {report['load_seconds']:.1f} s, "
@@ -308,6 +384,13 @@ def print_target(report: dict) -> None:
     print(f"\nprefill {prefilled['tokens_per_second']:.1f} tokens/s ({prefilled['tokens']} tokens), "
           f"decode {decoded['tokens_per_second']:.1f} tokens/s ({decoded['new_tokens']} tokens after "
           f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second']:.3f} ms each)")
+
+
+    for row in report["eagle"]:
+        print(f"{row['tree']} tree at {row['used_slots']} slots: step {row['ms_whole_step']:.2f} ms on the device, "
+              f"{row['ms_wall_per_step']:.2f} ms with the host, {row['relative_to_plain_step'] or 0:.2f}x a plain step"
+              + "".join(f"; projection at an accepted length of {tau}: {speedup:.2f}x plain decoding"
+                        for tau, speedup in row["projected_speedup"].items()))
 
 
 # Ways to run the same model
@@ -534,6 +617,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
     parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
                         help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
+    parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
+                        help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
+    parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens that head drafts (default: all)")
+    parser.add_argument("--accept-length", type=number(float, 1), nargs="+", default=[], metavar="X",
+                        help="project the speedup at these accepted lengths")
     parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
