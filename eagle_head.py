@@ -82,7 +82,8 @@ class EagleHead(nn.Module):
         if ids is None:
             return
         vocab = self.config.vocab_size
-        if not ids or len(set(ids)) != len(ids) or not all(type(i) is int and 0 <= i < vocab for i in ids):
+        if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab for i in ids)
+                and len(set(ids)) == len(ids)):
             raise ValueError(f"a draft vocabulary is a list of different token ids below {vocab}")
         self.draft_ids = torch.tensor(ids, device=self.target.norm.weight.device)
         rows = self.target.output.weight[self.draft_ids]
@@ -204,6 +205,11 @@ class StaticTree:
     @property
     def is_chain(self) -> bool:
         return self.depth == self.n_node - 1
+
+    def without_gaps(self) -> "StaticTree":
+        """The same tree with the children of each node ranked 0, 1, 2, ...: of drawn tokens none may be passed over."""
+        order = [self.parents[1:n].count(parent) for n, parent in enumerate(self.parents) if n > 0]
+        return replace(self, ranks=(0, *order))
 
     @property
     def n_expand(self) -> int:
@@ -505,6 +511,8 @@ class EagleStep:
         vocab = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
         if tree.n_child > vocab:
             raise ValueError(f"the tree takes {tree.n_child} children of a node, the draft vocabulary has {vocab} tokens")
+        if draw_drafts:
+            tree = tree.without_gaps()
         device, dtype = model.inv_freq.device, model.norm.weight.dtype
         self.model, self.head, self.tree, self.sampling, self.draw_drafts = model, head, tree, sampling, draw_drafts
         self.plan = plan_static(tree, device) if isinstance(tree, StaticTree) else None

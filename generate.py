@@ -141,7 +141,7 @@ class Decoder:
         self.n_slot = model.kv_cache.shape[4]
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph | None] = {}  # (is EAGLE's, cache slots looked at)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # graphs never run side by side
-        self.n_ingested = 0     # of row 0: tokens whose keys both caches hold, for the next turn of a chat
+        self.n_ingested = 0     # of row 0: pairs that the head's cache holds, for the next turn of a chat
         if compile:
             compile_layers(model.layers)
             compile_layers([] if head is None else [head.layer])
@@ -161,6 +161,7 @@ class Decoder:
         with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
             # Prompts come in all lengths: compiling for each would take longer than the layers themselves.
             (self.eagle or self.plain).prefill(prompts, min(n_cached, self.n_ingested) if self.eagle else n_cached)
+        self.n_ingested = len(prompts[0]) - 1
         prefilled = self._clock()
         self.warm_up(max(map(len, prompts)), max_new_tokens)
         if seed is not None:
@@ -170,9 +171,11 @@ class Decoder:
         eagle = self.eagle is not None
         while running:
             longest = max(len(prompts[row]) + len(result.tokens[row]) for row in running)
-            self.n_ingested = len(prompts[0]) + len(result.tokens[0]) - 1
             eagle = eagle and self._tree_fits(longest)  # once a tree no longer fits, plain to the end
+            n_ingested = len(prompts[0]) + len(result.tokens[0]) - 1
             produced = self.run(eagle, longest)
+            if eagle and 0 in running:
+                self.n_ingested = n_ingested
             result.target_passes += 1
             for row, ids in enumerate(produced.tolist()):  # sync: the step's one, to stream and to stop
                 if row not in running:

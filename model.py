@@ -341,7 +341,7 @@ class MoEFeedForward(nn.Module):
     all; else run every expert over all rows, each read once and no shape depending on the routing; in a long
     prefill, where arithmetic counts, only over the rows routed to it.
     """
-    PREFILL_ROWS = 128
+    PREFILL_ROWS = 128  # more tokens of one sequence than any tree of drafts has
 
     def __init__(self, config: ModelArgs):
         super().__init__()
@@ -358,7 +358,7 @@ class MoEFeedForward(nn.Module):
         weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
         if experts.numel() < self.w2.shape[0]:
             out = self._gathered(rows, weights, experts)
-        elif rows.shape[0] <= self.PREFILL_ROWS:
+        elif x.shape[1] <= self.PREFILL_ROWS:
             out = self._every_expert(rows, weights, experts)
         else:
             out = self._routed_rows(rows, weights, experts)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
-from generate import (Decoder, Parser, common_prefix, compile_layers, device_name,  # noqa: E402
+from generate import (Decoder, Parser, capture, common_prefix, compile_layers, device_name,  # noqa: E402
                       number, pick_device, say, write_atomically)
 from model import (ModelArgs, PackedLinear, Sampling, Transformer, bucket, causal_mask, next_tokens,  # noqa: E402
                    pack_linears, prefill, read_json, resolve_checkpoint)
