@@ -274,6 +274,7 @@ def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
     try:
         check_options(args)
+        args.texts = None if args.interactive else read_prompts(args)
         model, head, tokenizer, report = load(args)
         run = chat if args.interactive else answer
         run(args, model, head, tokenizer, report)
@@ -282,6 +283,11 @@ def main(args: argparse.Namespace) -> int:
         return 141
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         say(f"error: {' '.join(str(error).split())}")
+        return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        say("error: out of memory: a smaller --max-seq-length, batch or --dtype takes less")
         return 2
     except KeyboardInterrupt:
         say("")
@@ -303,7 +309,7 @@ def check_options(args: argparse.Namespace) -> None:
     for name, file in (("--json", args.json), ("--profile", args.profile)):
         if file is not None and args.interactive:
             raise ValueError(f"{name} does not go with --interactive")
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        if file is not None and (file.exists() and not file.is_file() or not file.absolute().parent.is_dir()):
             raise ValueError(f"{name} {file}: not a file in an existing folder")
     if args.interactive and (args.prompt or args.prompt_file or args.raw):
         raise ValueError("--interactive reads chat turns from the terminal: no --prompt, --prompt-file or --raw")
@@ -328,7 +334,6 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
     if args.seed is None and args.temperature > 0:
         args.seed = torch.seed() % 2 ** 31
     seconds = time.perf_counter() - start
-    say(f"loaded {args.checkpoint} in {seconds:.1f} s ({device}, {args.dtype})")
     return model, head, tokenizer, {
         "checkpoint": args.checkpoint, "eagle": args.eagle, "device": str(device), "device_name": device_name(device),
         "dtype": args.dtype, "torch": torch.__version__, "compiled": args.compile, "tree": args.tree,
@@ -372,11 +377,17 @@ def load_draft_vocab(spec: str, folder: Path) -> list[int]:
     return ids[:count]
 
 
+def say_loaded(report: dict) -> None:
+    say("loaded {checkpoint} in {load_seconds:.1f} s ({device}, {dtype})".format(**report))
+
+
 def pick_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs belong to the current device
@@ -406,12 +417,15 @@ def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead |
 def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: "Tokenizer",
            report: dict) -> None:
     """Answer the prompts of the command line, all in one batch."""
-    prompts = [encode(text, tokenizer, args.raw) for text in read_prompts(args)]
+    prompts = [encode(text, tokenizer, args.raw) for text in args.texts]
+    for token in (token for prompt in prompts for token in prompt if token >= model.config.vocab_size):
+        raise ValueError(f"the tokenizer gives token {token}, the model's vocabulary has {model.config.vocab_size}")
     longest = max(map(len, prompts)) + args.max_new_tokens
     room = 0 if head is None else load_tree(args.tree).n_room
     n_slot = args.max_seq_length or min(model.config.block_size, longest + room)
     check_prompts(prompts, n_slot)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
+    say_loaded(report)
 
     printer = Printer(tokenizer, len(prompts), args.color and head is not None)
     with profiler(args.profile):
@@ -490,7 +504,9 @@ def chat(args: argparse.Namespace, model: Transformer, head: EagleHead | None, t
          report: dict) -> None:
     """Chat on the terminal. The cache is kept between turns: only what is new in the conversation is prefilled."""
     n_slot = args.max_seq_length or min(model.config.block_size, model.config.sliding_window or 1 << 30, 8192)
+    tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])  # a template that is missing or broken shows now
     decoder = make_decoder(args, model, head, 1, n_slot)
+    say_loaded(report)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
     say("Ctrl-C ends an answer, Ctrl-D leaves.")
@@ -578,6 +594,8 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
     def parse(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text)
+            if value == float("inf"):
+                raise ValueError
             if (low < value if open_low else low <= value) and value <= high:
                 return value
         above = f"above {low}" if open_low else f"of {low} or more"
@@ -607,7 +625,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="0 is greedy")
     parser.add_argument("--top-k", type=number(int, 1), metavar="N")
     parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X")
-    parser.add_argument("--seed", type=number(int, 0), metavar="N", help="same seed, same text (default: a new one)")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N", help="same seed, same text (default: a new one)")
     parser.add_argument("--max-seq-length", type=number(int, 2), metavar="N", help="cache slots a sequence")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

@@ -1,0 +1,774 @@
+"""The command line of generate.py: what it writes where, its exit status, the chat, and every input it must refuse.
+
+    python -m pytest tests/test_cli.py -q
+
+In this process where that shows the law, as a child process where signals, pipes and terminals matter. The
+checkpoints are tiny random models with a byte-level tokenizer.
+"""
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate as cli
+from generate import Decoder, Printer, generate
+from model import Transformer
+from reference import edited_json, read_safetensors, tiny
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CORPUS = ["The quick brown fox jumps over the lazy dog, and then the other dogs sleep for the rest of the day."] * 4
+CONTEXT = 512
+FIELDS = """checkpoint eagle device device_name dtype torch compiled tree temperature top_k top_p seed
+            prompt_tokens new_tokens tokens text finish_reason target_passes accept_lengths mean_accept_length
+            load_seconds compile_seconds prefill_seconds decode_seconds tokens_per_second peak_memory_bytes""".split()
+
+
+def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT):
+    """A model that never says a special token, unless drawn; with ascii_only it says nothing but printable ASCII."""
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    vocab = 256 + len(SPECIAL) + merges
+    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=vocab, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL]))
+    assert bpe.get_vocab_size() == vocab
+    end = bpe.token_to_id("<|end|>")
+    tiny("gqa", folder, vocab_size=vocab, max_position_embeddings=context, eos_token_id=end, bos_token_id=None,
+         pad_token_id=None)
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": None, "eos_token": "<|end|>", "chat_template": TEMPLATE}))
+    weights = read_safetensors(folder / "model.safetensors")
+    sayable = {i for token, i in bpe.get_vocab().items() if token not in SPECIAL
+               and (not ascii_only or (len(token) == 1 and " " < token < "\x7f"))}
+    weights["lm_head.weight"][sorted(set(range(vocab)) - sayable)] = 0  # a logit of 0 among many is not the largest
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Not to be written into."""
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory):
+    """Its text is encoded back into the very ids it came from: one per character, as in a chat one hopes for."""
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "talker", merges=0, ascii_only=True)
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory):
+    """A context it does not get through while a test waits, and no stop token on the way."""
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "endless", ascii_only=True, context=100_000)
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*argv) -> (exit status, stdout, stderr), in this process."""
+
+    def run(*argv):
+        capsys.readouterr()
+        try:
+            status = cli.main(cli.parse_args(list(map(str, argv))))
+        except SystemExit as leave:
+            status = leave.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def answer(run, checkpoint, tmp_path):
+    """answer(*argv) -> (the JSON report, stdout) of a run that succeeds."""
+
+    def answer(*argv, model=checkpoint):
+        file = tmp_path / "report.json"
+        status, out, err = run("--checkpoint", model, "--dtype", "float32", "--json", file, "--max-new-tokens", 12, *argv)
+        assert status == 0, err
+
+        def refuse(constant):
+            raise AssertionError(f"{constant} is not JSON")
+
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse), out
+
+    return answer
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """refused(*argv, names=[...]): status 2, one line that names the culprit, nothing on stdout, no file touched."""
+
+    def refused(*argv, names=()):
+        before = tree(tmp_path)
+        report = [] if "--json" in argv or "--interactive" in argv else ["--json", tmp_path / "report.json"]
+        status, out, err = run(*argv, *report)
+        assert_one_error_line(status, out, err, names)
+        assert tree(tmp_path) == before
+
+    return refused
+
+
+def assert_one_error_line(status, out, err, names):
+    assert (status, out) == (2, ""), err
+    assert err.endswith("\n") and len(err.splitlines()) == 1, err
+    assert err.startswith("error: ") and "Traceback" not in err
+    for name in [names] if isinstance(names, str) else names:
+        assert str(name) in err, err
+
+
+def tree(folder):
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+def tokens_and_text(folder, prompts, n=12, **options):
+    """What the library says that the command line should answer."""
+    tokenizer, model = Tokenizer.from_pretrained(folder), Transformer.from_pretrained(folder, dtype=torch.float32)
+    ids = generate(model, prompts, n, stop_ids=tokenizer.stop_ids, **options).tokens
+    return ids, [tokenizer.decode(row) for row in ids]
+
+
+def chat_ids(folder, *texts):
+    """Prompt ids of a conversation: user, assistant, user, ..."""
+    roles = ["user", "assistant"] * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    return Tokenizer.from_pretrained(folder).apply_chat_template(messages)
+
+
+# --- a run that succeeds ----------------------------------------------------------------------------------------------
+
+def test_the_report_holds_the_fields_of_the_contract_and_they_agree(answer, checkpoint):
+    report, _ = answer("--prompt", "hello there", "and you?", "--max-seq-length", 200)
+    assert sorted(report) == sorted(FIELDS)
+    prompts = [chat_ids(checkpoint, "hello there"), chat_ids(checkpoint, "and you?")]
+    ids, texts = tokens_and_text(checkpoint, prompts)
+    assert (report["tokens"], report["text"]) == (ids, texts)
+    assert report["prompt_tokens"] == list(map(len, prompts))
+    assert report["new_tokens"] == [12, 12] == [sum(lengths) for lengths in report["accept_lengths"]]
+    assert report["finish_reason"] == ["length", "length"]
+    assert report["target_passes"] == 12 and report["mean_accept_length"] == 1
+    assert report["tokens_per_second"] == pytest.approx(24 / report["decode_seconds"])
+    assert all(report[f"{phase}_seconds"] >= 0 for phase in ("load", "compile", "prefill", "decode"))
+    assert report["peak_memory_bytes"] > 1 << 20
+    facts = dict(checkpoint=str(checkpoint), eagle=None, device="cpu", dtype="float32", torch=torch.__version__,
+                 compiled=False, tree=None, temperature=0, top_k=None, top_p=None, seed=None)
+    assert {key: report[key] for key in facts} == facts and report["device_name"]
+
+
+def test_the_report_repeats_the_sampling_options_and_the_seed(answer):
+    options = dict(temperature=0.7, top_k=20, top_p=0.9, seed=3)
+    argv = ["--temperature", 0.7, "--top-k", 20, "--top-p", 0.9, "--prompt", "hi"]
+    report, _ = answer(*argv, "--seed", 3)
+    assert {key: report[key] for key in options} == options
+    assert answer(*argv, "--seed", 3)[0]["tokens"] == report["tokens"] != answer(*argv, "--seed", 4)[0]["tokens"]
+
+
+def test_without_a_seed_each_run_draws_a_text_of_its_own_and_reports_what_repeats_it(answer):
+    argv = ["--temperature", 2, "--prompt", "hi"]
+    reports = []
+    for _ in range(2):
+        torch.manual_seed(0)  # as every process begins: torch's default is a constant
+        reports.append(answer(*argv)[0])
+    assert reports[0]["tokens"] != reports[1]["tokens"]
+    assert answer(*argv, "--seed", reports[0]["seed"])[0]["tokens"] == reports[0]["tokens"]
+
+
+def test_stdout_is_the_text_of_the_report_and_one_newline(answer):
+    for prompt in ("hello", "The quick brown", "héllo wörld 你好"):
+        report, out = answer("--prompt", prompt, "--max-new-tokens", 80)
+        assert out == report["text"][0] + "\n" and len(report["text"][0]) > 20
+
+
+def test_the_text_streams_token_by_token(run, talker, monkeypatch):
+    pieces = []
+    monkeypatch.setattr(Printer, "_put", lambda self, row, text: pieces.append(text))
+    run("--checkpoint", talker, "--prompt", "hi", "--max-new-tokens", 12)
+    assert [len(text) for text in pieces if text] == [1] * 12
+
+
+def test_several_prompts_are_answered_in_one_batch_each_as_it_would_be_alone(answer):
+    texts = ["hello", "The quick brown fox jumps", "a"]
+    report, out = answer("--prompt", texts[0], texts[1], "--prompt", texts[2])
+    assert out == "".join(f"[{n + 1}] {text}\n" for n, text in enumerate(report["text"]))
+    assert report["text"] == [answer("--prompt", text)[0]["text"][0] for text in texts]
+
+
+def test_the_answer_ends_with_a_stop_token_that_leaves_no_text(answer, broken):
+    ids = answer("--prompt", "hi", model=broken)[0]["tokens"][0]
+    stop = ids[6]
+    for config in ("config.json", "generation_config.json"):
+        with edited_json(broken / config) as content:
+            content["eos_token_id"] = [stop]
+    report, out = answer("--prompt", "hi", model=broken)
+    assert report["tokens"] == [ids[:ids.index(stop) + 1]] and report["finish_reason"] == ["stop"]
+    assert out == report["text"][0] + "\n"
+
+
+def test_raw_continues_the_text_without_a_chat_template(answer, checkpoint):
+    prompt = Tokenizer.from_pretrained(checkpoint).encode("The quick")
+    report, _ = answer("--prompt", "The quick", "--raw")
+    assert report["prompt_tokens"] == [len(prompt)]
+    assert report["tokens"] == tokens_and_text(checkpoint, [prompt])[0]
+
+
+def test_raw_needs_no_chat_template(answer, broken):
+    with edited_json(broken / "tokenizer_config.json") as content:
+        del content["chat_template"]
+    assert answer("--prompt", "hi", "--raw", model=broken)[0]["new_tokens"] == [12]
+
+
+def test_a_chat_template_may_be_named_instead_of_that_of_the_checkpoint(answer, checkpoint, tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}!")
+    prompt = Tokenizer.from_pretrained(checkpoint).encode("hi!")
+    assert answer("--prompt", "hi", "--chat-template", tmp_path / "own.jinja")[0]["prompt_tokens"] == [len(prompt)]
+
+
+def test_a_prompt_file_is_one_prompt(answer, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("first line\n\nsecond line: ümlaut\n", encoding="utf-8")
+    assert (answer("--prompt-file", file)[0]["tokens"]
+            == answer("--prompt", "first line\n\nsecond line: ümlaut")[0]["tokens"])
+
+
+def test_max_seq_length_bounds_prompt_and_answer_together(answer, checkpoint):
+    report, _ = answer("--prompt", "hi", "--max-seq-length", 9, "--max-new-tokens", 100)
+    assert report["new_tokens"] == [9 - len(chat_ids(checkpoint, "hi"))]
+
+
+def test_the_context_of_the_model_bounds_the_answer(answer, broken):
+    configure(max_position_embeddings=40)(broken)
+    report, _ = answer("--prompt", "hi", "--max-new-tokens", 10 ** 9, model=broken)
+    assert report["new_tokens"] == [40 - len(chat_ids(broken, "hi"))]
+
+
+def test_no_checkpoint_means_the_demo_model(run, checkpoint, monkeypatch):
+    import scripts.download
+
+    monkeypatch.setattr(scripts.download, "download_demo", lambda log: log("fetching") or checkpoint)
+    status, out, err = run("--max-new-tokens", 4)
+    assert status == 0 and "fetching" in err and "fetching" not in out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_answers_too(answer, dtype):
+    report, _ = answer("--prompt", "hi", "--dtype", dtype)
+    assert report["dtype"] == dtype and report["new_tokens"] == [12]
+
+
+def test_profile_writes_a_trace_and_nothing_beside_it(answer, tmp_path):
+    answer("--prompt", "hi", "--profile", tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert any("scaled_dot_product" in event.get("name", "") for event in trace["traceEvents"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "trace.json"]
+
+
+def test_ctrl_c_leaves_no_report_and_no_trace(run, checkpoint, tmp_path, monkeypatch):
+    def interrupted(printer, row, ids, n_draft):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Printer, "__call__", interrupted)
+    status, _, err = run("--checkpoint", checkpoint, "--prompt", "hi", "--json", tmp_path / "report.json",
+                         "--profile", tmp_path / "trace.json")
+    assert status == 130 and not list(tmp_path.iterdir()) and "Traceback" not in err
+
+
+def test_json_replaces_an_older_report_and_leaves_nothing_beside_it(answer, tmp_path):
+    (tmp_path / "report.json").write_text("old")
+    answer("--prompt", "hi")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, names", [
+    (["--temperature", "-1"], ["--temperature", "'-1'"]),
+    (["--temperature", "abc"], ["--temperature", "'abc'"]),
+    (["--temperature", "nan"], ["--temperature", "'nan'"]),
+    (["--temperature", "inf"], ["--temperature", "'inf'"]),
+    (["--top-p", "0"], ["--top-p", "'0'"]),
+    (["--top-p", "1.5"], ["--top-p", "'1.5'"]),
+    (["--top-p", "half"], ["--top-p", "'half'"]),
+    (["--top-k", "0"], ["--top-k", "'0'"]),
+    (["--top-k", "2.5"], ["--top-k", "'2.5'"]),
+    (["--max-new-tokens", "0"], ["--max-new-tokens", "'0'"]),
+    (["--max-new-tokens", "many"], ["--max-new-tokens", "'many'"]),
+    (["--max-seq-length", "-5"], ["--max-seq-length", "'-5'"]),
+    (["--seed", "-1"], ["--seed", "'-1'"]),
+    (["--seed", "99999999999999999999999"], ["--seed", "99999999999999999999999"]),
+    (["--dtype", "int3"], ["--dtype", "int3"]),
+    (["--device", "nonsense"], ["--device", "nonsense"]),
+    (["--device", "cpu:x"], ["--device", "cpu:x"]),
+    (["--device", "meta"], ["--device", "meta"]),
+    (["--frobnicate"], ["--frobnicate"]),
+    (["--prompt"], ["--prompt"]),
+    (["--chat-template", "no-such"], ["no-such"]),
+], ids=" ".join)
+def test_a_bad_option_value_is_refused_by_name(refused, checkpoint, argv, names):
+    prompt = [] if argv == ["--prompt"] else ["--prompt", "hi"]
+    refused("--checkpoint", checkpoint, *prompt, *argv, names=names)
+
+
+def test_a_stray_argument_is_refused_by_name(refused, checkpoint):
+    refused("stray", "--checkpoint", checkpoint, "--prompt", "hi", names="stray")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_is_refused_where_there_is_none(refused, checkpoint, device):
+    refused("--checkpoint", checkpoint, "--prompt", "hi", "--device", device, names=["--device", device])
+
+
+def test_a_missing_checkpoint_folder_is_refused_by_name(refused, tmp_path):
+    refused("--checkpoint", tmp_path / "nowhere", "--prompt", "hi", names="nowhere")
+    refused("--checkpoint", "", "--prompt", "hi")
+
+
+def test_a_hub_id_without_network_is_refused_by_name(refused, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from the environment at import
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    refused("--checkpoint", "nobody/no-such-model", "--prompt", "hi", names=["nobody/no-such-model", "network"])
+
+
+def test_a_head_that_is_missing_or_no_head_is_refused_by_name(refused, checkpoint, tmp_path):
+    refused("--checkpoint", checkpoint, "--prompt", "hi", "--eagle", tmp_path / "nowhere", names="nowhere")
+    refused("--checkpoint", checkpoint, "--prompt", "hi", "--eagle", names=str(checkpoint))  # none ships for this model
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def truncate(name, part):
+    def edit(folder):
+        os.truncate(folder / name, int(part * (folder / name).stat().st_size))
+    return edit
+
+
+def rewrite(name, text):
+    return lambda folder: (folder / name).write_bytes(text)
+
+
+def configure(file="config.json", **keys):
+    def edit(folder):
+        with edited_json(folder / file) as content:
+            content.update(keys)
+    return edit
+
+
+DAMAGES = {
+    "no weights": (remove("model.safetensors"), "model.safetensors"),
+    "empty weights": (truncate("model.safetensors", 0), "model.safetensors"),
+    "weights cut in the header": (truncate("model.safetensors", 0.01), "model.safetensors"),
+    "weights cut in the middle": (truncate("model.safetensors", 0.5), "model.safetensors"),
+    "weights cut near the end": (truncate("model.safetensors", 0.999), "model.safetensors"),
+    "weights of another shape": (configure(intermediate_size=64), ["mlp.", "56", "64"]),
+    "another vocabulary": (configure(vocab_size=298), ["299", "298"]),
+    "a layer too many": (configure(num_hidden_layers=3), "model.layers.2."),
+    "a layer too few": (configure(num_hidden_layers=1), "model.layers.1."),
+    "unknown architecture": (configure(model_type="mamba"), ["model_type", "mamba"]),
+    "no architecture": (rewrite("config.json", b"{}"), "model_type"),
+    "unknown rope type": (configure(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["rope", "yarn"]),
+    "unknown activation": (configure(hidden_act="gelu"), ["hidden_act", "gelu"]),
+    "no config.json": (remove("config.json"), "config.json"),
+    "half a config.json": (truncate("config.json", 0.5), "config.json"),
+    "config.json of bytes": (rewrite("config.json", b"\xff\xfe\x00"), "config.json"),
+    "config.json of a list": (rewrite("config.json", b"[1]"), "config.json"),
+    "no tokenizer": (remove("tokenizer.json"), "tokenizer"),
+    "half a tokenizer.json": (truncate("tokenizer.json", 0.5), "tokenizer.json"),
+    "empty tokenizer.json": (truncate("tokenizer.json", 0), "tokenizer.json"),
+    "half a tokenizer_config.json": (truncate("tokenizer_config.json", 0.5), "tokenizer_config.json"),
+    "half a generation_config.json": (truncate("generation_config.json", 0.5), "generation_config.json"),
+    "no chat template": (configure("tokenizer_config.json", chat_template=None), ["chat template", "--raw"]),
+    "half a chat template": (configure("tokenizer_config.json", chat_template="{% for"), "chat template"),
+    "a chat template that refuses": (
+        configure("tokenizer_config.json", chat_template="{{ raise_exception('not\nthis') }}"), "not this"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_file_and_value(refused, broken, name):
+    damage, names = DAMAGES[name]
+    damage(broken)
+    refused("--checkpoint", broken, "--prompt", "hi", names=names)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_is_refused_where_it_matters(refused, answer, broken):
+    from safetensors.torch import save_file
+
+    with edited_json(broken / "config.json") as config:
+        config["vocab_size"] = 250
+    weights = read_safetensors(broken / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[key] = weights[key][:250].clone()
+    save_file(weights, broken / "model.safetensors")
+    assert answer("--prompt", "abc", model=broken)[0]["new_tokens"] == [12]  # ids below 250 only
+    refused("--checkpoint", broken, "--prompt", "the other dog", names=["250"])  # merged tokens have higher ones
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t "])
+def test_an_empty_prompt_is_refused(refused, checkpoint, tmp_path, text):
+    refused("--checkpoint", checkpoint, "--prompt", text, names="prompt is empty")
+    refused("--checkpoint", checkpoint, "--prompt", "hi", text, names="prompt is empty")
+    (tmp_path / "blank.txt").write_text(text)
+    refused("--checkpoint", checkpoint, "--prompt-file", tmp_path / "blank.txt", names="empty")
+
+
+def test_a_prompt_file_that_cannot_be_read_is_refused_by_name(refused, checkpoint, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
+    for name in ("missing.txt", "latin1.txt", "."):
+        refused("--checkpoint", checkpoint, "--prompt-file", tmp_path / name, names=str(tmp_path / name))
+
+
+def test_a_prompt_and_a_prompt_file_together_are_refused(refused, checkpoint, tmp_path):
+    (tmp_path / "prompt.txt").write_text("hi")
+    refused("--checkpoint", checkpoint, "--prompt", "hi", "--prompt-file", tmp_path / "prompt.txt",
+            names=["--prompt", "--prompt-file"])
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(refused, checkpoint):
+    long = "x" * 600
+    length = len(chat_ids(checkpoint, long))
+    refused("--checkpoint", checkpoint, "--prompt", long, names=[length, CONTEXT])
+    refused("--checkpoint", checkpoint, "--prompt", "hi", long, names=[length, CONTEXT])
+    refused("--checkpoint", checkpoint, "--prompt", "x" * 60, "--max-seq-length", 20, names=[20])
+    refused("--checkpoint", checkpoint, "--prompt", "x" * 60, "--max-seq-length", 2, names=[2])
+
+
+def test_more_slots_than_the_context_has_are_refused_with_both_lengths(refused, checkpoint):
+    refused("--checkpoint", checkpoint, "--prompt", "hi", "--max-seq-length", 513, names=[513, CONTEXT])
+    refused("--checkpoint", checkpoint, "--prompt", "hi", "--max-seq-length", 10 ** 30, names=[10 ** 30, CONTEXT])
+    refused("--checkpoint", checkpoint, "--interactive", "--max-seq-length", 513, names=[513, CONTEXT])
+
+
+def test_a_cache_that_does_not_fit_in_memory_is_refused(refused, broken):
+    configure(max_position_embeddings=10 ** 13)(broken)
+    refused("--checkpoint", broken, "--prompt", "hi", "--max-seq-length", 10 ** 13, names="memory")
+
+
+@pytest.mark.parametrize("option", ["--json", "--profile"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(refused, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(cli, "load", lambda args: pytest.fail("loaded"))
+    for target in (tmp_path / "missing" / "out.json", tmp_path):
+        refused("--prompt", "hi", option, target, names=[option, target])
+    refused("--interactive", option, tmp_path / "out.json", names=[option, "--interactive"])
+
+
+def test_a_pipe_or_device_is_never_replaced_by_a_report(run, checkpoint, tmp_path):
+    """--json /dev/null must not turn the device into a file: write into it, or refuse."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    run("--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", 2, "--json", tmp_path / "pipe")
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_prompt_that_cannot_be_right_is_refused_before_the_model_is_loaded(refused, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Transformer, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
+    for argv in (["--prompt", ""], ["--prompt-file", tmp_path / "missing.txt"]):
+        refused("--checkpoint", checkpoint, *argv)
+
+
+@pytest.mark.parametrize("option", [["--prompt", "hi"], ["--prompt-file", "x.txt"], ["--raw"]], ids=" ".join)
+def test_interactive_is_refused_with_what_makes_no_sense_beside_it(refused, checkpoint, option):
+    refused("--checkpoint", checkpoint, "--interactive", *option, names=["--interactive", option[0]])
+
+
+def test_interactive_without_a_chat_template_is_refused_before_the_first_question(refused, broken, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    configure("tokenizer_config.json", chat_template=None)(broken)
+    refused("--checkpoint", broken, "--interactive", names="chat template")
+
+
+# --- chat, in this process --------------------------------------------------------------------------------------------
+
+class Chat:
+    """Feeds lines to the chat and watches what the decoder is asked, what it answers and which positions it computes."""
+
+    def __init__(self, monkeypatch, run, folder):
+        self.run, self.folder, self.monkeypatch = run, folder, monkeypatch
+        self.turns = []         # {"prompt": ids, "said": ids, "computed": positions}
+        self.interrupt_at = {}  # turn -> the pass of the model that Ctrl-C comes in
+        decode, features = Decoder.generate, Transformer.features
+
+        def watched_decode(decoder, prompts, *args, on_tokens, **options):
+            turn = {"prompt": prompts[0], "said": [], "computed": [], "passes": 0}
+            self.turns.append(turn)
+
+            def watched_on_tokens(row, ids, *rest):
+                turn["said"] += ids
+                on_tokens(row, ids, *rest)
+
+            return decode(decoder, prompts, *args, on_tokens=watched_on_tokens, **options)
+
+        def watched_features(model, tokens, input_pos, *args, **options):
+            turn = self.turns[-1]
+            if turn["passes"] == self.interrupt_at.get(len(self.turns) - 1):
+                raise KeyboardInterrupt
+            turn["passes"] += 1
+            turn["computed"] += input_pos.expand(tokens.shape)[0].tolist()
+            return features(model, tokens, input_pos, *args, **options)
+
+        monkeypatch.setattr(Decoder, "generate", watched_decode)
+        monkeypatch.setattr(Transformer, "features", watched_features)
+
+    def __call__(self, *lines, argv=()):
+        """Each line is a message, or an exception that input() raises; then Ctrl-D. Returns (stdout, stderr)."""
+        pending = iter([*lines, EOFError])
+
+        def read(prompt=""):
+            line = next(pending)
+            if isinstance(line, type):
+                raise line
+            return line
+
+        self.monkeypatch.setattr("builtins.input", read)
+        status, out, err = self.run("--checkpoint", self.folder, "--dtype", "float32", "--interactive",
+                                    "--max-new-tokens", 10, *argv)
+        self.monkeypatch.undo()
+        assert status == 0, err
+        return out, err
+
+    def assert_each_answer_is_that_of_a_fresh_model(self):
+        for turn in self.turns:
+            fresh, _ = tokens_and_text(self.folder, [turn["prompt"]], 10)
+            assert turn["said"] == fresh[0][:len(turn["said"])]
+
+
+@pytest.fixture
+def chat(monkeypatch, run, talker):
+    return Chat(monkeypatch, run, talker)
+
+
+def test_a_chat_carries_the_conversation_on_and_prefills_only_what_is_new(chat, talker):
+    out, _ = chat("Hello, who are you?", "I see. Tell me more!", "ok")
+    decode = Tokenizer.from_pretrained(talker).decode
+    said = [decode(turn["said"]) for turn in chat.turns]
+    assert out == "".join(text + "\n" for text in said) and [len(text) for text in said] == [10, 10, 10]
+    assert chat.turns[0]["prompt"] == chat_ids(talker, "Hello, who are you?")
+    assert chat.turns[2]["prompt"] == chat_ids(talker, "Hello, who are you?", said[0], "I see. Tell me more!", said[1], "ok")
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+    known = 0
+    for turn in chat.turns:
+        end = len(turn["prompt"]) + 10 - 1  # the last token said has not been an input yet
+        assert sorted(set(turn["computed"])) == list(range(known, end))
+        known = end
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 6])
+def test_ctrl_c_ends_the_answer_only_and_spoils_no_later_one(chat, talker, at):
+    chat.interrupt_at = {0: at, 2: at}
+    out, err = chat("Hello, who are you?", "I see.", "What?", "Go on.")
+    assert "Traceback" not in err and len(chat.turns) == 4
+    lengths = [len(turn["said"]) for turn in chat.turns]
+    assert lengths[0] == max(0, at - 2)  # the passes are prefill, warm-up, steps
+    assert lengths[1] == lengths[3] == 10 and lengths[2] <= at
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+    said = Tokenizer.from_pretrained(talker).decode(chat.turns[0]["said"])
+    assert chat.turns[1]["prompt"] == chat_ids(talker, "Hello, who are you?", said, "I see.")
+
+
+def test_ctrl_c_while_an_answer_is_printed_keeps_the_conversation_right(chat, monkeypatch):
+    put, calls = Printer._put, []
+
+    def interrupted(printer, row, text):
+        put(printer, row, text)
+        calls.append(text)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Printer, "_put", interrupted)
+    chat("Hello, who are you?", "Go on.")
+    assert 0 < len(chat.turns[0]["said"]) < 10 and len(chat.turns[1]["said"]) == 10
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+
+
+def test_ctrl_c_at_the_prompt_neither_leaves_nor_forgets(chat):
+    chat("Hello, who are you?", KeyboardInterrupt, KeyboardInterrupt, "", "  ", "ok")
+    assert len(chat.turns) == 2 and len(chat.turns[1]["prompt"]) > len(chat.turns[0]["prompt"]) + 10
+
+
+def test_a_conversation_that_fills_the_context_begins_anew(chat, talker):
+    out, err = chat("Hello, who are you?", "I see.", "Tell me more.", argv=["--max-seq-length", 50])
+    assert [turn["prompt"] for turn in chat.turns].count(chat_ids(talker, "Tell me more.")) == 1
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+    assert "50" in err
+
+
+def test_a_message_longer_than_the_context_is_not_the_end_of_the_chat(chat, talker):
+    out, err = chat("Hello", "x" * 80, "Again", argv=["--max-seq-length", 50])
+    assert "80" in err or str(len(chat_ids(talker, "x" * 80))) in err
+    assert len(chat.turns) == 2 and len(chat.turns[1]["said"]) == 10
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+
+
+# --- as a child process -----------------------------------------------------------------------------------------------
+
+def command(*argv):
+    return [sys.executable, str(ROOT / "generate.py"), *map(str, argv)]
+
+
+def environment(**variables):
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
+
+
+def heed_ctrl_c():
+    """In the child. Shells start background jobs, and these tests may be in one, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+LONG = ["--max-new-tokens", 50_000]  # longer than any test waits, and yet the end of a process that none waits for
+
+
+def test_the_child_processes_of_bad_input_leave_status_2_and_one_line(checkpoint, tmp_path):
+    """The cases in which this process might differ: the interpreter's own output at its end, and raw bytes."""
+    cases = [
+        (["--checkpoint", "nobody/no-such-model", "--prompt", "hi"], "nobody/no-such-model"),
+        (["--checkpoint", checkpoint, "--prompt", os.fsdecode(b"Gr\xfc\xdfe")], "UTF-8"),
+        (["--checkpoint", checkpoint, "--temperature", "-1"], "--temperature"),
+    ]
+    environ = environment(HF_HOME=str(tmp_path / "hub"), HF_HUB_CACHE=str(tmp_path / "hub"))
+    children = [subprocess.Popen(command(*argv, "--json", tmp_path / "out.json"), stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, env=environ) for argv, _ in cases]
+    for child, (_, names) in zip(children, cases):
+        out, err = child.communicate(timeout=60)
+        assert_one_error_line(child.returncode, out.decode(), err.decode(), names)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_full_disk_is_one_line_and_status_2(checkpoint):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        child = subprocess.run(command("--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", 3), stdout=full,
+                               stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert child.returncode == 2, child.stderr
+    assert child.stderr.splitlines()[-1].startswith("error: ") and "Exception" not in child.stderr
+
+
+def test_ctrl_c_leaves_status_130_no_traceback_and_no_half_written_file(endless, tmp_path):
+    child = subprocess.Popen(command("--checkpoint", endless, "--prompt", "hi", "--json", tmp_path / "out.json", *LONG),
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), preexec_fn=heed_ctrl_c)
+    try:
+        assert len(os.read(child.stdout.fileno(), 1)) == 1  # it streams
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert b"Traceback" not in err and b"Error" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_early_is_no_error(endless):
+    argv = shlex.join(command("--checkpoint", endless, "--prompt", "hi", *LONG))
+    child = subprocess.run(["bash", "-c", f"{argv} | head -c1; exit ${{PIPESTATUS[0]}}"], capture_output=True,
+                           env=environment(), timeout=60)
+    assert len(child.stdout) == 1 and child.returncode == 141  # as a program that SIGPIPE ends
+    assert len(child.stderr.splitlines()) <= 1 and b"Traceback" not in child.stderr and b"Exception" not in child.stderr
+
+
+def test_a_chat_from_a_pipe_answers_each_line_and_ends_with_it(talker):
+    child = subprocess.run(command("--checkpoint", talker, "--interactive", "--max-new-tokens", 8, "--dtype", "float32"),
+                           input="Hello\nGo on", capture_output=True, text=True, env=environment(), timeout=60)
+    first = tokens_and_text(talker, [chat_ids(talker, "Hello")], 8)[1][0]
+    second = tokens_and_text(talker, [chat_ids(talker, "Hello", first, "Go on")], 8)[1][0]
+    assert (child.returncode, child.stdout) == (0, f"{first}\n{second}\n"), child.stderr
+    assert "Traceback" not in child.stderr
+
+
+class Terminal:
+    """A child process on a terminal of its own."""
+
+    def __init__(self, argv):
+        self.end, inner = pty.openpty()
+        settings = termios.tcgetattr(inner)
+        settings[3] &= ~termios.ECHO
+        termios.tcsetattr(inner, termios.TCSANOW, settings)
+        own = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        self.child = subprocess.Popen([sys.executable, "-c", own, *argv], stdin=inner, stdout=inner, stderr=inner,
+                                      start_new_session=True, env=environment(TERM="dumb"), preexec_fn=heed_ctrl_c)
+        os.close(inner)
+        self.text = ""
+
+    def type(self, text):
+        os.write(self.end, text.encode())
+
+    def wait_for(self, pattern, typing="", seconds=60):
+        """Read until what came since the last match matches; return it. `typing` is typed now and in each silent second,
+        for a key is lost that is pressed between the prompt and readline's taking over the terminal."""
+        deadline = time.monotonic() + seconds
+        self.type(typing)
+        while not (match := re.search(pattern, self.text)):
+            if not self.read():
+                self.type(typing)
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[-2000:]!r}"
+        seen, self.text = self.text[:match.end()], self.text[match.end():]
+        return seen
+
+    def read(self):
+        """Take what there is, or comes within a second. False when there is nothing."""
+        with contextlib.suppress(OSError):  # EIO: the child has left
+            if select.select([self.end], [], [], 1)[0]:
+                self.text += os.read(self.end, 65536).decode(errors="replace")
+                return True
+        return False
+
+    def leave(self, seconds=30):
+        """Type Ctrl-D until the child leaves. Returns its exit status."""
+        deadline = time.monotonic() + seconds
+        while self.child.poll() is None and time.monotonic() < deadline:
+            self.type("\x04")
+            while self.read():
+                pass
+        return self.child.poll()
+
+    def close(self):
+        with contextlib.suppress(ProcessLookupError):
+            self.child.kill()
+        self.child.wait()
+        os.close(self.end)
+
+
+def test_on_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(endless):
+    terminal = Terminal(command("--checkpoint", endless, "--interactive", "--max-seq-length", 100_000, *LONG))
+    try:
+        seen = terminal.wait_for(r"> $")
+        for message in ("hello\n", "again\n"):
+            terminal.type(message)
+            seen += terminal.wait_for(r"[!-~]{40}")     # it answers, and would for long
+            terminal.type("\x03")
+            seen += terminal.wait_for(r"\r\n> $")
+        seen += terminal.wait_for(r"Ctrl-D leaves\.\r\n> $", typing="\x03")
+        assert terminal.leave() == 0
+        assert "Traceback" not in seen + terminal.text
+    finally:
+        terminal.close()
