@@ -587,7 +587,8 @@ class EagleStep:
         self.produced.copy_(torch.where(order <= accepted.n_accepted, self.pair_tokens, -1))
         self.pair_features.copy_(take_rows(features, accepted.path))
         self.n_pair.copy_(accepted.n_accepted + 1)
-        self.pos.add_(self.n_pair)
+        # A row that ends on the last slot has its root one past it; it only idles, where plain steps can look.
+        self.pos.add_(self.n_pair).clamp_(max=self.model.kv_cache.shape[4] - 1)
         self.tokens.copy_(accepted.bonus)
 
 

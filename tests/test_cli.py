@@ -730,7 +730,7 @@ class Terminal:
         while not (match := re.search(pattern, self.text)):
             if not self.read():
                 self.type(typing)
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[-2000:]!r}"
+            assert self.child.poll() is None and time.monotonic() < deadline, f"no {pattern!r} in {self.text[-2000:]!r}"
         seen, self.text = self.text[:match.end()], self.text[match.end():]
         return seen
 
