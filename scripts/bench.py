@@ -99,8 +99,6 @@ def check(args: argparse.Namespace) -> None:
     args.device, args.dtype = pick_device(args.device), getattr(torch, args.dtype)
     if args.device.type not in BUFFER:
         raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
-    if args.device.type == "cuda" and args.device.index is not None:
-        torch.cuda.set_device(args.device)  # streams and graphs go to the current device
     args.compile = args.device.type == "cuda" if args.compile is None else args.compile
     args.config = SHAPES[args.shape] if args.shape else ModelArgs.from_config(
         read_json(resolve_checkpoint(args.checkpoint) / "config.json"))

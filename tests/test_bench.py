@@ -156,7 +156,7 @@ def test_peer_decodes_the_same_tokens(tmp_path, short):
     (["--checkpoint", "no/such/folder"], "no such folder"),
     (["--shape", "smollm2-135m", "--json", "/no/such/folder/x.json"], "not a file in an existing folder"),
     (["--shape", "smollm2-135m", "--device", "abacus"], "--device abacus"),
-    (["--shape", "smollm2-135m", "--device", "meta"], "only cpu and cuda"),
+    (["--shape", "smollm2-135m", "--device", "meta"], "--device meta: it holds no values"),
 ])
 def test_a_users_mistake_is_one_line_and_status_2(argv, message, capsys):
     try:
