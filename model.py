@@ -454,7 +454,7 @@ def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def next_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
     """[..., V] -> [...]: the largest logit at temperature 0, else a draw from torch's own generator."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # argmax takes four times as long on a CPU in bf16
     return sample(logits_to_probs(logits, *sampling))
 
 
@@ -615,7 +615,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
         # A plain attribute: an opaque mkldnn tensor cannot be a parameter that .to() or state_dict() may touch.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)
 
     @property
     def weight(self) -> Tensor:
