@@ -294,14 +294,15 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
         qkv = self.wqkv(x).view(B, T, H + 2 * K, D)
-        qk, v = qkv.split((H + K, K), dim=2)
+        rotated = qkv[:, :, :H + K]
         if self.q_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
-        q, k = apply_rope(qk, rope).split((H, K), dim=2)
+            rotated = torch.cat((self.q_norm(rotated[:, :, :H]), self.k_norm(rotated[:, :, H:])), dim=2)
+        qkv[:, :, :H + K] = apply_rope(rotated, rope)  # in place, so that keys and values stay one block to write
+        q, kv = qkv[:, :, :H], qkv[:, :, H:].unflatten(2, (2, K))
         if kv_cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)                       # [B, K, T, D]
+            k, v = kv.permute(2, 0, 3, 1, 4)                                  # [B, K, T, D]
         else:
-            k, v = write_cache(kv_cache, cache_pos, k, v, bias.shape[-1])     # [B, K, S, D]
+            k, v = write_cache(kv_cache, cache_pos, kv, bias.shape[-1])       # [B, K, S, D]
         # The G query heads that share a key/value head become rows of it: keys and values are read once, and no
         # kernel has to know about grouped queries.
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
@@ -310,17 +311,14 @@ class Attention(nn.Module):
         return self.wo(y)
 
 
-def write_cache(kv_cache: Tensor, cache_pos: Tensor, k: Tensor, v: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
-    """Put k, v [B, T, K, D] into kv_cache [2, B, K, slots, D] at cache_pos [B, T]; return views [B, K, n_slot, D]."""
-    keys, values = kv_cache[:, :k.shape[0]]
-    if k.shape[0] == 1:  # a third of the general form's time on a CPU
-        keys.index_copy_(2, cache_pos[0], k.transpose(1, 2))
-        values.index_copy_(2, cache_pos[0], v.transpose(1, 2))
+def write_cache(kv_cache: Tensor, cache_pos: Tensor, kv: Tensor, n_slot: int) -> Tensor:
+    """Put kv [B, T, 2, K, D] into kv_cache [2, B, K, slots, D] at cache_pos [B, T]; return a view [2, B, K, n_slot, D]."""
+    B = kv.shape[0]
+    if B == 1:  # a third of the general form's time on a CPU
+        kv_cache[:, :1].index_copy_(3, cache_pos[0], kv.permute(2, 0, 3, 1, 4))
     else:
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        keys[row, :, cache_pos] = k
-        values[row, :, cache_pos] = v
-    return keys[:, :, :n_slot], values[:, :, :n_slot]
+        kv_cache[:, torch.arange(B, device=kv.device)[:, None], :, cache_pos] = kv
+    return kv_cache[:, :B, :, :n_slot]
 
 
 class FeedForward(nn.Module):
