@@ -47,7 +47,7 @@ SLOTS = [128, 1024, 4096]
 PROMPT, NEW = 32, 128       # tokens of the decoding runs
 LONG_PROMPT = 2048          # tokens of the prefill run
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
-ROUNDS = 5                  # runs of what takes long: prefill, decoding, the peer
+ROUNDS = 5                  # runs of what takes long: prefill, decoding
 
 
 def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,
@@ -462,7 +462,7 @@ def compare_peer(args: argparse.Namespace) -> dict:
     lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
     arms = [peer_arm(theirs.to(args.device).eval(), prompt), *(our_arm(model, prompt, n, args) for n in lengths)]
     seconds = [[] for _ in arms]
-    for _ in tqdm(range(ROUNDS + 1), "rounds", leave=False, disable=None):
+    for _ in tqdm(range(args.repeats + 1), "rounds", leave=False, disable=None):
         outputs = []
         for arm, times in zip(arms, seconds):
             begin = clock(args.device)
@@ -620,7 +620,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens that head drafts (default: all)")
     parser.add_argument("--accept-length", type=number(float, 1), nargs="+", default=[], metavar="X",
                         help="project the speedup at these accepted lengths")
-    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step")
+    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step or peer")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
