@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
-from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_linears, prefill, read_json,
+from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, read_json,
                    resolve_checkpoint)
 
 DEFAULT_PROMPT = "Why is the sky blue?"
@@ -328,9 +328,9 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
     head, args.tree = load_head(args, model) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
-        pack_linears(model)
+        pack_for_cpu(model)
         if head is not None:
-            pack_linears(head)
+            pack_for_cpu(head)
     if args.seed is None and args.temperature > 0:
         args.seed = torch.seed() % 2 ** 31
     seconds = time.perf_counter() - start

@@ -41,7 +41,7 @@ from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
 from generate import (Decoder, Parser, capture, common_prefix, compile_layers, device_name,  # noqa: E402
                       number, pick_device, say, write_atomically)
 from model import (ModelArgs, PackedLinear, Sampling, Transformer, bucket, causal_mask, next_tokens,  # noqa: E402
-                   pack_linears, prefill, read_json, resolve_checkpoint)
+                   pack_for_cpu, prefill, read_json, resolve_checkpoint)
 
 SLOTS = [128, 1024, 4096]
 PROMPT, NEW = 32, 128       # tokens of the decoding runs
@@ -151,7 +151,7 @@ def measure_target(args: argparse.Namespace) -> dict:
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
         compile_layers(model.layers)
     else:
-        pack_linears(model)
+        pack_for_cpu(model)
     load_seconds = clock(device) - begin
     setup_caches(model, max(*args.slots, LONG_PROMPT, PROMPT + NEW))
 
@@ -230,7 +230,7 @@ def random_head(model: Transformer, args: argparse.Namespace) -> EagleHead:
         torch.set_default_dtype(torch.float32)
     if args.draft_vocab:
         head.set_draft_vocab(list(range(args.draft_vocab)))
-    compile_layers([head.layer]) if args.compile else pack_linears(head)
+    compile_layers([head.layer]) if args.compile else pack_for_cpu(head)
     head.setup_caches(1, model.kv_cache.shape[4])
     return head.eval()
 
@@ -441,7 +441,7 @@ def variants(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str], Transf
             elif name == "whole":
                 options = {"coordinate_descent_tuning": True} if twin.inv_freq.is_cuda else None  # as compile_layers
                 twin.compile(dynamic=False, options=options)
-            elif name == "packed" and not any(isinstance(m, PackedLinear) for m in pack_linears(twin).modules()):
+            elif name == "packed" and not any(isinstance(m, PackedLinear) for m in pack_for_cpu(twin).modules()):
                 continue  # nothing to pack: another device, dtype or processor
             yield (name, str(dtype).removeprefix("torch.")), twin
 
@@ -456,7 +456,7 @@ def compare_peer(args: argparse.Namespace) -> dict:
     transformers.utils.logging.disable_progress_bar()
     model = load(args, args.dtype)
     if not args.compile:
-        pack_linears(model)
+        pack_for_cpu(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint(args.checkpoint), dtype=args.dtype)
     prompt = random_tokens(model, PROMPT)
     lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from generate import Decoder, Sampling, generate
-from model import PackedLinear, Transformer, bucket, logits_to_probs, pack_linears, sample
+from model import PackedLinear, PackedRMSNorm, RMSNorm, Transformer, bucket, logits_to_probs, pack_for_cpu, sample
 from reference import assert_close, expected, naive_decode, tiny, tokens_of
 
 CONTEXT = 400  # slots: bucket borders at 128, 192, 256, 384 and the end of the cache
@@ -468,11 +468,11 @@ def test_prompts_of_new_lengths_compile_nothing(compiled):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "llama2_tied", "mixtral"])
-def test_packed_linears_give_close_logits_and_text_that_the_plain_model_finds_likely(zoo, kind):
+def test_packed_modules_give_close_logits_and_text_that_the_plain_model_finds_likely(zoo, kind):
     z, prompt = zoo(kind), tokens_of(40)
-    plain, packed = load(z.folder, torch.bfloat16), pack_linears(load(z.folder, torch.bfloat16))
+    plain, packed = load(z.folder, torch.bfloat16), pack_for_cpu(load(z.folder, torch.bfloat16))
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert not any(type(module) is torch.nn.Linear for module in packed.modules())
+        assert not any(type(module) in (torch.nn.Linear, RMSNorm) for module in packed.modules())
         assert isinstance(packed.output, PackedLinear)
     for length in (1, 7, 40):
         ours, theirs = (model(torch.tensor([prompt[:length]]), torch.arange(length))[0] for model in (packed, plain))
@@ -483,9 +483,18 @@ def test_packed_linears_give_close_logits_and_text_that_the_plain_model_finds_li
     assert (logits.max(-1).values - chosen).max() < 0.05 * (logits.max() - logits.min())
 
 
+def test_packed_norm_is_the_rms_norm_to_the_last_bit_but_one():
+    norm = RMSNorm(48, 1e-5).to(torch.bfloat16).requires_grad_(False)
+    norm.weight.normal_(1, 0.3)
+    x = 3 * torch.randn(2, 5, 48).bfloat16()
+    x[0, 0] *= 1e-3  # so small that eps matters
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+    assert torch.all((PackedRMSNorm(norm)(x).double() - exact).abs() <= 2 ** -8 * exact.abs())
+
+
 @torch.no_grad()
 def test_packing_leaves_fp32_linears_alone(gqa):
-    model, prompt = pack_linears(load(gqa.folder)), tokens_of(9)
+    model, prompt = pack_for_cpu(load(gqa.folder)), tokens_of(9)
     assert generate(model, [prompt], 20).tokens == [gqa.oracle(prompt, 20)]
 
 
