@@ -3,7 +3,7 @@
     python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
     python scripts/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
     python scripts/bench.py --shape smollm2-135m --slots 128 --variants eager packed block whole
-    python scripts/bench.py --shape llama-2-7b --trees static dynamic --accept-length 3.62 4.70   # EAGLE's step, by parts
+    python scripts/bench.py --shape llama-2-7b --trees static dynamic --accept-length 3.62 4.70  # EAGLE, by parts
     python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
 Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. Times
@@ -48,6 +48,7 @@ PROMPT, NEW = 32, 128       # tokens of the decoding runs
 LONG_PROMPT = 2048          # tokens of the prefill run
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 ROUNDS = 5                  # runs of what takes long: prefill, decoding
+STEPS = 16                  # EAGLE steps in each of them, all within the same bucket of cache slots
 
 
 def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,
@@ -108,6 +109,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
+    for tree in args.trees:
+        if load_tree(tree).n_room + 2 > min(args.slots):
+            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
     check_memory(args)
 
 
@@ -167,7 +171,7 @@ def measure_target(args: argparse.Namespace) -> dict:
         "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
         "prefill": measure_prefill(model), "decode": measure_decode(model, args),
-        "eagle": [measure_eagle(model, head, name, args, steps) for name in args.trees],
+        "eagle": [measure_eagle(model, head, twin, name, args, steps) for name in args.trees],
     }
     print_target(report)
     return report
@@ -353,17 +357,26 @@ def measure_decode(model: Transformer, args: argparse.Namespace) -> dict:
             "warmup_seconds": results[0].timings["compile_seconds"]}
 
 
-def measure_eagle(model: Transformer, head: EagleHead, name: str, args: argparse.Namespace, steps: list[dict]) -> dict:
-    """EAGLE's decoding end to end. What a step takes beyond its parts on the device is the host's gap."""
-    prompt, tree = random_tokens(model, args.slots[0]), load_tree(name)
+def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: str, args: argparse.Namespace,
+                  steps: list[dict]) -> dict:
+    """EAGLE's decoding end to end, in turn with its step alone over as many slots: what it takes more is the host's."""
+    tree, n_used = load_tree(name), args.slots[0]
+    n_new = min(STEPS, n_used - tree.n_room - 1)
+    prompt = random_tokens(model, n_used - tree.n_room - n_new)
     decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
-    results = [decoder.generate([prompt], 32) for _ in range(ROUNDS + 1)]
-    wall = statistics.median(1e3 * r.timings["decode_seconds"] / r.target_passes for r in results[1:])
-    ms = {row["part"]: row["ms_median"] for row in reversed(steps) if row["used_slots"] == args.slots[0]}
-    whole = ms[f"{name}: whole step"]
-    ratio = whole / ms["target pass"] if "target pass" in ms else None
-    return {"tree": name, "used_slots": args.slots[0], "ms_whole_step": whole, "ms_wall_per_step": wall,
-            "ms_host_gap": wall - whole, "relative_to_plain_step": ratio,
+    *_, part = eagle_parts(model, head, twin, name, n_used)
+    step = ready(part.step, args)
+    alone, wall = [], []
+    for _ in tqdm(range(ROUNDS + 1), name, leave=False, disable=None):
+        result = decoder.generate([prompt], n_new)
+        wall.append(result.timings["decode_seconds"] / result.target_passes)
+        alone.append(statistics.median(elapsed(step, args.device) for _ in range(n_new)))
+    seconds, whole = statistics.median(wall[1:]), statistics.median(alone[1:])
+    plain = [row["ms_median"] for row in steps
+             if (row["part"], row["rows"], row["used_slots"]) == ("target pass", 1, n_used)]
+    ratio = 1e3 * whole / plain[0] if plain else None
+    return {"tree": name, "used_slots": n_used, "ms_whole_step": 1e3 * whole, "ms_wall_per_step": 1e3 * seconds,
+            "ms_host_gap": 1e3 * (seconds - whole), "relative_to_plain_step": ratio,
             "projected_speedup": {str(tau): tau / ratio for tau in args.accept_length} if ratio else {}}
 
 
@@ -382,8 +395,6 @@ def print_target(report: dict) -> None:
     print(f"\nprefill {prefilled['tokens_per_second']:.1f} tokens/s ({prefilled['tokens']} tokens), "
           f"decode {decoded['tokens_per_second']:.1f} tokens/s ({decoded['new_tokens']} tokens after "
           f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second']:.3f} ms each)")
-
-
     for row in report["eagle"]:
         print(f"{row['tree']} tree at {row['used_slots']} slots: step {row['ms_whole_step']:.2f} ms on the device, "
               f"{row['ms_wall_per_step']:.2f} ms with the host, {row['relative_to_plain_step'] or 0:.2f}x a plain step"

@@ -99,6 +99,20 @@ def test_bench_of_a_checkpoint_writes_its_report(tmp_path, short):
     assert report["decode"]["new_tokens"] == 4 and report["decode"]["tokens_per_second"] > 0
 
 
+def test_the_eagle_step_is_timed_by_parts_and_as_a_whole(tmp_path, short, monkeypatch):
+    folder, _ = tiny("gqa", tmp_path / "model", max_position_embeddings=256)
+    monkeypatch.setattr(bench, "elapsed", lambda run, device: (run(), 0.25)[1])     # seconds
+    report = run("--checkpoint", folder, "--rows", 1, "--slots", 64, "--trees", "chain:2", "static", "--draft-vocab", 32,
+                 "--accept-length", 2.5, file=tmp_path / "report.json")
+    parts = ["ingest", "grow", "verify", "accept + commit", "one draft level", "whole step"]
+    assert [row["part"] for row in report["steps"]] \
+        == ["target pass", *(f"{tree}: {part}" for tree in ("chain:2", "static") for part in parts)]
+    for row in report["eagle"]:
+        assert row["ms_whole_step"] == 250 and row["relative_to_plain_step"] == 1
+        assert row["ms_host_gap"] == row["ms_wall_per_step"] - 250 and row["ms_wall_per_step"] > 0
+        assert row["projected_speedup"] == {"2.5": 2.5}
+
+
 def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
     tiny_moe = bench.shape(32, 2, 4, 2, 56, 96, 128, model_type="mixtral", n_expert=8, n_expert_active=2)
     monkeypatch.setitem(bench.SHAPES, "tiny", tiny_moe)
@@ -153,6 +167,8 @@ def test_peer_decodes_the_same_tokens(tmp_path, short):
     (["--shape", "smollm2-135m", "--peer"], "--peer needs a real --checkpoint"),
     (["--shape", "vicuna-33b", "--slots", "4096"], "beyond the model's context of 2048"),
     (["--shape", "smollm2-135m", "--slots", "32"], "60 rows do not fit in 32 used slots"),
+    (["--shape", "smollm2-135m", "--trees", "static", "--slots", "27", "--rows", "1"], "static does not fit in 27"),
+    (["--shape", "smollm2-135m", "--trees", "bush"], "bush"),
     (["--checkpoint", "no/such/folder"], "no such folder"),
     (["--shape", "smollm2-135m", "--json", "/no/such/folder/x.json"], "not a file in an existing folder"),
     (["--shape", "smollm2-135m", "--device", "abacus"], "--device abacus"),
