@@ -4,11 +4,12 @@
     python train_head.py ... --cache-features features/       # the target's features on disk: it then runs once only
     python train_head.py ... --resume                         # go on after a kill or Ctrl-C, to the same bits
     torchrun --nproc-per-node 8 train_head.py ...             # data parallel
+    torchrun --nproc-per-node 8 train_head.py --shard-target  # for 70B: each process keeps a part of the target
 
 The recipe of EAGLE, arXiv 2401.15077, section 4.2 and its code's settings, called [1] below: the target is frozen, the
 head sees its features with uniform noise added and learns the next ones, L = SmoothL1 + 0.1 CE, by AdamW at 3e-5 with
-gradients clipped at norm 0.5. Only what the assistant says is learnt. Data are JSON lines of dialogues, `messages` or
-ShareGPT's `conversations`; answers written by the target itself (scripts/generate_data.py) teach most.
+gradients clipped at norm 0.5. Only what the assistant says is learnt. Answers written by the target itself
+(scripts/generate_data.py) teach most.
 
 Shapes: B dialogues, T tokens, M positions that are learnt, V vocabulary or draft vocabulary.
 """
@@ -21,192 +22,25 @@ import random
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eagle_head import EagleHead
+from eagle_head import EagleHead, head_args
 from generate import Parser, number, pick_device, say, write_atomically
 from model import Transformer, pack_for_cpu, read_json, resolve_checkpoint
 from tokenizer import Tokenizer
+from train_data import Batch, Features, common_tokens, make_batches, read_dialogues
 
 LOGITS_AT_ONCE = 2 ** 25    # elements of a block of logits: 128 MiB in fp32, whatever the vocabulary
 N_ALPHA = 5                 # n-alpha is reported for n = 0 .. 4
-
-
-# Data
-
-
-class Dialogue(NamedTuple):
-    line: int           # in the data file, from 1
-    tokens: Tensor      # [T] int32
-    learnt: Tensor      # [T] bool: tokens that the assistant says, the one that ends its turn among them
-
-
-def read_dialogues(file: Path, tokenizer: Tokenizer, vocab_size: int, max_length: int) -> list[Dialogue]:
-    """Tokenised dialogues of a JSON-lines file, the bad ones counted, reported in one line and left out."""
-    dialogues, bad, n_cut = [], Counter(), 0
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line, text in enumerate(tqdm(lines, desc="tokenising", unit=" dialogues", disable=None), start=1):
-            if not text.strip():
-                continue
-            try:
-                entry = json.loads(text)
-                messages = messages_of(entry)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                bad["broken lines"] += 1
-                continue
-            if not any(message["role"] == "assistant" for message in messages):
-                bad["without an assistant turn"] += 1
-                continue
-            try:
-                tokens, learnt = encode_dialogue(tokenizer, messages, entry.get("finish_reason") == "length")
-            except ValueError:
-                bad["refused by the chat template"] += 1
-                continue
-            if max(tokens) >= vocab_size:
-                raise ValueError(f"{file}, line {line}: token {max(tokens)}, but the target's vocabulary has {vocab_size}: "
-                                 "this tokenizer is not the target's")
-            n_cut += len(tokens) > max_length
-            if not any(learnt[2:max_length]):
-                bad["with no answer within the length"] += 1
-                continue
-            dialogues.append(Dialogue(line, torch.tensor(tokens[:max_length], dtype=torch.int32),
-                                      torch.tensor(learnt[:max_length])))
-    left_out = ", ".join(f"{n} {what}" for what, n in bad.items())
-    if not dialogues:
-        raise ValueError(f"{file} holds no dialogue to learn from" + (f": {left_out}" if bad else ""))
-    say(f"{file}: {len(dialogues)} dialogues, {sum(len(d.tokens) for d in dialogues)} tokens, "
-        f"{sum(int(d.learnt.sum()) for d in dialogues)} of them learnt"
-        + (f"; left out: {left_out}" if bad else "") + (f"; {n_cut} cut at {max_length} tokens" if n_cut else ""))
-    return dialogues
-
-
-def messages_of(entry: dict) -> list[dict[str, str]]:
-    """{"role", "content"} messages of either format."""
-    if "messages" in entry:
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in entry["messages"]]
-    else:
-        roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in entry["conversations"]]
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise TypeError("a turn is not text")
-    return messages
-
-
-def encode_dialogue(tokenizer: Tokenizer, messages: list[dict[str, str]], cut: bool) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them the assistant says: those that rendering the dialogue with an answer adds to
-    rendering it without, up to the token that ends the turn. `cut` tells that the last answer was not ended."""
-    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-    tokens = tokenizer.apply_chat_template(messages[:last + 1], add_generation_prompt=False)
-    learnt = [False] * len(tokens)
-    for n, message in enumerate(messages[:last + 1]):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:n])
-        after = tokenizer.apply_chat_template(messages[:n + 1], add_generation_prompt=False)
-        begin = common_prefix(before, after)    # the last token of `before` may have grown together with the answer
-        if common_prefix(after, tokens) < len(after) - 1:
-            raise ValueError("the template changes what was said before")
-        end = next((i + 1 for i in range(begin, len(after)) if after[i] in tokenizer.stop_ids), len(after))
-        if cut and n == last and end > begin and after[end - 1] in tokenizer.stop_ids:
-            end -= 1
-        learnt[begin:end] = [True] * len(learnt[begin:end])
-    return tokens, learnt
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def make_batches(lengths: list[int], n_token: int, rng: random.Random) -> list[list[int]]:
-    """Indices in batches of at most n_token tokens, padding included, of like length, in random order."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], rng.random()))
-    batches, batch = [], []
-    for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > n_token:
-            batches.append(batch)
-            batch = []
-        batch.append(i)
-    batches.append(batch)
-    rng.shuffle(batches)
-    return batches
-
-
-class Batch(NamedTuple):
-    tokens: Tensor      # [B, T] int64, padded on the right
-    features: Tensor    # [B, T, dim] of the target
-    learnt: Tensor      # [B, T] bool
-
-
-class Features:
-    """The frozen target's features of dialogues, computed when asked for, or kept in safetensors shards on disk."""
-    SHARD = 256         # dialogues
-
-    def __init__(self, model: Transformer, dialogues: list[Dialogue], folder: Path | None, n_token: int):
-        self.model, self.dialogues, self.folder = model, dialogues, folder
-        self.device = model.inv_freq.device
-        self.shards: dict[int, safe_open] = {}
-        order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].tokens))
-        self.shard_of = {i: place // self.SHARD for place, i in enumerate(order)}
-        if folder is not None:
-            self._fill(order, n_token)
-
-    def batch(self, indices: list[int]) -> Batch:
-        rows = [self.dialogues[i] for i in indices]
-        tokens = nn.utils.rnn.pad_sequence([row.tokens.long() for row in rows], batch_first=True).to(self.device)
-        learnt = nn.utils.rnn.pad_sequence([row.learnt for row in rows], batch_first=True).to(self.device)
-        if self.folder is None:
-            with torch.inference_mode():
-                features = self.model.features(tokens, torch.arange(tokens.shape[1], device=self.device))
-            return Batch(tokens, features.clone(), learnt)
-        kept = [self._shard(self.shard_of[i]).get_tensor(str(i)) for i in indices]
-        return Batch(tokens, nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device), learnt)
-
-    def _shard(self, n: int) -> "safe_open":
-        if n not in self.shards:
-            self.shards[n] = safe_open(self.folder / f"{n:05}.safetensors", framework="pt")
-        return self.shards[n]
-
-    def _fill(self, order: list[int], n_token: int) -> None:
-        """Write the shards that are not there yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        weight = self.model.norm.weight
-        digest = hashlib.sha256(repr((self.model.config, weight.dtype)).encode())
-        digest.update(weight.float().cpu().numpy().tobytes())
-        for dialogue in self.dialogues:
-            digest.update(dialogue.tokens.numpy().tobytes())
-        stamp, file = {"sha256": digest.hexdigest()}, self.folder / "features.json"
-        if file.exists() and read_json(file) != stamp:
-            raise ValueError(f"{self.folder} holds the features of other data or of another target: "
-                             "give --cache-features another folder")
-        if not file.exists():
-            write_atomically(file, json.dumps(stamp) + "\n")
-        total = sum(len(d.tokens) for d in self.dialogues)
-        say(f"features: {total} tokens, {total * self.model.config.dim * weight.element_size() / 1e9:.2f} GB in {self.folder}")
-        with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
-            for n, begin in enumerate(range(0, len(order), self.SHARD)):
-                shard, part = order[begin:begin + self.SHARD], self.folder / f"{n:05}.part"
-                if not (self.folder / f"{n:05}.safetensors").exists():
-                    kept, self.folder = {}, None  # as computed, while this shard is filled
-                    lengths = [len(self.dialogues[i].tokens) for i in shard]
-                    for batch in make_batches(lengths, n_token, random.Random(0)):
-                        features = self.batch([shard[j] for j in batch]).features
-                        kept |= {str(shard[j]): row[:lengths[j]].cpu().clone() for j, row in zip(batch, features)}
-                    self.folder = part.parent
-                    save_file(kept, part)
-                    part.replace(part.with_suffix(".safetensors"))
-                bar.update(sum(len(self.dialogues[i].tokens) for i in shard))
 
 
 # Loss
@@ -251,10 +85,14 @@ class Losses(NamedTuple):
 class Learner(nn.Module):
     """The head with its losses: what DistributedDataParallel wraps."""
 
-    def __init__(self, head: EagleHead, weight: Tensor, autocast: bool):
+    def __init__(self, head: EagleHead, autocast: bool):
         super().__init__()
         self.head, self.autocast = head, autocast
-        self.__dict__["weight"] = weight    # [V, dim] the target's LM head, frozen, over the draft vocabulary if there is one
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, dim] of the target's LM head, frozen; the rows of the draft vocabulary where there is one."""
+        return (self.head.draft_output or self.head.target.output).weight
 
     def forward(self, batch: Batch, noise: Tensor | None) -> Losses:
         """Pairs (f_i, t_{i+1}) predict f_{i+1}, whose logits guess t_{i+2}: learnt where the assistant says t_{i+2}."""
@@ -321,37 +159,46 @@ def rank_of(head: EagleHead, hidden: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, features: Features, held_out: list[int]) -> dict:
+def evaluate(learner: Learner, features: Features, held_out: list[int], rank: int = 0, world: int = 1) -> dict:
     """Losses, top-1/2/3 accuracy, n-alpha and the accepted length expected of a chain, on dialogues not learnt from.
 
     n-alpha [1, section 5.2]: how often a chain's draft is right when the last n features before it are the head's own.
     """
-    sums, count, columns = torch.zeros(3), 0, []
-    for i in held_out:
+    sums = torch.zeros(6 + 2 * N_ALPHA, dtype=torch.float64)
+    device = learner.weight.device
+    for begin in range(0, len(held_out), world):    # as many for each process: a sharded target needs them all
+        i = held_out[begin + rank] if begin + rank < len(held_out) else held_out[0]
         batch = features.batch([i])
-        sums += torch.stack(learner(batch, None)).cpu()
-        count += int(batch.learnt[:, 2:].sum())
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=learner.autocast):
+        if begin + rank >= len(held_out):
+            continue
+        losses = torch.stack(learner(batch, None)).double().cpu()
+        with torch.autocast(device.type, torch.bfloat16, enabled=learner.autocast):
             ranks = draft_ranks(learner.head, batch.tokens[0], batch.features[0], N_ALPHA)
-        columns.append(ranks[:, batch.learnt[0, 2:2 + ranks.shape[1]]].cpu())
-    ranks = torch.cat(columns, dim=1)
-    right = (ranks == 0).double()
-    return {"eval_smooth_l1": sums[0].item() / count, "eval_cross_entropy": sums[1].item() / count,
-            "eval_positions": count, **{f"eval_top{k}": (ranks[0] < k).double().mean().item() for k in (1, 2, 3)},
-            "eval_n_alpha": [round(a, 4) for a in right.mean(1).tolist()],
-            "eval_chain_length": 1 + right.cumprod(0).sum(0).mean().item()}
+        ranks = ranks[:, batch.learnt[0, 2:2 + ranks.shape[1]]].cpu()
+        right = (ranks == 0).double()
+        sums += torch.cat((losses[:2], torch.tensor([batch.learnt[:, 2:].sum().item(), ranks.shape[1]]),
+                           torch.stack([(ranks[0] < k).double().sum() for k in (2, 3)]),
+                           right.sum(1), right.cumprod(0).sum(1)))
+    if world > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    l1, ce, n_learnt, n_rank, top2, top3, *alpha = (sums.cpu()).tolist()
+    n_learnt, n_rank = max(1.0, n_learnt), max(1.0, n_rank)     # dialogues of a few tokens have nothing to draft along
+    return {"eval_smooth_l1": l1 / n_learnt, "eval_cross_entropy": ce / n_learnt, "eval_positions": int(n_learnt),
+            "eval_top1": alpha[0] / n_rank, "eval_top2": top2 / n_rank, "eval_top3": top3 / n_rank,
+            "eval_n_alpha": [round(right / n_rank, 4) for right in alpha[:N_ALPHA]],
+            "eval_chain_length": 1 + sum(alpha[N_ALPHA:]) / n_rank}
 
 
 # Training
 
 
-def head_config(target: dict, args: argparse.Namespace) -> dict:
-    """config.json of a head for this target, in the official format."""
+def head_config(target: dict, name: str) -> dict:
+    """config.json of a head in the official format, from its target's config.json and name."""
     keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
             "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     rope = target.get("rope_parameters") or {}
     theta = target.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    name = Path(args.checkpoint or "SmolLM2-135M-Instruct").name
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1,
             **{key: target[key] for key in keys if target.get(key) is not None}, "rope_theta": theta, "bias": True,
             "qkv_bias": target.get("model_type") == "qwen2", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -360,7 +207,6 @@ def head_config(target: dict, args: argparse.Namespace) -> dict:
 
 def new_head(config: dict, model: Transformer, init: str | None, seed: int) -> EagleHead:
     """A head in fp32, its weights random, or those of another head."""
-    from eagle_head import head_args
     head = EagleHead(head_args(config, model.config), model, bias=config["bias"])
     if init is not None:
         other = EagleHead.from_pretrained(init, model)
@@ -380,14 +226,6 @@ def learning_rate(step: int, n_step: int, warmup: int, peak: float) -> float:
     return peak * min((step + 1) / warmup if warmup else 1.0, (n_step - step) / max(1, n_step - warmup))
 
 
-def common_tokens(dialogues: list[Dialogue], stop_ids: frozenset[int], n: int) -> list[int]:
-    """The tokens that the assistant says most, and those that end its turn."""
-    counts = Counter()
-    for dialogue in dialogues:
-        counts.update(dialogue.tokens[dialogue.learnt].tolist())
-    return list(dict.fromkeys([*sorted(stop_ids), *(i for i, _ in counts.most_common())]))[:n]
-
-
 def save_head(head: EagleHead, config: dict, folder: Path) -> None:
     tensors = {key: value.detach().to(torch.bfloat16, copy=True).cpu().contiguous() for key, value in head.weights().items()}
     part = folder / "model.safetensors.part"
@@ -402,48 +240,90 @@ def save_state(file: Path, state: dict) -> None:
     part.replace(file)
 
 
+def load_target(folder: Path, device: torch.device, dtype: torch.dtype, shard: bool, rank: int, world: int) -> Transformer:
+    if not shard:
+        model = Transformer.from_pretrained(folder, device, dtype)
+        pack_for_cpu(model.layers)
+        return model
+    for turn in range(world):       # one after the other, so that the host holds one whole target at a time
+        if turn == rank:
+            model = Transformer.from_pretrained(folder, "cpu", dtype)
+            shard_layers(model, device, rank, world)
+            model.to(device)
+        dist.barrier()
+    return model
+
+
+def shard_layers(model: Transformer, device: torch.device, rank: int, world: int) -> None:
+    """Keep 1/world of every layer here; the processes gather a layer for the time it runs, as ZeRO-3 does
+    (arXiv 1910.02054). All of them must run the target equally often."""
+    for layer in model.layers:
+        parameters = list(layer.parameters())
+        sizes, shapes = [p.numel() for p in parameters], [p.shape for p in parameters]
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        part = F.pad(flat, (0, -len(flat) % world)).view(world, -1)[rank].to(device, copy=True)
+
+        def gather(*_, parameters=parameters, part=part, sizes=sizes, shapes=shapes) -> None:
+            flat = part.new_empty(world * len(part))
+            dist.all_gather_into_tensor(flat, part)
+            for parameter, values, shape in zip(parameters, flat.split([*sizes, len(flat) - sum(sizes)]), shapes):
+                parameter.data = values.view(shape)
+
+        def drop(*_, parameters=parameters, part=part) -> None:
+            for parameter in parameters:
+                parameter.data = part.new_empty(0)
+
+        drop()
+        layer.register_forward_pre_hook(gather)
+        layer.register_forward_hook(drop)
+
+
 def train(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # One process may fill a cache of features, or load a large target, while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
     first = rank == 0
+    say_once = say if first else (lambda line: None)
     state_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
     if state_file.exists() and not args.resume:
         raise ValueError(f"{args.out} holds a training: go on with --resume, or give another --out")
+    if args.shard_target and (world == 1 or args.cache_features is not None):
+        raise ValueError("--shard-target needs torchrun with several processes, and no --cache-features")
 
     if args.checkpoint is None:
         from scripts.download import download_demo
         args.checkpoint = str(download_demo(log=say))
     folder = resolve_checkpoint(args.checkpoint)
     tokenizer = Tokenizer.from_pretrained(folder, chat_template=args.chat_template)
-    model = Transformer.from_pretrained(folder, device, getattr(torch, args.dtype))
-    dialogues = read_dialogues(args.data, tokenizer, model.config.vocab_size, min(args.max_length, model.config.block_size))
+    target = read_json(folder / "config.json")
+    model = load_target(folder, device, getattr(torch, args.dtype), args.shard_target, rank, world)
+    dialogues = read_dialogues(args.data, tokenizer, model.config.vocab_size, min(args.max_length, model.config.block_size),
+                               say_once)
     args.out.mkdir(parents=True, exist_ok=True)
 
     # The held-out dialogues depend on the seed alone, so that runs can be compared.
     shuffled = random.Random(args.seed).sample(range(len(dialogues)), len(dialogues))
     n_held = min(args.eval_dialogues, len(dialogues) // 10)
     held_out, learnt = sorted(shuffled[:n_held]), sorted(shuffled[n_held:])
-    config = head_config(read_json(folder / "config.json"), args)
+    config = head_config(target, Path(args.checkpoint).name)
     head = new_head(config, model, args.init, args.seed)
-    weight = model.output.weight
+    trained = dict(head.named_parameters())
     if args.draft_vocab:
         ids = common_tokens([dialogues[i] for i in learnt], tokenizer.stop_ids, args.draft_vocab)
         head.set_draft_vocab(ids)
-        weight, config = head.draft_output.weight, config | {"draft_vocab_size": len(ids)}
         if first:
             write_atomically(args.out / "draft_vocab.json", json.dumps({"ids": ids}) + "\n")
-    pack_for_cpu(model)
     n_token = args.batch_size * args.max_length
     if args.cache_features is not None and not first:
         dist.barrier()      # the first process fills the cache, the others find it full
     features = Features(model, dialogues, args.cache_features, n_token)
     if args.cache_features is not None and first and world > 1:
         dist.barrier()
-    learner = Learner(head, weight, autocast=args.dtype == "bfloat16")
+    learner = Learner(head, autocast=args.dtype == "bfloat16")
     wrapped = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
-    optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.95))
 
     lengths = [len(dialogue.tokens) for dialogue in dialogues]
     plan = [make_batches([lengths[i] for i in learnt], n_token * world, random.Random(f"{args.seed} {epoch}"))
@@ -453,48 +333,49 @@ def train(args: argparse.Namespace) -> int:
     padded = sum(len(batch) * max(lengths[i] for i in batch) for _, batch in batches)
     padding = 1 - args.epochs * sum(lengths[i] for i in learnt) / padded
     warmup = min(2000, n_step // 10) if args.warmup is None else args.warmup
+    eval_every = args.eval_every or max(1, n_step // args.epochs)
 
     settings = {key: str(value) for key, value in vars(args).items()
                 if key not in ("resume", "save_minutes", "device", "out", "checkpoint", "data", "cache_features", "eval_every")}
-    settings |= {"world": world, "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+    settings |= {"world": str(world), "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
     step, log = 0, []
     if args.resume and state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         for key, value in settings.items():
             if state["settings"].get(key) != value:
-                raise ValueError(f"--resume: {key} was {state['settings'].get(key)!r} in {state_file}, now it is {value!r}")
-        head.load_state_dict(state["head"])
+                raise ValueError(f"--resume: {key} was {state['settings'].get(key)} in {state_file}, now it is {value}")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["head"][name])
         optimizer.load_state_dict(state["optimizer"])
         step, log = state["step"], state["log"]
-    say_once = say if first else (lambda line: None)
-    say_once(f"{sum(p.numel() for p in head.parameters())} parameters, {n_step} steps of up to {n_token * world} tokens, "
+    say_once(f"{sum(p.numel() for p in trained.values())} parameters, {n_step} steps of up to {n_token * world} tokens, "
              f"padding {padding:.1%}, {len(held_out)} dialogues held out" + (f"; going on at step {step}" if step else ""))
 
     def save() -> None:
+        # Nothing random needs saving: batches and noise follow from the seed, the rate from the step.
         if first:
             save_head(head, config, args.out)
             write_atomically(log_file, "".join(json.dumps(entry) + "\n" for entry in log))
-            save_state(state_file, {"settings": settings, "step": step, "log": log, "head": head.state_dict(),
+            save_state(state_file, {"settings": settings, "step": step, "log": log, "head": {name: p.detach() for name, p in trained.items()},
                                     "optimizer": optimizer.state_dict()})
 
     stop = Stop()
     last_save = time.monotonic()
-    eval_every = args.eval_every or max(1, n_step // args.epochs)
     sums, started, n_seen = torch.zeros(4, device=device), time.monotonic(), 0
     with tqdm(total=n_step, initial=step, desc="training", unit=" steps", disable=None if first else True) as bar:
         while step < n_step:
             epoch, indices = batches[step]
-            mine = indices[rank::world]
+            rate = learning_rate(step, n_step, warmup, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, n_step, warmup, args.lr)
-            n_learnt = sum(int(dialogues[i].learnt[2:].sum()) for i in indices)
-            if mine:
-                batch = features.batch(mine)
-                noise = input_noise(batch, mine, lengths, args.noise, args.seed * 1_000_003 + epoch) if args.noise else None
-            else:   # fewer dialogues than processes: take part with nothing to learn
-                batch, noise = features.batch(indices[:1]), None
+                group["lr"] = rate
+            mine = indices[rank::world]
+            batch = features.batch(mine or indices[:1])
+            if not mine:    # fewer dialogues than processes: take part with nothing to learn
                 batch = batch._replace(learnt=torch.zeros_like(batch.learnt))
+            noise = input_noise(batch, mine, lengths, args.noise, args.seed * 1_000_003 + epoch)
             losses = wrapped(batch, noise)
+            n_learnt = sum(int(dialogues[i].learnt[2:].sum()) for i in indices)
             loss = (losses.smooth_l1 + args.cls_weight * losses.cross_entropy) / n_learnt
             if not math.isfinite(loss.item()):
                 lines = ", ".join(str(dialogues[i].line) for i in mine)
@@ -502,33 +383,31 @@ def train(args: argparse.Namespace) -> int:
                                  "the last checkpoint stands: --resume goes on from there")
             optimizer.zero_grad()
             (loss * world).backward()   # DistributedDataParallel averages gradients, the loss is a sum of parts
-            norm = nn.utils.clip_grad_norm_(head.parameters(), args.clip)
+            norm = nn.utils.clip_grad_norm_(trained.values(), args.clip)
             optimizer.step()
             step += 1
-            sums += torch.stack((*(x.detach() for x in losses), torch.tensor(float(n_learnt), device=device)))
+            sums += torch.stack((*(x.detach() for x in losses), torch.tensor(n_learnt / world, device=device)))
             n_seen += sum(lengths[i] for i in indices)
             bar.update()
             if step % args.log_every == 0 or step == n_step:
                 if world > 1:
-                    sums[3] /= world
                     dist.all_reduce(sums)
                 l1, ce, same, count = sums.tolist()
-                rate = n_seen / (time.monotonic() - started)
+                speed = n_seen / (time.monotonic() - started)
                 log.append({"step": step, "epoch": epoch, "smooth_l1": l1 / count, "cross_entropy": ce / count,
-                            "top1": same / count, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
-                            "tokens_per_second": round(rate)})
-                bar.set_postfix_str(f"loss {(l1 + args.cls_weight * ce) / count:.3f}, alpha {same / count:.3f}, {rate:.0f} tokens/s")
+                            "top1": same / count, "lr": rate, "grad_norm": float(norm), "tokens_per_second": round(speed)})
+                bar.set_postfix_str(f"loss {(l1 + args.cls_weight * ce) / count:.3f}, alpha {same / count:.3f}, "
+                                    f"{speed:.0f} tokens/s")
                 sums.zero_()
                 started, n_seen = time.monotonic(), 0
             if held_out and (step % eval_every == 0 or step == n_step):
+                log.append({"step": step, "epoch": epoch, **evaluate(learner, features, held_out, rank, world)})
                 if first:
-                    log.append({"step": step, "epoch": epoch, **evaluate(learner, features, held_out)})
-                    bar.write("step {step}: top-1 {eval_top1:.3f}, chain of 5 accepts {eval_chain_length:.2f}, "
+                    bar.write("step {step}: top-1 {eval_top1:.3f}, a chain of 5 accepts {eval_chain_length:.2f}, "
                               "n-alpha {eval_n_alpha}".format(**log[-1]), file=sys.stderr)
-                if world > 1:
-                    dist.barrier()
                 started, n_seen = time.monotonic(), 0
-            if stop.asked(world, device) or step == n_step or time.monotonic() - last_save >= 60 * args.save_minutes:
+            late = time.monotonic() - last_save >= 60 * args.save_minutes
+            if stop.asked(world, device) or step == n_step or late:
                 save()
                 last_save = time.monotonic()
                 if stop.seen and step < n_step:
@@ -612,6 +491,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clip", type=number(float, 0, open_low=True), default=0.5, metavar="X", help="norm of the gradient")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--cache-features", type=Path, metavar="FOLDER", help="keep the target's features on disk")
+    parser.add_argument("--shard-target", action="store_true", help="spread the target's layers over the processes")
     parser.add_argument("--eval-dialogues", type=number(int, 0), default=100, metavar="N", help="held out, at most a tenth")
     parser.add_argument("--eval-every", type=number(int, 1), metavar="N", help="steps (default: an epoch)")
     parser.add_argument("--log-every", type=number(int, 1), default=10, metavar="N", help="steps")

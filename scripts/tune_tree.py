@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
 from eagle_head import EagleHead, EagleStep, StaticTree
 from model import Sampling, Transformer, bucket, causal_mask
+from train_head import draft_ranks
 
 QUESTIONS = [
     "Why do leaves change colour in autumn?", "Write a short story about a lighthouse keeper.",
@@ -76,46 +77,11 @@ def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]],
     answers = cli.Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
     columns = []
     for prompt, answer in tqdm(list(zip(prompts, answers)), desc="acceptance", unit="answer"):
-        columns.append(draft_ranks(model, head, prompt + answer, max_depth)[:, len(prompt) - 2:])
+        ids = torch.tensor(prompt + answer, device=model.inv_freq.device)
+        model.setup_caches(1, len(ids))
+        features = model.features(ids[None], torch.arange(len(ids), device=ids.device))[0]
+        columns.append(draft_ranks(head, ids, features, max_depth)[:, len(prompt) - 2:])
     return torch.cat(columns, dim=1)
-
-
-def draft_ranks(model: Transformer, head: EagleHead, tokens: list[int], max_depth: int) -> Tensor:
-    """For every position i at once: draft from pair (f_i, t_{i+1}) along the tokens that really follow, and rank
-    t_{i+2}, t_{i+3}, ... among the guesses. [max_depth, positions]; all depths of a column lie inside the text.
-
-    Depth d of position i attends to true pairs up to i, then to its own drafts at i+1 .. i+d: level d of the head's
-    cache holds the pairs whose features are d steps from the target's.
-    """
-    ids = torch.tensor([tokens], device=model.inv_freq.device)
-    n_pair = ids.shape[1] - 1
-    model.setup_caches(1, ids.shape[1])
-    head.setup_caches(1, n_pair * max_depth)
-    pos = torch.arange(n_pair, device=ids.device)
-    slot = torch.arange(n_pair * max_depth, device=ids.device)
-    slot, level = slot % n_pair, slot // n_pair
-    hidden = model.features(ids[:, :-1], pos)                               # f_i: [1, n_pair, dim]
-    ranks = []
-    for d in range(max_depth):
-        # Row j of this pass continues position i = j - d: its token is t_{j+1}, its feature d steps old.
-        j = pos[d:]
-        true_pairs = (level == 0) & (slot <= (j - d)[:, None])
-        own_drafts = (level > 0) & (level <= d) & (slot - level == (j - d)[:, None])
-        hidden = head(ids[:, j + 1], hidden if d == 0 else hidden[:, :-1], j, d * n_pair + j,
-                      (true_pairs | own_drafts)[None])
-        ranks.append(rank_of(head, hidden[:, :-1], ids[:, j[:-1] + 2])[0])
-    width = n_pair - max_depth
-    return torch.stack([rank[:max(width, 0)] for rank in ranks])
-
-
-def rank_of(head: EagleHead, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Place of each token among the draft's guesses, 0 the first; the size of the vocabulary when it is not drafted."""
-    logits = head.draft_logits(hidden).float()
-    if head.draft_ids is None:
-        return (logits > logits.gather(-1, tokens[..., None])).sum(-1)
-    match = head.draft_ids == tokens[..., None]
-    own = logits.masked_fill(~match, -torch.inf).amax(-1, keepdim=True)
-    return torch.where(match.any(-1), (logits > own).sum(-1), head.config.vocab_size)
 
 
 def rank_frequencies(ranks: Tensor, max_rank: int) -> list[list[float]]:

@@ -35,6 +35,13 @@ KINDS = {
     "qwen3": ("qwen3", dict(head_dim=16, rope_theta=1e6, tie_word_embeddings=True)),
 }
 
+# of write_checkpoint
+SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+CORPUS = ["The quick brown fox jumps over the lazy dog, and then the other dogs sleep for the rest of the day."] * 4
+CONTEXT = 512
+
 
 def tiny(kind, folder, *, sharded=False, binary=False, old_style=True, seed=0, **overrides):
     """Write a random checkpoint of this kind to folder; return (folder, transformers model in fp32 eval mode).
@@ -117,6 +124,35 @@ class edited_json:
 
     def __exit__(self, *error):
         self.file.write_text(json.dumps(self.content, indent=2))
+
+
+def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT):
+    """A tiny model with a byte-level tokenizer and a chat template, in `folder`.
+
+    It never says a special token, unless drawn; with ascii_only it says nothing but printable ASCII.
+    """
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    vocab = 256 + len(SPECIAL) + merges
+    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=vocab, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL]))
+    assert bpe.get_vocab_size() == vocab
+    end = bpe.token_to_id("<|end|>")
+    tiny("gqa", folder, vocab_size=vocab, max_position_embeddings=context, eos_token_id=end, bos_token_id=None,
+         pad_token_id=None)
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": None, "eos_token": "<|end|>", "chat_template": TEMPLATE}))
+    weights = read_safetensors(folder / "model.safetensors")
+    sayable = {i for token, i in bpe.get_vocab().items() if token not in SPECIAL
+               and (not ascii_only or (len(token) == 1 and " " < token < "\x7f"))}
+    weights["lm_head.weight"][sorted(set(range(vocab)) - sayable)] = 0  # a logit of 0 among many is not the largest
+    save_file(weights, folder / "model.safetensors")
+    return folder
 
 
 def tokens_of(length, seed=0, vocab=VOCAB):

@@ -11,6 +11,7 @@ from generate import parse_args as generate_args
 from model import Transformer
 from reference import tiny
 from scripts import draft_vocab, tune_tree
+from train_head import draft_ranks
 
 
 @pytest.fixture
@@ -29,11 +30,9 @@ def test_draft_ranks_equal_drafting_position_by_position(pair, vocab):
     model, head = pair
     head.set_draft_vocab(vocab)
     tokens, depth = torch.randint(0, model.config.vocab_size, (14,)).tolist(), 3
-    ranks = tune_tree.draft_ranks(model, head, tokens, depth)
-
-    model.kv_cache = head.kv_cache = None
     ids = torch.tensor([tokens])
     features = model.features(ids, torch.arange(len(tokens)))
+    ranks = draft_ranks(head, ids[0], features[0], depth)
     assert ranks.shape == (depth, len(tokens) - 1 - depth)
     for i in range(ranks.shape[1]):
         known = features[:, :i + 1]

@@ -1,0 +1,569 @@
+"""train_head.py and train_data.py: the loss of eagle.md section 6, the recipe as the optimizer sees it, checkpoints, data.
+
+    python -m pytest tests/test_train.py -q
+
+On tiny random targets in fp32. Runs that are killed, or that take several processes, are child processes.
+"""
+import copy
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_head
+from eagle_head import EagleHead
+from generate import generate
+from model import Transformer, read_json
+from reference import assert_close, edited_json, read_safetensors, write_checkpoint
+from test_eagle import written_out_head
+from tokenizer import Tokenizer
+from train_data import Batch, Features, encode_dialogue, make_batches, read_dialogues
+from train_head import Learner, SoftCrossEntropy, head_config, input_noise, new_head
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the quick brown fox jumps over lazy dog and then other dogs sleep for rest of day".split()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Not to be written into."""
+    return write_checkpoint(tmp_path_factory.mktemp("train") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return Transformer.from_pretrained(checkpoint, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """60 dialogues of random words."""
+    return write_data(tmp_path_factory.mktemp("data") / "data.jsonl", 60)
+
+
+def write_data(file, n, seed=0):
+    rng = random.Random(seed)
+    say = lambda: " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
+    turns = lambda k: [{"role": role, "content": say()} for _ in range(k) for role in ("user", "assistant")]
+    file.write_text("".join(json.dumps({"messages": turns(rng.randint(1, 2))}) + "\n" for _ in range(n)))
+    return file
+
+
+def command(checkpoint, data, out, *options):
+    return [str(x) for x in ("--checkpoint", checkpoint, "--data", data, "--out", out, "--device", "cpu", "--dtype", "float32",
+                             "--batch-size", 2, "--max-length", 128, "--eval-dialogues", 4, "--log-every", 1, *options)]
+
+
+@pytest.fixture
+def train(checkpoint, data, tmp_path, capsys):
+    """train(*options) -> (exit status, stderr, output folder)."""
+
+    def train(*options, data=data, out="head"):
+        capsys.readouterr()
+        old = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            status = train_head.main(train_head.parse_args(command(checkpoint, data, tmp_path / out, *options)))
+        except SystemExit as leave:
+            status = leave.code
+        finally:
+            for s, handler in zip((signal.SIGINT, signal.SIGTERM), old):
+                signal.signal(s, handler)
+        return status, capsys.readouterr().err, tmp_path / out
+
+    return train
+
+
+def log_of(out, key):
+    return [entry for line in (out / "log.jsonl").read_text().splitlines() if key in (entry := json.loads(line))]
+
+
+def state_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+@pytest.mark.parametrize("draft_vocab", [None, list(range(10, 200))])
+def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, data, draft_vocab, monkeypatch):
+    """L = SmoothL1(f^, f) + w CE(softmax(output(f)), output(f^)) over the answers, in float64, dialogue by dialogue."""
+    monkeypatch.setattr(train_head, "LOGITS_AT_ONCE", 700)      # a few rows at a time, the last block a part
+    dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:5]
+    config = head_config(read_json(checkpoint / "config.json"), "tiny")
+    head = new_head(config, model, None, seed=0)
+    with torch.no_grad():
+        for p in head.parameters():     # large, so that a dropped bias or norm shows
+            p.add_(0.2 * torch.randn_like(p))
+    head.set_draft_vocab(draft_vocab)
+    batch = Features(model, dialogues, None, 10 ** 6).batch(list(range(5)))
+    noise = 0.1 * torch.randn(*batch.features[:, 2:].shape)
+    losses = Learner(head, autocast=False)(batch, noise)
+    losses_sum = losses.smooth_l1 + 0.1 * losses.cross_entropy
+    losses_sum.backward()
+
+    weights = {key: w.detach().double().requires_grad_() for key, w in head.weights().items()}
+    embedding, output = model.tok_embeddings.weight.double(), model.output.weight.double()
+    output = output if draft_vocab is None else output[draft_vocab]
+    l1, ce, same = 0.0, 0.0, 0
+    for row, dialogue in enumerate(dialogues):
+        T = len(dialogue.tokens)
+        f = model.features(dialogue.tokens[None].long(), torch.arange(T))[0].double()
+        f_hat = written_out_head(config, weights, embedding, dialogue.tokens[1:T - 1].long(),
+                                 f[:T - 2] + noise[row, :T - 2])            # pair (f_i, t_{i+1}) -> f_{i+1}
+        for i in range(T - 2):
+            if not dialogue.learnt[i + 2]:                                  # f_{i+1} is what says t_{i+2}
+                continue
+            error = (f_hat[i] - f[i + 1]).abs()
+            l1 = l1 + torch.where(error < 1, 0.5 * error ** 2, error - 0.5).mean()
+            p, q = output @ f[i + 1], output @ f_hat[i]
+            ce = ce - (p.softmax(0) * q.log_softmax(0)).sum()
+            same += int(p.argmax() == q.argmax())
+    (l1 + 0.1 * ce).backward()
+    assert losses.smooth_l1.item() == pytest.approx(l1.item(), rel=1e-5)
+    assert losses.cross_entropy.item() == pytest.approx(ce.item(), rel=1e-5)
+    assert losses.same.item() == same
+    assert_close(head.fc.weight.grad, weights["fc.weight"].grad, 1e-5)
+    assert_close(head.layer.feed_forward.w2.weight.grad, weights["layers.0.mlp.down_proj.weight"].grad, 1e-5)
+
+
+def test_no_tensor_of_the_cross_entropy_is_larger_than_the_stated_block(monkeypatch):
+    monkeypatch.setattr(train_head, "LOGITS_AT_ONCE", 8 * 4096)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor) and t.shape[-1:] == (4096,) and t.shape != (16, 4096):    # the weight, turned
+                    largest = max(largest, t.numel())
+            return out
+
+    predicted, weight = torch.randn(100, 16, requires_grad=True), torch.randn(4096, 16)
+    with Watch():
+        SoftCrossEntropy.apply(predicted, torch.randn(100, 16), weight)[0].backward()
+    assert largest == 8 * 4096
+
+
+def test_padding_does_not_change_the_loss(model, checkpoint, data):
+    dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:6]
+    features = Features(model, dialogues, None, 10 ** 6)
+    learner = Learner(new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, 0), autocast=False)
+    with torch.no_grad():
+        together = torch.stack(learner(features.batch(list(range(6))), None))
+        alone = sum(torch.stack(learner(features.batch([i]), None)) for i in range(6))
+    assert torch.allclose(together, alone, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe, on what really happens
+
+def test_noise_is_uniform_fresh_and_on_the_inputs_only(train, monkeypatch):
+    seen = []
+    forward = Learner.forward
+
+    def spy(self, batch, noise):
+        if noise is not None:
+            seen.append((batch, noise))
+        return forward(self, batch, noise)
+
+    monkeypatch.setattr(Learner, "forward", spy)
+    status, err, _ = train("--epochs", 2)
+    assert status == 0, err
+    inside = torch.cat([noise[row, :n - 2].flatten() for batch, noise in seen
+                        for row, n in enumerate((batch.tokens != 0).sum(1).tolist())])
+    assert inside.abs().max() <= 0.1 and inside.abs().max() > 0.0999
+    assert inside.mean().abs() < 1e-3 and inside.std().item() == pytest.approx(0.2 / math.sqrt(12), rel=0.02)
+    firsts = [noise[0, 0] for _, noise in seen]
+    assert len({tuple(first.tolist()) for first in firsts}) == len(firsts)     # no two dialogues or epochs alike
+
+
+def test_noise_reaches_the_heads_input_and_not_its_goal(model, checkpoint, data):
+    dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:1]
+    batch = Features(model, dialogues, None, 10 ** 6).batch([0])
+    head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, 0)
+    inputs = []
+    head.register_forward_pre_hook(lambda module, args: inputs.append(args[1]))
+    noise = input_noise(batch, [0], [len(dialogues[0].tokens)], 0.1, seed=1)
+    goals = []
+    original, train_head_F = F.smooth_l1_loss, train_head.F
+    try:
+        train_head_F.smooth_l1_loss = lambda a, b, **k: goals.append(b) or original(a, b, **k)
+        Learner(head, autocast=False)(batch, noise)
+    finally:
+        train_head_F.smooth_l1_loss = original
+    assert torch.equal(inputs[0], batch.features[:, :-2] + noise)
+    assert torch.equal(goals[0], batch.features[:, 1:-1][batch.learnt[:, 2:]])
+
+
+def test_gradients_are_clipped_by_their_norm_and_adamw_has_the_papers_betas(train):
+    """After one step AdamW's moments are (1 - 0.9) g and (1 - 0.95) g^2 of the gradient it was given."""
+    one_step = "--batch-size", 1000, "--epochs", 1
+    _, _, free = train(*one_step, "--clip", 1e9, out="free")
+    status, err, out = train(*one_step)
+    assert status == 0, err
+    g = [s["exp_avg"].double() / (1 - 0.9) for s in state_of(free)["optimizer"]["state"].values()]
+    clipped = [s["exp_avg"].double() / (1 - 0.9) for s in state_of(out)["optimizer"]["state"].values()]
+    norm = torch.cat([x.flatten() for x in g]).norm().item()
+    assert norm > 0.6                                                   # there was something to clip
+    assert log_of(out, "grad_norm")[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert torch.cat([x.flatten() for x in clipped]).norm().item() == pytest.approx(0.5, rel=1e-4)
+    for x, y in zip(g, clipped):
+        assert_close(y, x * 0.5 / norm, 1e-4)                           # one factor for all: not clipped value by value
+    for s, x in zip(state_of(out)["optimizer"]["state"].values(), clipped):
+        assert_close(s["exp_avg_sq"] / (1 - 0.95), x ** 2, 1e-4)
+
+
+def test_the_rate_warms_up_and_decays_linearly_and_is_what_the_weights_move_by(train):
+    status, err, out = train("--epochs", 3, "--warmup", 5, "--lr", 1e-2)
+    assert status == 0, err
+    rates = [entry["lr"] for entry in log_of(out, "lr")]
+    n = len(rates)
+    assert n > 12
+    assert rates[:5] == pytest.approx([1e-2 * k / 5 for k in (1, 2, 3, 4, 5)])
+    assert rates[5:] == pytest.approx([1e-2 * (n - k) / (n - 5) for k in range(5, n)])
+    # The first step of Adam moves each weight with a gradient by the rate.
+    _, _, one = train("--batch-size", 1000, "--epochs", 1, "--lr", 1e-2, out="one")
+    before = torch.Generator().manual_seed(0)
+    first = torch.empty(64, 128).normal_(0, 0.02, generator=before)
+    moved = (state_of(one)["head"]["fc.weight"] - first).abs()
+    assert moved.median().item() == pytest.approx(1e-2, rel=1e-2)
+
+
+def test_the_defaults_are_the_papers():
+    args = train_head.parse_args(["--data", "d", "--out", "o"])
+    assert (args.lr, args.clip, args.noise, args.cls_weight, args.batch_size, args.max_length) == (3e-5, 0.5, 0.1, 0.1, 4, 2048)
+    assert args.dtype == "bfloat16" and args.warmup is None and args.epochs == 20
+
+
+def test_200_dialogues_are_overfitted(checkpoint, model, tmp_path, train):
+    """The target wrote them, so that its likeliest token is the one that follows."""
+    tokenizer, rng = Tokenizer.from_pretrained(checkpoint), random.Random(1)
+    questions = [" ".join(rng.choices(WORDS, k=4)) for _ in range(200)]
+    ids = [tokenizer.apply_chat_template([{"role": "user", "content": q}]) for q in questions]
+    answers = []
+    for i in range(0, 200, 50):
+        answers += generate(copy.deepcopy(model), ids[i:i + 50], 12).tokens
+    file = tmp_path / "200.jsonl"
+    file.write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content":
+                    tokenizer.decode(a)}], "finish_reason": "length"}) + "\n" for q, a in zip(questions, answers)))
+    status, err, out = train("--epochs", 60, "--lr", 3e-3, "--batch-size", 12, "--noise", 0, "--cls-weight", 1,
+                             "--eval-dialogues", 0, data=file)
+    assert status == 0, err
+    assert log_of(out, "top1")[-1]["top1"] > 0.95
+
+
+def test_bfloat16_trains_fp32_weights_and_the_target_is_left_alone(train, checkpoint, recwarn):
+    before = read_safetensors(checkpoint / "model.safetensors")
+    status, err, out = train("--epochs", 2, "--dtype", "bfloat16", "--lr", 1e-3)
+    assert status == 0, err
+    assert all(w.dtype == torch.float32 for w in state_of(out)["head"].values())
+    losses = [entry["cross_entropy"] for entry in log_of(out, "cross_entropy")]
+    assert losses[-1] < losses[0]
+    after = read_safetensors(checkpoint / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not [w for w in recwarn if "fused" in str(w.message)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+OFFICIAL_KEYS = {"fc.weight", "fc.bias", "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight",
+                 "layers.0.self_attn.v_proj.weight", "layers.0.self_attn.o_proj.weight", "layers.0.mlp.gate_proj.weight",
+                 "layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight", "layers.0.post_attention_layernorm.weight"}
+OFFICIAL_FIELDS = {"architectures", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "intermediate_size",
+                   "max_position_embeddings", "model_type", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+                   "pad_token_id", "rms_norm_eps", "tie_word_embeddings", "torch_dtype", "vocab_size", "bias"}
+
+
+class OtherHead(nn.Module):
+    """The head made of transformers' parts."""
+
+    def __init__(self, config):
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.bias)
+        self.layers = nn.ModuleList([LlamaDecoderLayer(config, 0)])
+        self.layers[0].input_layernorm = nn.Identity()
+        self.__dict__["rotary"] = LlamaRotaryEmbedding(config)
+
+    def forward(self, tokens, features):
+        x = self.fc(torch.cat((self.embed_tokens(tokens), features), dim=-1))
+        T = tokens.shape[1]
+        mask = torch.full((T, T), -torch.inf).triu(1)[None, None]
+        out = self.layers[0](x, attention_mask=mask, position_embeddings=self.rotary(x, torch.arange(T)[None]))
+        return out[0] if isinstance(out, tuple) else out
+
+
+def test_the_head_is_in_the_official_format(train, model):
+    from transformers import LlamaConfig
+
+    status, err, out = train("--epochs", 1, "--lr", 1e-2)
+    assert status == 0, err
+    config, weights = read_json(out / "config.json"), read_safetensors(out / "model.safetensors")
+    assert set(weights) == OFFICIAL_KEYS and OFFICIAL_FIELDS - set(config) <= {"bos_token_id", "pad_token_id"}
+    assert config["num_hidden_layers"] == 1 and config["hidden_size"] == model.config.dim and config["bias"] is True
+    other = OtherHead(LlamaConfig(**config, attn_implementation="eager"))
+    weights["embed_tokens.weight"] = model.tok_embeddings.weight
+    other.load_state_dict(weights, strict=True)
+    head = EagleHead.from_pretrained(out, target=model)
+    tokens, features = torch.randint(0, 200, (2, 17)), torch.randn(2, 17, model.config.dim)
+    with torch.no_grad():
+        assert_close(head(tokens, features, torch.arange(17)), other.float()(tokens, features), 1e-4)
+
+
+def test_a_draft_vocabulary_is_the_answers_commonest_tokens_and_the_head_holds_nothing_of_it(train, checkpoint, data, model):
+    status, err, out = train("--epochs", 1, "--draft-vocab", 20)
+    assert status == 0, err
+    assert set(read_safetensors(out / "model.safetensors")) == OFFICIAL_KEYS
+    assert "draft_output.weight" not in state_of(out)["head"]
+    ids = read_json(out / "draft_vocab.json")["ids"]
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    assert len(ids) == 20 and tokenizer.stop_ids <= set(ids)
+    said = "".join(m["content"] for line in data.read_text().splitlines() for m in json.loads(line)["messages"]
+                   if m["role"] == "assistant")
+    assert all(tokenizer.decode([i]) in said for i in ids if i not in tokenizer.stop_ids)
+
+
+def test_init_goes_on_from_another_head(train):
+    _, _, first = train("--epochs", 3, "--lr", 3e-3, out="first")
+    status, err, out = train("--epochs", 1, "--lr", 1e-9, "--init", first)
+    assert status == 0, err
+    ours, theirs = read_safetensors(out / "model.safetensors"), read_safetensors(first / "model.safetensors")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_evaluation_reports_what_decoding_with_a_chain_accepts(train, model, checkpoint):
+    """The accepted length promised for a chain of 5 is that of EagleStep along the same text."""
+    status, err, out = train("--epochs", 1, "--lr", 1e-3)
+    assert status == 0, err
+    entry = log_of(out, "eval_top1")[-1]
+    alphas = entry["eval_n_alpha"]
+    assert len(alphas) == 5 and entry["eval_top1"] == pytest.approx(alphas[0], abs=1e-3)
+    assert entry["eval_top1"] <= entry["eval_top2"] <= entry["eval_top3"] <= 1
+    assert 1 + alphas[0] * (1 if alphas[0] == 0 else 0) <= entry["eval_chain_length"] <= 1 + sum(alphas) + 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def child(checkpoint, data, out, *options, **kwargs):
+    return subprocess.Popen([sys.executable, ROOT / "train_head.py", *command(checkpoint, data, out, *options)],
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(checkpoint, data, tmp_path):
+    options = "--epochs", 30, "--lr", 1e-2, "--save-minutes", 0, "--eval-every", 50
+    whole = child(checkpoint, data, tmp_path / "whole", *options[:4])
+    assert whole.wait(120) == 0, whole.stderr.read()
+    out, rng = tmp_path / "killed", random.Random(0)
+    for life in range(11):
+        run = child(checkpoint, data, out, *options, *(["--resume"] if life else []))
+        before = state_of(out)["step"] if life else 0
+        while run.poll() is None and not ((out / "checkpoint.pt").exists() and (life == 0 or state_of(out)["step"] > before)):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.15))
+        assert run.poll() is None, run.stderr.read()                    # it would have finished: more epochs needed
+        run.send_signal(signal.SIGKILL if life < 10 else signal.SIGINT)
+        err = run.communicate(timeout=60)[1]
+        assert run.returncode == (-signal.SIGKILL if life < 10 else 130), err
+        state_of(out), read_safetensors(out / "model.safetensors")      # what stands can be read
+    assert "--resume" in err and "Traceback" not in err
+    last = child(checkpoint, data, out, *options, "--resume")
+    assert last.wait(120) == 0, last.stderr.read()
+    ours, theirs = state_of(out), state_of(tmp_path / "whole")
+    assert ours["step"] == theirs["step"]
+    assert all(torch.equal(ours["head"][key], theirs["head"][key]) for key in theirs["head"])
+    for a, b in zip(ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values()):
+        assert all(torch.equal(a[key], b[key]) for key in b)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert [e["cross_entropy"] for e in log_of(out, "lr")] == [e["cross_entropy"] for e in log_of(tmp_path / "whole", "lr")]
+
+
+def test_a_training_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_path):
+    assert train("--epochs", 1)[0] == 0
+    written = {file.name: file.read_bytes() for file in (tmp_path / "head").iterdir()}
+    for options, names in (((), ["--resume", "--out"]), (("--resume", "--lr", 1), ["lr", "3e-05", "1.0"]),
+                           (("--resume", "--epochs", 2), ["epochs"])):
+        status, err, _ = train("--epochs", 1, *options)
+        assert status == 2 and all(name in one_error_line(err) for name in names), err
+    status, err, _ = train("--epochs", 1, "--resume", data=write_data(tmp_path / "other.jsonl", 60, seed=5))
+    assert status == 2 and "data" in one_error_line(err)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "head").iterdir()} == written
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_last_checkpoint(train, tmp_path):
+    status, err, out = train("--epochs", 3, "--lr", 1e30, "--save-minutes", 0)
+    line = one_error_line(err)
+    assert status == 2 and "step" in line and "lines" in line
+    assert all(w.isfinite().all() for w in read_safetensors(out / "model.safetensors").values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+@pytest.mark.parametrize("options", [(), ("--shard-target",)], ids=["whole target", "sharded target"])
+def test_two_processes_have_the_gradients_of_one(checkpoint, data, tmp_path, train, options):
+    """The same global batch: half the batch size, twice the processes. The moments tell the gradient, unclipped."""
+    settings = "--epochs", 1, "--clip", 1e9, "--warmup", 0
+    status, err, one = train(*settings, "--batch-size", 1000, "--max-length", 200, out="one")
+    assert status == 0, err
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+                          ROOT / "train_head.py", *command(checkpoint, data, tmp_path / "two", *settings, "--batch-size", 500,
+                                                           "--max-length", 200, *options)],
+                         capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    ours, theirs = state_of(tmp_path / "two"), state_of(one)
+    assert ours["step"] == theirs["step"] == 1
+    for a, b in zip(ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values()):
+        assert_close(a["exp_avg"], b["exp_avg"], 1e-5)
+    for key in ("cross_entropy", "smooth_l1", "top1", "grad_norm"):
+        assert log_of(tmp_path / "two", "lr")[0][key] == pytest.approx(log_of(one, "lr")[0][key], rel=1e-4)
+    ours, theirs = log_of(tmp_path / "two", "eval_top1")[0], log_of(one, "eval_top1")[0]
+    assert ours["eval_positions"] == theirs["eval_positions"]
+    assert ours["eval_cross_entropy"] == pytest.approx(theirs["eval_cross_entropy"], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+DIALOGUE = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": " jumps over"},
+            {"role": "user", "content": "and then"}, {"role": "assistant", "content": "the dogs sleep"}]
+
+
+@pytest.mark.parametrize("template", [None, "vicuna", "llama2", "mixtral"])
+def test_the_mask_is_what_the_target_would_say_after_each_prompt(checkpoint, template):
+    tokenizer = Tokenizer.from_pretrained(checkpoint, chat_template=template)
+    ids, learnt = encode_dialogue(tokenizer, DIALOGUE, cut=False)
+    runs, n = [], 0
+    while n < len(ids):
+        end = next((i for i in range(n, len(ids)) if learnt[i] != learnt[n]), len(ids))
+        runs.append((learnt[n], n, end))
+        n = end
+    answers = [(begin, end) for said, begin, end in runs if said]
+    assert len(answers) == 2
+    for (begin, end), turn in zip(answers, (1, 3)):
+        said = [i for i in ids[begin:end] if i not in tokenizer.stop_ids]
+        assert tokenizer.decode(said).strip() == DIALOGUE[turn]["content"].strip()
+        prompt = tokenizer.apply_chat_template(DIALOGUE[:turn])
+        assert tokenizer.decode(ids[:begin]).rstrip() == tokenizer.decode(prompt).rstrip()
+        if template is None:
+            assert ids[:begin] == prompt and ids[end - 1] in tokenizer.stop_ids
+
+
+def test_an_answer_cut_at_the_length_limit_does_not_teach_to_end_there(checkpoint):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    ids, learnt = encode_dialogue(tokenizer, DIALOGUE, cut=True)
+    whole = encode_dialogue(tokenizer, DIALOGUE, cut=False)[1]
+    assert sum(whole) - sum(learnt) == 1 and ids[[a != b for a, b in zip(whole, learnt)].index(True)] in tokenizer.stop_ids
+
+
+def test_both_formats_of_dialogues_say_the_same(checkpoint, tmp_path):
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    names = {"user": "human", "assistant": "gpt"}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": DIALOGUE}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"id": "x", "conversations": [
+        {"from": names[m["role"]], "value": m["content"]} for m in DIALOGUE]}))
+    (a,), (b,) = (read_dialogues(tmp_path / name, tokenizer, 10 ** 6, 128) for name in ("a.jsonl", "b.jsonl"))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.learnt, b.learnt)
+
+
+def one_error_line(err):
+    assert "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+GOOD = json.dumps({"messages": DIALOGUE})
+
+
+def test_bad_lines_are_counted_reported_once_and_left_out(train, tmp_path):
+    file = tmp_path / "mixed.jsonl"
+    bad = ["{broken", "[1, 2]", '{"text": "x"}', '{"messages": [{"role": "user", "content": 3}]}',
+           '{"messages": [{"role": "user", "content": "hi"}]}', '{"messages": []}']
+    file.write_text("\n".join([GOOD, *bad, "", GOOD.replace("fox", "dog" * 200), GOOD]) + "\n")
+    status, err, _ = train("--epochs", 1, data=file)
+    assert status == 0, err
+    reports = [line for line in err.splitlines() if line.startswith(str(file))]
+    assert len(reports) == 1
+    assert "2 dialogues" in reports[0] and "4 broken lines" in reports[0] and "2 without an assistant turn" in reports[0]
+    assert "1 with no answer within the length" in reports[0]
+
+
+@pytest.mark.parametrize("text, names", [("", ["no dialogue"]), ("{broken\n", ["no dialogue", "1 broken lines"]),
+                                         ('{"messages": [{"role": "user", "content": "hi"}]}\n', ["1 without an assistant turn"])],
+                         ids=["empty", "all broken", "no answer"])
+def test_data_without_a_dialogue_is_refused(train, tmp_path, text, names):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(text)
+    status, err, out = train(data=file)
+    assert status == 2 and all(name in one_error_line(err) for name in [str(file), *names])
+    assert not out.exists()
+
+
+def test_a_missing_file_and_bad_options_are_refused_in_one_line(train, tmp_path):
+    for options, names in ((("--epochs", 0), ["--epochs"]), (("--lr", 0), ["--lr"]), (("--batch-size", "x"), ["--batch-size"]),
+                           (("--shard-target",), ["--shard-target", "torchrun"]), (("--init", tmp_path / "none"), ["none"])):
+        status, err, _ = train(*options)
+        assert status == 2 and all(name in one_error_line(err) for name in names), err
+    status, err, _ = train(data=tmp_path / "missing.jsonl")
+    assert status == 2 and "missing.jsonl" in one_error_line(err)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, data):
+    with pytest.raises(ValueError, match=r"line 1: token \d+, but the target's vocabulary has 50"):
+        read_dialogues(data, Tokenizer.from_pretrained(checkpoint), 50, 128)
+
+
+def test_a_dialogue_longer_than_the_length_is_cut_and_counted(checkpoint, tmp_path, capsys):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"messages": [DIALOGUE[0], {"role": "assistant", "content": "the dogs sleep " * 50}]}) + "\n" + GOOD)
+    long, short = read_dialogues(file, Tokenizer.from_pretrained(checkpoint), 10 ** 6, 40)
+    assert len(long.tokens) == 40 and long.learnt.any() and len(short.tokens) <= 40
+    assert "cut at 40 tokens" in capsys.readouterr().err
+
+
+def test_batches_hold_everything_once_within_their_size_with_little_padding():
+    rng = random.Random(0)
+    lengths = [min(2048, int(rng.lognormvariate(5.5, 0.8)) + 10) for _ in range(3000)]
+    batches = make_batches(lengths, 4 * 2048, random.Random(1))
+    assert sorted(i for batch in batches for i in batch) == list(range(3000))
+    padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+    assert max(padded) <= 4 * 2048
+    assert 1 - sum(lengths) / sum(padded) < 0.1
+    assert batches != make_batches(lengths, 4 * 2048, random.Random(2))
+
+
+def test_cached_features_train_to_the_same_bits_and_a_cut_cache_is_completed(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(Features, "SHARD", 16)
+    assert train("--epochs", 2, out="plain")[0] == 0
+    cache = tmp_path / "cache"
+    status, err, cached = train("--epochs", 2, "--cache-features", cache, out="cached")
+    assert status == 0 and "GB" in err, err
+    plain, again = read_safetensors(tmp_path / "plain" / "model.safetensors"), read_safetensors(cached / "model.safetensors")
+    for key in plain:       # rows of other batches: equal but for rounding
+        assert_close(again[key], plain[key], 2e-2)
+    shards = sorted(cache.glob("*.safetensors"))
+    assert len(shards) == 4
+    content, old = shards[1].read_bytes(), shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    (cache / "00001.part").write_bytes(content[:100])                   # as a kill leaves it
+    status, err, resumed = train("--epochs", 2, "--cache-features", cache, out="resumed")
+    assert status == 0, err
+    assert shards[1].read_bytes() == content and shards[0].stat().st_mtime_ns == old
+    assert (resumed / "model.safetensors").read_bytes() == (cached / "model.safetensors").read_bytes()
+    status, err, _ = train("--cache-features", cache, data=write_data(tmp_path / "other.jsonl", 60, seed=5), out="other")
+    assert status == 2 and str(cache) in one_error_line(err)

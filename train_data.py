@@ -1,0 +1,198 @@
+"""What a head learns from: dialogues as token ids with a mask of what the assistant says, and the target's features.
+
+Data are JSON lines of dialogues, `messages` or ShareGPT's `conversations`. The mask comes from the chat template by
+construction: what rendering a dialogue with an answer adds to rendering it without, never from offsets in a string.
+
+Shapes: B dialogues, T tokens.
+"""
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from generate import say, write_atomically
+from model import Transformer, read_json
+from tokenizer import Tokenizer
+
+
+class Dialogue(NamedTuple):
+    line: int           # in the data file, from 1
+    tokens: Tensor      # [T] int32
+    learnt: Tensor      # [T] bool: tokens that the assistant says, the one that ends its turn among them
+
+
+def read_dialogues(file: Path, tokenizer: Tokenizer, vocab_size: int, max_length: int,
+                   log: Callable[[str], None] = say) -> list[Dialogue]:
+    """Tokenised dialogues of a JSON-lines file, the bad ones counted, reported in one line and left out.
+
+    Raises ValueError when none is left, or when the tokenizer cannot be the target's.
+    """
+    dialogues, bad, n_cut = [], Counter(), 0
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for line, text in enumerate(tqdm(lines, desc="tokenising", unit=" dialogues", disable=None), start=1):
+            if not text.strip():
+                continue
+            try:
+                entry = json.loads(text)
+                messages = messages_of(entry)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                bad["broken lines"] += 1
+                continue
+            if not any(message["role"] == "assistant" for message in messages):
+                bad["without an assistant turn"] += 1
+                continue
+            try:
+                tokens, learnt = encode_dialogue(tokenizer, messages, entry.get("finish_reason") == "length")
+            except ValueError:
+                bad["refused by the chat template"] += 1
+                continue
+            if max(tokens) >= vocab_size:
+                raise ValueError(f"{file}, line {line}: token {max(tokens)}, but the target's vocabulary has {vocab_size}: "
+                                 "this tokenizer is not the target's")
+            n_cut += len(tokens) > max_length
+            if not any(learnt[2:max_length]):
+                bad["with no answer within the length"] += 1
+                continue
+            dialogues.append(Dialogue(line, torch.tensor(tokens[:max_length], dtype=torch.int32),
+                                      torch.tensor(learnt[:max_length])))
+    left_out = ", ".join(f"{n} {what}" for what, n in bad.items())
+    if not dialogues:
+        raise ValueError(f"{file} holds no dialogue to learn from" + (f": {left_out}" if bad else ""))
+    log(f"{file}: {len(dialogues)} dialogues, {sum(len(d.tokens) for d in dialogues)} tokens, "
+        f"{sum(int(d.learnt.sum()) for d in dialogues)} of them learnt"
+        + (f"; left out: {left_out}" if bad else "") + (f"; {n_cut} cut at {max_length} tokens" if n_cut else ""))
+    return dialogues
+
+
+def messages_of(entry: dict) -> list[dict[str, str]]:
+    """{"role", "content"} messages of either format."""
+    if "messages" in entry:
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in entry["messages"]]
+    else:
+        roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in entry["conversations"]]
+    if not all(isinstance(message["content"], str) for message in messages):
+        raise TypeError("a turn is not text")
+    return messages
+
+
+def encode_dialogue(tokenizer: Tokenizer, messages: list[dict[str, str]], cut: bool) -> tuple[list[int], list[bool]]:
+    """Token ids, and which of them the assistant says: those that rendering the dialogue with an answer adds to
+    rendering it without, up to the token that ends the turn. `cut` tells that the last answer was not ended."""
+    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+    tokens = tokenizer.apply_chat_template(messages[:last + 1], add_generation_prompt=False)
+    learnt = [False] * len(tokens)
+    for n, message in enumerate(messages[:last + 1]):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:n])
+        after = tokenizer.apply_chat_template(messages[:n + 1], add_generation_prompt=False)
+        begin = common_prefix(before, after)    # the last token of `before` may have grown together with the answer
+        if common_prefix(after, tokens) < len(after) - 1:
+            raise ValueError("the template changes what was said before")
+        end = next((i + 1 for i in range(begin, len(after)) if after[i] in tokenizer.stop_ids), len(after))
+        if cut and n == last and end > begin and after[end - 1] in tokenizer.stop_ids:
+            end -= 1
+        learnt[begin:end] = [True] * len(learnt[begin:end])
+    return tokens, learnt
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def common_tokens(dialogues: list[Dialogue], stop_ids: frozenset[int], n: int) -> list[int]:
+    """The tokens that the assistant says most, and those that end its turn."""
+    counts = Counter()
+    for dialogue in dialogues:
+        counts.update(dialogue.tokens[dialogue.learnt].tolist())
+    return list(dict.fromkeys([*sorted(stop_ids), *(i for i, _ in counts.most_common())]))[:n]
+
+
+def make_batches(lengths: list[int], n_token: int, rng: random.Random) -> list[list[int]]:
+    """Indices in batches of at most n_token tokens, padding included, of like length, in random order."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], rng.random()))
+    batches, batch = [], []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > n_token:
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
+class Batch(NamedTuple):
+    tokens: Tensor      # [B, T] int64, padded on the right
+    features: Tensor    # [B, T, dim] of the target
+    learnt: Tensor      # [B, T] bool
+
+
+class Features:
+    """The frozen target's features of dialogues, computed when asked for, or kept in safetensors shards on disk."""
+    SHARD = 256         # dialogues
+
+    def __init__(self, model: Transformer, dialogues: list[Dialogue], folder: Path | None, n_token: int):
+        self.model, self.dialogues, self.folder = model, dialogues, folder
+        self.device = model.inv_freq.device
+        self.shards: dict[int, safe_open] = {}
+        order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].tokens))
+        self.shard_of = {i: place // self.SHARD for place, i in enumerate(order)}
+        if folder is not None:
+            self._fill(order, n_token)
+
+    def batch(self, indices: list[int]) -> Batch:
+        rows = [self.dialogues[i] for i in indices]
+        tokens = nn.utils.rnn.pad_sequence([row.tokens.long() for row in rows], batch_first=True).to(self.device)
+        learnt = nn.utils.rnn.pad_sequence([row.learnt for row in rows], batch_first=True).to(self.device)
+        if self.folder is None:
+            with torch.inference_mode():
+                features = self.model.features(tokens, torch.arange(tokens.shape[1], device=self.device))
+            return Batch(tokens, features.clone(), learnt)
+        kept = [self._shard(self.shard_of[i]).get_tensor(str(i)) for i in indices]
+        return Batch(tokens, nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device), learnt)
+
+    def _shard(self, n: int) -> "safe_open":
+        if n not in self.shards:
+            self.shards[n] = safe_open(self.folder / f"{n:05}.safetensors", framework="pt")
+        return self.shards[n]
+
+    def _fill(self, order: list[int], n_token: int) -> None:
+        """Write the shards that are not there yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weight = self.model.norm.weight
+        digest = hashlib.sha256(repr((self.model.config, weight.dtype)).encode())
+        digest.update(weight.float().cpu().numpy().tobytes())
+        for dialogue in self.dialogues:
+            digest.update(dialogue.tokens.numpy().tobytes())
+        stamp, file = {"sha256": digest.hexdigest()}, self.folder / "features.json"
+        if file.exists() and read_json(file) != stamp:
+            raise ValueError(f"{self.folder} holds the features of other data or of another target: "
+                             "give --cache-features another folder")
+        if not file.exists():
+            write_atomically(file, json.dumps(stamp) + "\n")
+        total = sum(len(d.tokens) for d in self.dialogues)
+        say(f"features: {total} tokens, {total * self.model.config.dim * weight.element_size() / 1e9:.2f} GB in {self.folder}")
+        with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
+            for n, begin in enumerate(range(0, len(order), self.SHARD)):
+                shard, part = order[begin:begin + self.SHARD], self.folder / f"{n:05}.part"
+                if not (self.folder / f"{n:05}.safetensors").exists():
+                    kept, self.folder = {}, None  # as computed, while this shard is filled
+                    lengths = [len(self.dialogues[i].tokens) for i in shard]
+                    for batch in make_batches(lengths, n_token, random.Random(0)):
+                        features = self.batch([shard[j] for j in batch]).features
+                        kept |= {str(shard[j]): row[:lengths[j]].cpu().clone() for j, row in zip(batch, features)}
+                    self.folder = part.parent
+                    save_file(kept, part)
+                    part.replace(part.with_suffix(".safetensors"))
+                bar.update(sum(len(self.dialogues[i].tokens) for i in shard))
