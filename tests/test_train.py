@@ -4,9 +4,9 @@
 
 On tiny random targets in fp32. Runs that are killed, or that take several processes, are child processes.
 """
-import copy
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -65,20 +65,24 @@ def command(checkpoint, data, out, *options):
                              "--batch-size", 2, "--max-length", 128, "--eval-dialogues", 4, "--log-every", 1, *options)]
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def train(checkpoint, data, tmp_path, capsys):
     """train(*options) -> (exit status, stderr, output folder)."""
 
     def train(*options, data=data, out="head"):
         capsys.readouterr()
-        old = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
         try:
             status = train_head.main(train_head.parse_args(command(checkpoint, data, tmp_path / out, *options)))
         except SystemExit as leave:
             status = leave.code
-        finally:
-            for s, handler in zip((signal.SIGINT, signal.SIGTERM), old):
-                signal.signal(s, handler)
         return status, capsys.readouterr().err, tmp_path / out
 
     return train
@@ -98,7 +102,7 @@ def state_of(out):
 @pytest.mark.parametrize("draft_vocab", [None, list(range(10, 200))])
 def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, data, draft_vocab, monkeypatch):
     """L = SmoothL1(f^, f) + w CE(softmax(output(f)), output(f^)) over the answers, in float64, dialogue by dialogue."""
-    monkeypatch.setattr(train_head, "LOGITS_AT_ONCE", 700)      # a few rows at a time, the last block a part
+    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 700)      # a few rows at a time, the last block a part
     dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:5]
     config = head_config(read_json(checkpoint / "config.json"), "tiny")
     head = new_head(config, model, None, seed=0)
@@ -138,7 +142,7 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
 
 
 def test_no_tensor_of_the_cross_entropy_is_larger_than_the_stated_block(monkeypatch):
-    monkeypatch.setattr(train_head, "LOGITS_AT_ONCE", 8 * 4096)
+    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 8 * 4096)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -209,7 +213,7 @@ def test_noise_reaches_the_heads_input_and_not_its_goal(model, checkpoint, data)
 
 def test_gradients_are_clipped_by_their_norm_and_adamw_has_the_papers_betas(train):
     """After one step AdamW's moments are (1 - 0.9) g and (1 - 0.95) g^2 of the gradient it was given."""
-    one_step = "--batch-size", 1000, "--epochs", 1
+    one_step = "--batch-size", 1000, "--epochs", 1, "--cls-weight", 100
     _, _, free = train(*one_step, "--clip", 1e9, out="free")
     status, err, out = train(*one_step)
     assert status == 0, err
@@ -247,21 +251,23 @@ def test_the_defaults_are_the_papers():
     assert args.dtype == "bfloat16" and args.warmup is None and args.epochs == 20
 
 
-def test_200_dialogues_are_overfitted(checkpoint, model, tmp_path, train):
-    """The target wrote them, so that its likeliest token is the one that follows."""
+def test_200_dialogues_are_overfitted(tmp_path, capsys):
+    """The target wrote them; its tokenizer gives its text back as the very ids it was."""
+    checkpoint = write_checkpoint(tmp_path / "talker", merges=0, ascii_only=True)
     tokenizer, rng = Tokenizer.from_pretrained(checkpoint), random.Random(1)
-    questions = [" ".join(rng.choices(WORDS, k=4)) for _ in range(200)]
-    ids = [tokenizer.apply_chat_template([{"role": "user", "content": q}]) for q in questions]
-    answers = []
-    for i in range(0, 200, 50):
-        answers += generate(copy.deepcopy(model), ids[i:i + 50], 12).tokens
-    file = tmp_path / "200.jsonl"
-    file.write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content":
-                    tokenizer.decode(a)}], "finish_reason": "length"}) + "\n" for q, a in zip(questions, answers)))
-    status, err, out = train("--epochs", 60, "--lr", 3e-3, "--batch-size", 12, "--noise", 0, "--cls-weight", 1,
-                             "--eval-dialogues", 0, data=file)
-    assert status == 0, err
-    assert log_of(out, "top1")[-1]["top1"] > 0.95
+    questions = [" ".join(rng.choices(WORDS, k=2)) for _ in range(200)]
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in questions]
+    answers = generate(Transformer.from_pretrained(checkpoint, device="cpu", dtype=torch.float32), prompts, 5).tokens
+    data = tmp_path / "200.jsonl"
+    data.write_text("".join(json.dumps({"finish_reason": "length", "messages": [
+        {"role": "user", "content": q}, {"role": "assistant", "content": tokenizer.decode(a)}]}) + "\n"
+        for q, a in zip(questions, answers)))
+    argv = command(checkpoint, data, tmp_path / "head", "--epochs", 200, "--lr", 2e-2, "--batch-size", 4, "--cls-weight", 10,
+                   "--noise", 0, "--eval-dialogues", 0)
+    status = train_head.main(train_head.parse_args(argv))
+    assert status == 0, capsys.readouterr().err
+    top1 = [entry["top1"] for entry in log_of(tmp_path / "head", "top1")]
+    assert sum(top1[:8]) / 8 < 0.5 and sum(top1[-8:]) / 8 > 0.95        # an epoch has 8 steps
 
 
 def test_bfloat16_trains_fp32_weights_and_the_target_is_left_alone(train, checkpoint, recwarn):
@@ -342,7 +348,8 @@ def test_init_goes_on_from_another_head(train):
     status, err, out = train("--epochs", 1, "--lr", 1e-9, "--init", first)
     assert status == 0, err
     ours, theirs = read_safetensors(out / "model.safetensors"), read_safetensors(first / "model.safetensors")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for key in theirs:
+        assert_close(ours[key], theirs[key], 1e-5)
 
 
 def test_evaluation_reports_what_decoding_with_a_chain_accepts(train, model, checkpoint):
@@ -359,37 +366,48 @@ def test_evaluation_reports_what_decoding_with_a_chain_accepts(train, model, che
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def child(checkpoint, data, out, *options, **kwargs):
-    return subprocess.Popen([sys.executable, ROOT / "train_head.py", *command(checkpoint, data, out, *options)],
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+def run_in_child(argv, errors):
+    torch.set_num_threads(1)
+    sys.stderr = open(errors, "a", buffering=1)
+    sys.exit(train_head.main(train_head.parse_args(argv)))
 
 
 def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(checkpoint, data, tmp_path):
-    options = "--epochs", 30, "--lr", 1e-2, "--save-minutes", 0, "--eval-every", 50
-    whole = child(checkpoint, data, tmp_path / "whole", *options[:4])
-    assert whole.wait(120) == 0, whole.stderr.read()
-    out, rng = tmp_path / "killed", random.Random(0)
+    fork = multiprocessing.get_context("forkserver")        # its children have torch imported when they start
+    fork.set_forkserver_preload(["test_train"])
+    out, whole, rng = tmp_path / "killed", tmp_path / "whole", random.Random(0)
+    options = "--epochs", 30, "--lr", 1e-2, "--eval-every", 50
+
+    def start(out, *more):
+        process = fork.Process(target=run_in_child, args=(command(checkpoint, data, out, *options, *more), tmp_path / "errors"))
+        process.start()
+        return process
+
+    def finish(process, status):
+        process.join(120)
+        assert process.exitcode == status, (tmp_path / "errors").read_text()
+
+    finish(start(whole), 0)
     for life in range(11):
-        run = child(checkpoint, data, out, *options, *(["--resume"] if life else []))
-        before = state_of(out)["step"] if life else 0
-        while run.poll() is None and not ((out / "checkpoint.pt").exists() and (life == 0 or state_of(out)["step"] > before)):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.15))
-        assert run.poll() is None, run.stderr.read()                    # it would have finished: more epochs needed
-        run.send_signal(signal.SIGKILL if life < 10 else signal.SIGINT)
-        err = run.communicate(timeout=60)[1]
-        assert run.returncode == (-signal.SIGKILL if life < 10 else 130), err
-        state_of(out), read_safetensors(out / "model.safetensors")      # what stands can be read
-    assert "--resume" in err and "Traceback" not in err
-    last = child(checkpoint, data, out, *options, "--resume")
-    assert last.wait(120) == 0, last.stderr.read()
-    ours, theirs = state_of(out), state_of(tmp_path / "whole")
+        before = (out / "checkpoint.pt").stat().st_mtime_ns if life else 0
+        run = start(out, "--save-minutes", 0, "--resume")   # with nothing there yet, --resume begins
+        while run.is_alive() and not ((out / "checkpoint.pt").exists() and (out / "checkpoint.pt").stat().st_mtime_ns > before):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        assert run.is_alive(), (tmp_path / "errors").read_text()    # it would have finished: more epochs needed
+        os.kill(run.pid, signal.SIGKILL if life < 10 else signal.SIGINT)
+        finish(run, -signal.SIGKILL if life < 10 else 130)
+        state_of(out), read_safetensors(out / "model.safetensors")  # what stands can be read
+    errors = (tmp_path / "errors").read_text()
+    assert errors.rstrip().endswith("the same command with --resume goes on from there") and "Traceback" not in errors
+    finish(start(out, "--resume"), 0)
+    ours, theirs = state_of(out), state_of(whole)
     assert ours["step"] == theirs["step"]
     assert all(torch.equal(ours["head"][key], theirs["head"][key]) for key in theirs["head"])
     for a, b in zip(ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values()):
         assert all(torch.equal(a[key], b[key]) for key in b)
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert [e["cross_entropy"] for e in log_of(out, "lr")] == [e["cross_entropy"] for e in log_of(tmp_path / "whole", "lr")]
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [e["cross_entropy"] for e in log_of(out, "lr")] == [e["cross_entropy"] for e in log_of(whole, "lr")]
 
 
 def test_a_training_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_path):
@@ -420,7 +438,7 @@ def test_two_processes_have_the_gradients_of_one(checkpoint, data, tmp_path, tra
     settings = "--epochs", 1, "--clip", 1e9, "--warmup", 0
     status, err, one = train(*settings, "--batch-size", 1000, "--max-length", 200, out="one")
     assert status == 0, err
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                           ROOT / "train_head.py", *command(checkpoint, data, tmp_path / "two", *settings, "--batch-size", 500,
                                                            "--max-length", 200, *options)],
                          capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -456,7 +474,8 @@ def test_the_mask_is_what_the_target_would_say_after_each_prompt(checkpoint, tem
     assert len(answers) == 2
     for (begin, end), turn in zip(answers, (1, 3)):
         said = [i for i in ids[begin:end] if i not in tokenizer.stop_ids]
-        assert tokenizer.decode(said).strip() == DIALOGUE[turn]["content"].strip()
+        # this tokenizer has no token for the end that the other templates write
+        assert tokenizer.decode(said).removesuffix("</s>").strip() == DIALOGUE[turn]["content"].strip()
         prompt = tokenizer.apply_chat_template(DIALOGUE[:turn])
         assert tokenizer.decode(ids[:begin]).rstrip() == tokenizer.decode(prompt).rstrip()
         if template is None:
