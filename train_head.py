@@ -77,18 +77,23 @@ class SoftCrossEntropy(torch.autograd.Function):
 
 
 class Losses(NamedTuple):
-    """Sums over the M learnt positions."""
+    """Sums over the learnt positions, of the first level and, averaged, of all levels."""
     smooth_l1: Tensor   # averaged over the width
     cross_entropy: Tensor
-    same: Tensor        # positions where head and target find the same token likeliest
+    same: Tensor        # positions of the first level where head and target find the same token likeliest
 
 
 class Learner(nn.Module):
-    """The head with its losses: what DistributedDataParallel wraps."""
+    """The head with its losses: what DistributedDataParallel wraps.
 
-    def __init__(self, head: EagleHead, autocast: bool):
+    n_level > 1 also trains on what the head meets while drafting: level d continues each position along the true
+    tokens from features that are d steps the head's own, as HASS (arXiv 2408.15766) and EAGLE-3's training-time test
+    do. One pass without gradient makes the features of each level but the last, then one with it takes all levels.
+    """
+
+    def __init__(self, head: EagleHead, autocast: bool, n_level: int = 1):
         super().__init__()
-        self.head, self.autocast = head, autocast
+        self.head, self.autocast, self.n_level = head, autocast, n_level
 
     @property
     def weight(self) -> Tensor:
@@ -98,14 +103,44 @@ class Learner(nn.Module):
     def forward(self, batch: Batch, noise: Tensor | None) -> Losses:
         """Pairs (f_i, t_{i+1}) predict f_{i+1}, whose logits guess t_{i+2}: learnt where the assistant says t_{i+2}."""
         tokens, features, learnt = batch
+        n_pair, L = tokens.shape[1] - 2, self.n_level
         inputs = features[:, :-2].float()
         if noise is not None:
             inputs = inputs + noise
+        for level in range(1, L):
+            with torch.no_grad():
+                own = self.predict(tokens, inputs, level)[:, -n_pair:].float()      # of the last level so far
+            inputs = torch.cat((inputs, features[:, :1].float(), own[:, :-1]), dim=1)
+        predicted = self.predict(tokens, inputs, L).unflatten(1, (L, n_pair))       # [B, L, n_pair, dim]
+        sums = torch.zeros(2, device=tokens.device)
+        for level in range(L):
+            at = learnt[:, 2 + level:]          # level d of a position needs d pairs before it
+            true = features[:, 1 + level:-1][at].float()                            # [M, dim]
+            ours = predicted[:, level, level:][at].float()
+            l1 = F.smooth_l1_loss(ours, true, reduction="sum") / ours.shape[-1]
+            ce, same_here = SoftCrossEntropy.apply(ours, true, self.weight)
+            same = same_here if level == 0 else same
+            sums = sums + torch.stack((l1, ce)) / L
+        return Losses(*sums, same)
+
+    def predict(self, tokens: Tensor, inputs: Tensor, n_level: int) -> Tensor:
+        """The head over the pairs of n_level levels, one level after the other: [B, n_level * n_pair, dim]."""
+        n_pair = tokens.shape[1] - 2
+        pos = torch.arange(n_pair, device=tokens.device)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
-            predicted = self.head(tokens[:, 1:-1], inputs, torch.arange(tokens.shape[1] - 2, device=tokens.device))
-        predicted, true = predicted[learnt[:, 2:]].float(), features[:, 1:-1][learnt[:, 2:]].float()   # [M, dim]
-        l1 = F.smooth_l1_loss(predicted, true, reduction="sum") / predicted.shape[-1]
-        return Losses(l1, *SoftCrossEntropy.apply(predicted, true, self.weight))
+            return self.head(tokens[:, 1:-1].repeat(1, n_level), inputs, pos.repeat(n_level), mask=level_mask(n_pair, n_level, tokens.device))
+
+
+def level_mask(n_pair: int, n_level: int, device: torch.device) -> Tensor:
+    """[1, n_level * n_pair, n_level * n_pair] bool: the pair at position j on level d is a draft made d steps after
+    position j - d; it sees the true pairs (level 0) up to there, then its own forerunners, one a level, and itself."""
+    index = torch.arange(n_level * n_pair, device=device)
+    pos, level = index % n_pair, index // n_pair
+    start = pos - level
+    true_pairs = (level == 0) & (pos <= start[:, None])
+    own_drafts = (level > 0) & (level <= level[:, None]) & (start == start[:, None])
+    # A start before the text has nothing to see; its rows are not learnt, but a row of a softmax may not be empty.
+    return (true_pairs | own_drafts | (index == index[:, None]))[None]
 
 
 def input_noise(batch: Batch, indices: list[int], lengths: list[int], scale: float, seed: int) -> Tensor:
@@ -322,7 +357,7 @@ def train(args: argparse.Namespace) -> int:
     features = Features(model, dialogues, args.cache_features, n_token)
     if args.cache_features is not None and first and world > 1:
         dist.barrier()
-    learner = Learner(head, autocast=args.dtype == "bfloat16")
+    learner = Learner(head, args.dtype == "bfloat16", args.levels)
     wrapped = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.95))
 
@@ -488,6 +523,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=number(float, 0, open_low=True), default=3e-5, metavar="X", help="at its peak")
     parser.add_argument("--warmup", type=number(int, 0), metavar="N", help="steps (default: 2000, at most a tenth of all)")
     parser.add_argument("--cls-weight", type=number(float, 0), default=0.1, metavar="X", help="of the cross-entropy")
+    parser.add_argument("--levels", type=number(int, 1), default=1, metavar="N", help="train on features up to N - 1 steps "
+                        "the head's own: more accepted in depth, N to N^2 times the work (default: 1, the paper's)")
     parser.add_argument("--noise", type=number(float, 0), default=0.1, metavar="X", help="U(-X, X) on input features")
     parser.add_argument("--clip", type=number(float, 0, open_low=True), default=0.5, metavar="X", help="norm of the gradient")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")

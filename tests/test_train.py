@@ -160,6 +160,35 @@ def test_no_tensor_of_the_cross_entropy_is_larger_than_the_stated_block(monkeypa
     assert largest == 8 * 4096
 
 
+@torch.no_grad()
+def test_deeper_levels_learn_from_what_drafting_would_meet(checkpoint, model, data):
+    """Level d at position j: the head fed one pair after the other, true features up to j - d, then its own."""
+    dialogue = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[0]
+    batch, levels = Features(model, [dialogue], None, 10 ** 6).batch([0]), 3
+    head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, seed=0)
+    for p in head.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    losses = Learner(head, False, levels)(batch, None)
+    tokens, f = batch.tokens, batch.features
+    n_pair, output = tokens.shape[1] - 2, model.output.weight
+    l1 = ce = same = 0.0
+    for j in range(n_pair):
+        if not dialogue.learnt[j + 2]:
+            continue
+        for d in range(min(levels, j + 1)):
+            known = f[:, :j - d + 1]
+            for n in range(j - d + 1, j + 2):   # n pairs are known; the last output is the next feature
+                own = head(tokens[:, 1:n + 1], known, torch.arange(n))[:, -1:]
+                known = torch.cat((known, own), dim=1)
+            p, q = output @ f[0, j + 1], output @ own[0, 0]
+            l1 += F.smooth_l1_loss(own[0, 0], f[0, j + 1]).item() / levels
+            ce -= (p.softmax(0) * q.log_softmax(0)).sum().item() / levels
+            same += float(p.argmax() == q.argmax()) if d == 0 else 0
+    assert losses.smooth_l1.item() == pytest.approx(l1, rel=1e-4)
+    assert losses.cross_entropy.item() == pytest.approx(ce, rel=1e-4)
+    assert losses.same.item() == same
+
+
 def test_padding_does_not_change_the_loss(model, checkpoint, data):
     dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:6]
     features = Features(model, dialogues, None, 10 ** 6)
@@ -247,8 +276,8 @@ def test_the_rate_warms_up_and_decays_linearly_and_is_what_the_weights_move_by(t
 
 def test_the_defaults_are_the_papers():
     args = train_head.parse_args(["--data", "d", "--out", "o"])
-    assert (args.lr, args.clip, args.noise, args.cls_weight, args.batch_size, args.max_length) == (3e-5, 0.5, 0.1, 0.1, 4, 2048)
-    assert args.dtype == "bfloat16" and args.warmup is None and args.epochs == 20
+    assert (args.lr, args.clip, args.noise, args.cls_weight, args.levels) == (3e-5, 0.5, 0.1, 0.1, 1)
+    assert (args.batch_size, args.max_length, args.epochs, args.dtype) == (4, 2048, 20, "bfloat16")
 
 
 def test_200_dialogues_are_overfitted(tmp_path, capsys):
