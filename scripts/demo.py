@@ -1,0 +1,90 @@
+"""Answer the same prompts plainly and with EAGLE, in turn, and compare: python scripts/demo.py
+
+    python scripts/demo.py --prompt "Why is the sky blue?" --max-new-tokens 64
+    python scripts/demo.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3
+
+Both decode greedily over the same weights. Speed is new tokens over decode seconds, prefill and warm-up outside.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import generate as cli
+from eagle_head import load_tree
+
+PROMPTS = [
+    "Why is the sky blue?", "Write a short story about a lighthouse keeper.", "How do I make a good cup of tea?",
+    "What is the difference between a list and a tuple in Python?", "Give me three tips for sleeping better.",
+]
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        compare(args)
+    except (ValueError, OSError) as error:
+        cli.say(f"error: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+    model, head, tokenizer, report = cli.load(args)
+    prompts = [cli.encode(text, tokenizer, raw=False) for text in args.prompt]
+    tree = load_tree(args.tree)
+    n_slot = min(max(map(len, prompts)) + args.max_new_tokens + tree.n_room, model.config.block_size)
+    cli.check_prompts(prompts, n_slot)
+    cli.setup_caches(model, head, 1, n_slot)
+    plain = cli.Decoder(model, 1, compile=args.compile)
+    eagle = cli.Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    cli.say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
+            f"{report['device_name']}")
+    for decoder in (plain, eagle):  # warm up
+        decoder.generate(prompts[:1], min(8, args.max_new_tokens))
+    results = []
+    for text, prompt in zip(args.prompt, prompts):
+        print(f"\n> {text}\n")
+        printer = cli.Printer(tokenizer, 1)
+        ours = plain.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids, on_tokens=printer)
+        printer.close()
+        theirs = eagle.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids)
+        print(f"\n  {line(ours, theirs)}", flush=True)
+        results.append((ours, theirs))
+    print(f"\nall {len(results)}: {line(*map(total, zip(*results)))}")
+    if any(a.tokens != b.tokens for a, b in results) and args.dtype != "float32":
+        print("(Texts differ where two tokens are so near that 16-bit rounding decides; with --dtype float32 they are equal.)")
+
+
+def total(results: list[cli.Generation]) -> cli.Generation:
+    """All generations of one kind as the rows of one."""
+    rows = lambda field: [row for result in results for row in getattr(result, field)]
+    seconds = sum(result.timings["decode_seconds"] for result in results)
+    return cli.Generation(rows("tokens"), rows("accept_lengths"), rows("finish_reason"), timings={"decode_seconds": seconds})
+
+
+def line(plain: cli.Generation, eagle: cli.Generation) -> str:
+    same = sum(a == b for a, b in zip(plain.tokens, eagle.tokens))
+    texts = f"{same} of {len(plain.tokens)} texts equal" if len(plain.tokens) > 1 else f"texts {'equal' if same else 'differ'}"
+    return (f"plain {plain.tokens_per_second:.1f} tokens/s, EAGLE {eagle.tokens_per_second:.1f} tokens/s "
+            f"({eagle.tokens_per_second / plain.tokens_per_second:.2f}x), accepted length {eagle.mean_accept_length:.2f}, {texts}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(description="Compare plain and EAGLE decoding.")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS)
+    parser.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, metavar="N")
+    parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
+    parser.add_argument("--tree", help="default: the one beside the head, or static")
+    parser.add_argument("--draft-vocab", metavar="N|FILE|off")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

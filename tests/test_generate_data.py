@@ -1,0 +1,155 @@
+"""scripts/generate_data.py: dialogues that the target writes itself."""
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from generate import generate
+from model import Transformer
+from reference import write_checkpoint
+from scripts import generate_data
+from scripts.generate_data import loops
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("data") / "talker", merges=0, ascii_only=True)
+
+
+@pytest.fixture
+def write(talker, tmp_path, capsys):
+    """write(*options) -> (exit status, stderr, the dialogues)."""
+
+    def write(*options, out="data.jsonl"):
+        capsys.readouterr()
+        argv = ["--checkpoint", talker, "--out", tmp_path / out, "--device", "cpu", "--dtype", "float32", "--batch-size", 4,
+                "--max-new-tokens", 12, *options]
+        status = generate_data.main(generate_data.parse_args(list(map(str, argv))))
+        lines = (tmp_path / out).read_text().splitlines() if (tmp_path / out).exists() else []
+        return status, capsys.readouterr().err, [json.loads(line) for line in lines]
+
+    return write
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    lines = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the fox"}]},
+             {"conversations": [{"from": "human", "value": "the dog"}, {"from": "gpt", "value": "what?"}]},
+             {"question_id": 81, "turns": ["and then", "why"]}, {"turns": ["the fox"]}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    return file
+
+
+@pytest.fixture
+def all_are_good(monkeypatch):
+    """A random model repeats itself soon."""
+    monkeypatch.setattr(generate_data, "loops", lambda ids: False)
+
+
+def test_answers_are_what_greedy_decoding_says_and_the_settings_stand_beside_them(write, questions, talker, all_are_good):
+    status, err, entries = write("--prompts", questions)
+    assert status == 0, err
+    assert [entry["messages"][0]["content"] for entry in entries] == ["the fox", "the dog", "and then"]     # each once
+    model, tokenizer = Transformer.from_pretrained(talker, device="cpu", dtype=torch.float32), Tokenizer.from_pretrained(talker)
+    for entry in entries:
+        user, answer = entry["messages"]
+        ids = generate(model, [tokenizer.apply_chat_template([user])], 12, stop_ids=tokenizer.stop_ids).tokens[0]
+        assert answer == {"role": "assistant", "content": tokenizer.decode(ids).strip()}
+        assert entry["finish_reason"] == "length" and entry["seed"] == 0 and entry["temperature"] == 0.0
+        assert entry["self_prompted"] is False and entry["max_new_tokens"] == 12
+
+
+def test_answers_at_a_temperature_depend_on_the_seed_and_on_nothing_else(write, questions, all_are_good):
+    runs = [write("--prompts", questions, "--temperature", 1, "--seed", seed, out=out)[2]
+            for seed, out in ((1, "a.jsonl"), (1, "b.jsonl"), (2, "c.jsonl"))]
+    assert runs[0] == runs[1]
+    assert [e["messages"] for e in runs[0]] != [e["messages"] for e in runs[2]]
+
+
+def test_looping_answers_are_dropped_and_counted(write, questions, monkeypatch):
+    verdicts = iter([False, True, False])
+    monkeypatch.setattr(generate_data, "loops", lambda ids: next(verdicts))
+    status, err, entries = write("--prompts", questions)
+    assert status == 0 and "1 looping answers dropped" in err
+    assert [entry["messages"][0]["content"] for entry in entries] == ["the fox", "and then"]
+
+
+def test_a_loop_is_an_8_gram_that_comes_three_times():
+    cycle = list(range(8))
+    assert loops(cycle * 3) and not loops(cycle * 2) and not loops([])
+    assert loops([1, 2] * 8) and not loops([1, 2] * 4)
+    assert not loops(list(range(500)))
+    assert loops([*cycle, 50, *cycle, 60, 61, *cycle])
+
+
+def test_a_run_that_was_cut_goes_on_without_repeating_a_question(write, questions, tmp_path, all_are_good):
+    whole = write("--prompts", questions, "--batch-size", 1)[2]
+    file = tmp_path / "cut.jsonl"
+    lines = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:20])               # killed within a line
+    status, err, entries = write("--prompts", questions, "--batch-size", 1, out="cut.jsonl")
+    assert status == 0, err
+    assert [e["messages"] for e in entries] == [e["messages"] for e in whole]
+    before = file.read_bytes()
+    assert write("--prompts", questions, "--batch-size", 1, out="cut.jsonl")[0] == 0 and file.read_bytes() == before
+    status, err, _ = write("--prompts", questions, "--temperature", 0.5, out="cut.jsonl")
+    assert status == 2 and "temperature" in err and "Traceback" not in err and file.read_bytes() == before
+
+
+def test_the_target_asks_itself_different_questions(write, monkeypatch, all_are_good):
+    monkeypatch.setattr(generate_data, "TOPICS", ["dogs", "cats"])
+    # A random model never ends a turn: take whatever it wrote.
+    ask = generate_data.ask
+
+    def ask_all(decoder, *args):
+        generate_method = decoder.generate
+        decoder.generate = lambda *a, **k: (r := generate_method(*a, **k), setattr(r, "finish_reason", ["stop"] * 4))[0]
+        try:
+            return [text + " in short words" for text in ask(decoder, *args)]
+        finally:
+            decoder.generate = generate_method
+
+    monkeypatch.setattr(generate_data, "ask", ask_all)
+    status, err, entries = write("--dialogues", 6, "--max-user-tokens", 6)
+    assert status == 0, err
+    users = [entry["messages"][0]["content"] for entry in entries]
+    assert len(entries) >= 6 and len(set(users)) == len(users)
+    assert all(any(user.startswith(opening) for opening in generate_data.OPENINGS) for user in users)
+    assert all(entry["self_prompted"] for entry in entries)
+    again = write("--dialogues", 6, "--max-user-tokens", 6, out="again.jsonl")[2]
+    assert again == entries
+
+
+@pytest.mark.parametrize("text, names", [('{"turns": []}\n', ["line 1"]), ('{"turns": ["a"]}\n{oops\n', ["line 2"]), ("\xff", ["UTF"])],
+                         ids=["no turn", "broken", "no text"])
+def test_bad_questions_are_refused_in_one_line(write, tmp_path, text, names):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(text.encode("latin-1"))
+    status, err, entries = write("--prompts", file)
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert status == 2 and len(errors) == 1 and "Traceback" not in err and not entries
+    assert all(name.lower() in errors[0].lower() for name in names)
+
+
+def test_ctrl_c_keeps_what_was_written(talker, tmp_path):
+    file, out = tmp_path / "many.txt", tmp_path / "data.jsonl"
+    file.write_text("".join(f"question {n}\n" for n in range(5000)))
+    run = subprocess.Popen([sys.executable, ROOT / "scripts/generate_data.py", "--checkpoint", talker, "--out", out, "--prompts",
+                            file, "--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--max-new-tokens", "9"],
+                           stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    err = run.communicate(timeout=30)[1]
+    assert run.returncode == 130 and "goes on from here" in err and "Traceback" not in err
+    assert [json.loads(line) for line in out.read_text().splitlines()]
