@@ -128,7 +128,8 @@ class Learner(nn.Module):
         n_pair = tokens.shape[1] - 2
         pos = torch.arange(n_pair, device=tokens.device)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.head(tokens[:, 1:-1].repeat(1, n_level), inputs, pos.repeat(n_level), mask=level_mask(n_pair, n_level, tokens.device))
+            return self.head(tokens[:, 1:-1].repeat(1, n_level), inputs, pos.repeat(n_level),
+                             mask=level_mask(n_pair, n_level, tokens.device))
 
 
 def level_mask(n_pair: int, n_level: int, device: torch.device) -> Tensor:
@@ -161,23 +162,18 @@ def draft_ranks(head: EagleHead, tokens: Tensor, features: Tensor, max_depth: in
     """For every position i at once: draft from pair (f_i, t_{i+1}) along the tokens that really follow, and rank
     t_{i+2}, t_{i+3}, ... among the guesses. tokens [T], features [T, dim] -> [max_depth, positions], 0 the likeliest.
 
-    Depth d of position i attends to true pairs up to i, then to its own drafts at i+1 .. i+d: level d of the head's
-    cache holds the pairs whose features are d steps from the target's. All depths of a column lie inside the text.
+    The head's cache holds one level (`level_mask`) after the other. All depths of a column lie inside the text.
     """
     ids, hidden = tokens[None].long(), features[None, :-1]
     n_pair = ids.shape[1] - 1
     head.setup_caches(1, n_pair * max_depth)
     pos = torch.arange(n_pair, device=ids.device)
-    slot = torch.arange(n_pair * max_depth, device=ids.device)
-    slot, level = slot % n_pair, slot // n_pair
+    mask = level_mask(n_pair, max_depth, ids.device)
     ranks = []
-    for d in range(min(max_depth, n_pair - 1)):
-        # Row j of this pass continues position i = j - d: its token is t_{j+1}, its feature d steps old.
-        j = pos[d:]
-        true_pairs = (level == 0) & (slot <= (j - d)[:, None])
-        own_drafts = (level > 0) & (level <= d) & (slot - level == (j - d)[:, None])
-        hidden = head(ids[:, j + 1], hidden if d == 0 else hidden[:, :-1], j, d * n_pair + j,
-                      (true_pairs | own_drafts)[None])
+    for level in range(min(max_depth, n_pair - 1)):
+        j = pos[level:]     # drafts that began at j - level: tokens t_{j+1}, features of the level before
+        slot = level * n_pair + j
+        hidden = head(ids[:, j + 1], hidden if level == 0 else hidden[:, :-1], j, slot, mask[:, slot])
         ranks.append(rank_of(head, hidden[:, :-1], ids[:, j[:-1] + 2])[0])
     head.kv_cache = None
     width = max(n_pair - max_depth, 0)
@@ -199,8 +195,10 @@ def evaluate(learner: Learner, features: Features, held_out: list[int], rank: in
     """Losses, top-1/2/3 accuracy, n-alpha and the accepted length expected of a chain, on dialogues not learnt from.
 
     n-alpha [1, section 5.2]: how often a chain's draft is right when the last n features before it are the head's own.
+    The losses are those of one level, whatever was trained.
     """
     sums = torch.zeros(6 + 2 * N_ALPHA, dtype=torch.float64)
+    learner = Learner(learner.head, learner.autocast)
     device = learner.weight.device
     for begin in range(0, len(held_out), world):    # as many for each process: a sharded target needs them all
         i = held_out[begin + rank] if begin + rank < len(held_out) else held_out[0]
@@ -218,7 +216,7 @@ def evaluate(learner: Learner, features: Features, held_out: list[int], rank: in
     if world > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    l1, ce, n_learnt, n_rank, top2, top3, *alpha = (sums.cpu()).tolist()
+    l1, ce, n_learnt, n_rank, top2, top3, *alpha = sums.tolist()
     n_learnt, n_rank = max(1.0, n_learnt), max(1.0, n_rank)     # dialogues of a few tokens have nothing to draft along
     return {"eval_smooth_l1": l1 / n_learnt, "eval_cross_entropy": ce / n_learnt, "eval_positions": int(n_learnt),
             "eval_top1": alpha[0] / n_rank, "eval_top2": top2 / n_rank, "eval_top3": top3 / n_rank,
