@@ -1,0 +1,93 @@
+"""Other decoders on the same prompts: transformers, its prompt lookup, and llama.cpp where they are installed.
+
+Each is a function (prompt ids, n) -> `Answer` of exactly n new tokens, decoded greedily, stop tokens or not, so that it does
+the work that plain decoding did. The clock runs from a peer's first token to its last: prefill is outside, as in ours.
+"""
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Answer(NamedTuple):
+    tokens: list[int]               # new ones
+    timed_tokens: int               # of them, those that decode_seconds took
+    prefill_seconds: float
+    decode_seconds: float
+    accept_lengths: list[int]       # tokens produced by each target pass; empty where that is not known
+
+
+Peer = Callable[[list[int], int], Answer]
+
+
+def find_peers(folder: Path, device: torch.device, dtype: torch.dtype, n_slot: int,
+               gguf: Path | None) -> tuple[dict[str, Peer], list[str]]:
+    """The peers that can run, by name, and a line for each that cannot."""
+    peers, absent = {}, []
+    try:
+        peers |= transformers_peers(folder, device, dtype, n_slot)
+    except ImportError:
+        absent.append("transformers is not installed: pip install transformers")
+    if gguf is None:
+        absent.append("llama.cpp did not run: it reads a GGUF file, --gguf FILE")
+        return peers, absent
+    try:
+        peers[f"llama.cpp-{gguf.stem.rsplit('.', 1)[-1]}"] = llama_cpp_peer(gguf, n_slot)
+    except ImportError:
+        absent.append("llama-cpp-python is not installed: pip install llama-cpp-python")
+    return peers, absent
+
+
+def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n_slot: int) -> dict[str, Peer]:
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+    class Clock(transformers.StoppingCriteria):
+        """Is asked after each pass; notes when, and how many tokens there are."""
+
+        def __init__(self):
+            self.seen: list[tuple[int, float]] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+            self.seen.append((input_ids.shape[1], now(device)))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def generate(prompt: list[int], n: int, **options) -> Answer:
+        ids, clock, start = torch.tensor([prompt], device=device), Clock(), now(device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, min_new_tokens=n,
+                                max_new_tokens=n, stopping_criteria=[clock], **options)
+        lengths = [len(prompt), *(length for length, _ in clock.seen)]
+        return Answer(output[0, len(prompt):].tolist(), len(output[0]) - lengths[1], clock.seen[0][1] - start,
+                      clock.seen[-1][1] - clock.seen[0][1], [b - a for a, b in zip(lengths, lengths[1:])])
+
+    return {"transformers": lambda prompt, n: generate(prompt, n),
+            "transformers-static": lambda prompt, n: generate(prompt, n, cache_implementation="static"),
+            "transformers-lookup": lambda prompt, n: generate(prompt, n, prompt_lookup_num_tokens=10)}
+
+
+def llama_cpp_peer(gguf: Path, n_slot: int) -> Peer:
+    import llama_cpp
+    if not gguf.is_file():
+        raise FileNotFoundError(f"--gguf {gguf}: no such file")
+    llama = llama_cpp.Llama(str(gguf), n_ctx=n_slot, n_threads=torch.get_num_threads(), verbose=False)
+
+    def generate(prompt: list[int], n: int) -> Answer:
+        start, tokens, times = time.perf_counter(), [], []
+        for token in llama.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
+            tokens.append(token)
+            times.append(time.perf_counter())
+            if len(tokens) == n:
+                break
+        return Answer(tokens, n - 1, times[0] - start, times[-1] - times[0], [1] * n)
+
+    return generate
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
