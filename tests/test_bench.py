@@ -146,7 +146,8 @@ def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
     monkeypatch.setattr(bench, "TINY", tiny_moe)
     report = run("--shape", "tiny", "--rows", 1, 16, "--dtype", "float32", "--new-tokens", 4, file=tmp_path / "report.json")
     assert report["random_weights"] and report["model"] == "tiny"
-    assert [row["used_slots"] for row in report["steps"] if row["part"] == "target pass"] == [128, 128]  # of the default ones, those in its context
+    passes = [row for row in report["steps"] if row["part"] == "target pass"]
+    assert [row["used_slots"] for row in passes] == [128, 128]  # of the default ones, those in its context
 
     model = bench.random_model(tiny_moe, torch.device("cpu"), torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
@@ -238,7 +239,8 @@ def test_a_mean_becomes_lengths_with_that_mean_everywhere(spec, most):
 def test_the_lengths_of_a_run_are_replayed_as_often_as_they_came(tmp_path):
     one, lines = tmp_path / "generate.json", tmp_path / "answers.jsonl"
     one.write_text(json.dumps({"new_tokens": [9], "accept_lengths": [[1, 5, 3], [2, 2]]}, indent=1))
-    lines.write_text("".join(json.dumps({"question_id": n, "choices": [{"accept_lengths": [[n], [4, 4]]}]}) + "\n" for n in (1, 2)))
+    answers = [{"question_id": n, "choices": [{"accept_lengths": [[n], [4, 4]]}]} for n in (1, 2)]
+    lines.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     assert sorted(simulate.accept_lengths(str(one), 5)) == [1, 2, 2, 3, 5]
     assert sorted(simulate.accept_lengths(str(lines), 5)) == [1, 2, 4, 4, 4, 4]
 
@@ -254,7 +256,8 @@ def test_a_file_without_accepted_lengths_is_refused(tmp_path, text, message):
         simulate.accept_lengths(str(file), 6)
 
 
-@pytest.mark.parametrize("tree", [StaticTree.chain(4), StaticTree.paper(), DynamicTree(4, 4, 12)], ids=str)
+@pytest.mark.parametrize("tree", [StaticTree.chain(4), StaticTree.paper(), DynamicTree(4, 4, 12)],
+                         ids=["chain", "paper", "dynamic"])
 def test_a_simulated_step_runs_in_full_and_produces_the_lengths_given(tree, monkeypatch):
     model = shapes.random_model(shapes.TINY, torch.device("cpu"), torch.float32)
     head = shapes.random_head(model)
