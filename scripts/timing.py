@@ -83,7 +83,8 @@ def environment(device: torch.device, command: str) -> dict:
         return subprocess.run(["git", "-C", REPO, *command], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")  # the results of other measurements do no harm
+        commit = git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a clone, or no git
     return {
