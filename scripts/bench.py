@@ -2,83 +2,63 @@
 
     python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
     python scripts/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
-    python scripts/bench.py --shape smollm2-135m --slots 128 --variants eager packed block whole
-    python scripts/bench.py --shape llama-2-7b --trees static dynamic --accept-length 3.62 4.70  # EAGLE, by parts
+    python scripts/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
+    python scripts/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and whole generations
     python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
-Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. Times
-are medians of runs that alternate between all that is compared, so that a drifting clock or a neighbour on the machine
-hits all alike. With --variants, compilation starts from an empty cache; with --compile-cache FOLDER too, the second
-run shows how long it takes from a filled one. Run it alone on the machine.
+Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. A random
+head is never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is
+labelled as simulated. Run it alone on the machine.
 
-Shapes: T new tokens (rows), S cache slots.
+Shapes: T new tokens (rows), S cache slots, H query heads, K key/value heads, G = H / K, D head dim.
 """
 import argparse
-import copy
+import contextlib
 import itertools
 import json
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
-from generate import (Decoder, Parser, capture, common_prefix, compile_layers, device_name,  # noqa: E402
-                      number, pick_device, say, write_atomically)
-from model import (ModelArgs, PackedLinear, Sampling, Transformer, bucket, causal_mask, next_tokens,  # noqa: E402
+from generate import (Decoder, Generation, Parser, capture, common_prefix, compile_layers, number,  # noqa: E402
+                      pick_device, say, write_atomically)
+from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
                    pack_for_cpu, prefill, read_json, resolve_checkpoint)
+from scripts.shapes import SHAPES, TINY, meta_model, random_head, random_model  # noqa: E402
+from scripts.simulate import accept_lengths, simulated_decoder  # noqa: E402
+from scripts.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,  # noqa: E402
+                            print_table, spread)
 
 SLOTS = [128, 1024, 4096]
-PROMPT, NEW = 32, 128       # tokens of the decoding runs
 LONG_PROMPT = 2048          # tokens of the prefill run
-BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 ROUNDS = 5                  # runs of what takes long: prefill, decoding
 STEPS = 16                  # EAGLE steps in each of them, all within the same bucket of cache slots
 
 
-def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,
-          block_size: int, **others) -> ModelArgs:
-    facts = {"model_type": "llama", "norm_eps": 1e-5, "rope_theta": 1e4} | others
-    return ModelArgs(dim=dim, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, head_dim=dim // n_head,
-                     intermediate_size=intermediate_size, vocab_size=vocab_size, block_size=block_size, **facts)
-
-
-SHAPES = {  # from the published config.json files
-    "llama-2-7b": shape(4096, 32, 32, 32, 11008, 32000, 4096),
-    "llama-2-13b": shape(5120, 40, 40, 40, 13824, 32000, 4096),
-    "llama-2-70b": shape(8192, 80, 64, 8, 28672, 32000, 4096),
-    "llama-3-8b": shape(4096, 32, 32, 8, 14336, 128256, 8192, rope_theta=5e5),
-    "llama-3-70b": shape(8192, 80, 64, 8, 28672, 128256, 8192, rope_theta=5e5),
-    "vicuna-33b": shape(6656, 60, 52, 52, 17920, 32000, 2048, norm_eps=1e-6),
-    "mixtral-8x7b": shape(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=1e6, model_type="mixtral", n_expert=8,
-                          n_expert_active=2),
-    "smollm2-135m": shape(576, 30, 9, 3, 1536, 49152, 8192, rope_theta=1e5, tie_word_embeddings=True),
-}
+def main(args: argparse.Namespace) -> int:
+    return run(args, check, compare_peer if args.peer else measure_target)
 
 
 @torch.inference_mode()
-def main(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, check: Callable[[argparse.Namespace], None],
+        measure: Callable[[argparse.Namespace], dict]) -> int:
     """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
     try:
         check(args)
-        report = environment(args)
+        report = environment(args.device, args.command) | {
+            "model": args.checkpoint or args.shape, "random_weights": args.checkpoint is None,
+            "dtype": str(args.dtype).removeprefix("torch."), "compiled": args.compile, "repeats": args.repeats}
         say(f"{report['device_name']}, torch {report['torch']}, commit {report['commit']}")
-        measure = compare_variants if args.variants else compare_peer if args.peer else measure_target
         report |= measure(args)
         if args.json:
             write_atomically(args.json, json.dumps(report, indent=1) + "\n")
@@ -93,15 +73,32 @@ def main(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse at the start what would fail after the work is done; settle what the options leave open."""
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json}: not a file in an existing folder")
+    check_model(args)
     if args.peer and not args.checkpoint:
         raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
+    for tree in args.trees:
+        if load_tree(tree).n_room + 2 > min(args.slots):
+            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
+    if args.prompt_tokens + args.new_tokens > context(args.config):
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the model's "
+                         f"context of {context(args.config)} tokens")
+    if args.simulate_accept and not args.trees:
+        raise ValueError("--simulate-accept needs --trees")
+    if args.simulate_accept and len(args.simulate_accept) not in (1, len(args.trees)):
+        raise ValueError("--simulate-accept takes one value for all --trees, or one for each of them")
+    if len(args.simulate_accept) == 1:
+        args.simulate_accept *= len(args.trees)
+    args.lengths = [accept_lengths(spec, load_tree(tree).depth + 1) for spec, tree in zip(args.simulate_accept, args.trees)]
+
+
+def check_model(args: argparse.Namespace) -> None:
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ValueError(f"--json {args.json}: not a file in an existing folder")
     args.device, args.dtype = pick_device(args.device), getattr(torch, args.dtype)
-    if args.device.type not in BUFFER:
+    if args.device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
     args.compile = args.device.type == "cuda" if args.compile is None else args.compile
-    args.config = SHAPES[args.shape] if args.shape else ModelArgs.from_config(
+    args.config = SHAPES.get(args.shape, TINY) if args.shape else ModelArgs.from_config(
         read_json(resolve_checkpoint(args.checkpoint) / "config.json"))
     longest = context(args.config)
     args.slots = args.slots or [n for n in SLOTS if n <= longest] or [longest]
@@ -109,9 +106,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
-    for tree in args.trees:
-        if load_tree(tree).n_room + 2 > min(args.slots):
-            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
     check_memory(args)
 
 
@@ -126,24 +120,7 @@ def check_memory(args: argparse.Namespace) -> None:
         raise ValueError(f"the weights take {needed / 1e9:.0f} GB; {args.device} has {there / 1e9:.0f} GB")
 
 
-def environment(args: argparse.Namespace) -> dict:
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", REPO, *command], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a clone, or no git
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": args.command, "commit": commit,
-        "device": str(args.device), "device_name": device_name(args.device), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(), "model": args.checkpoint or args.shape,
-        "random_weights": args.checkpoint is None, "dtype": str(args.dtype).removeprefix("torch."),
-        "compiled": args.compile, "repeats": args.repeats,
-    }
-
-
-# The target on its own
+# The target, and EAGLE over it
 
 
 def measure_target(args: argparse.Namespace) -> dict:
@@ -151,54 +128,46 @@ def measure_target(args: argparse.Namespace) -> dict:
     bandwidth = measure_bandwidth(device)
     begin = clock(device)
     model = load(args, args.dtype)
-    if args.compile:
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
-        compile_layers(model.layers)
-    else:
-        pack_for_cpu(model)
+    make_fast(model, model.layers, args)
     load_seconds = clock(device) - begin
-    setup_caches(model, max(*args.slots, LONG_PROMPT, PROMPT + NEW))
+    trees = {name: load_tree(name) for name in args.trees}
+    room = max((tree.n_room for tree in trees.values()), default=0)
+    setup_caches(model, max(*args.slots, LONG_PROMPT, args.prompt_tokens + args.new_tokens + room))
+    head = load_head(args, model) if args.trees else None
 
     twin = meta_model(model.config, args.dtype)
     parts = list(target_parts(model, twin, args))
-    if args.trees:
-        head = random_head(model, args)
-        for tree, n_used in itertools.product(args.trees, args.slots):
-            parts += eagle_parts(model, head, twin, tree, n_used)
+    for tree, n_used in itertools.product(trees, args.slots):
+        parts += eagle_parts(model, head, twin, tree, n_used, args)
     steps = time_parts(parts, args, bandwidth)
+    plain = measure_host_gap(model, None, twin, None, args)
     report = {
-        "parameters": sum(p.numel() for p in twin.parameters()), "bandwidth": bandwidth, "load_seconds": load_seconds,
-        "first_step_seconds": steps[0]["warmup_seconds"],
+        "parameters": sum(p.numel() for p in twin.parameters()),
+        "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
+        "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
-        "prefill": measure_prefill(model), "decode": measure_decode(model, args),
-        "eagle": [measure_eagle(model, head, twin, name, args, steps) for name in args.trees],
+        "prefill": measure_prefill(model, args), "decode": measure_decode(model, args),
+        "plain": plain, "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in trees],
+        "simulated": measure_simulated(model, head, args) if args.simulate_accept else [],
     }
     print_target(report)
     return report
 
 
-def measure_bandwidth(device: torch.device) -> dict:
-    """Bytes a second of a large copy (read and written) and of a large sum (read only).
-
-    A step mostly reads. The yardstick is the copy on a GPU, as is customary, and the sum on a CPU, where the traffic
-    behind a written byte differs from processor to processor.
-    """
-    n = BUFFER[device.type] // 4
-    source = torch.rand(n, device=device)  # written, for memory that was only reserved reads as one shared page
-    target = source.clone()
-    runs = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
-    seconds = {name: statistics.median(times) for name, times in interleave(runs, 10, device).items()}
-    copied, read = 8 * n / seconds["copy"], 4 * n / seconds["read"]
-    yardstick = "copy" if device.type == "cuda" else "read"
-    return {"copy_bytes_per_second": copied, "read_bytes_per_second": read, "yardstick": yardstick,
-            "bytes_per_second": copied if yardstick == "copy" else read}
+def make_fast(model: torch.nn.Module, layers: list[torch.nn.Module], args: argparse.Namespace) -> None:
+    """As generate.py runs it on this device."""
+    if args.compile:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
+        compile_layers(layers)
+    else:
+        pack_for_cpu(model)
 
 
 class Part(NamedTuple):
     """Something to time: a step over static inputs, and the bytes that it has to read."""
     name: str
     n_row: int
-    n_used: int
+    n_used: int | None      # None where the cache is not looked at
     n_byte: int
     step: Callable[[], None]
 
@@ -208,6 +177,12 @@ def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace
     for n_used, n_row in itertools.product(args.slots, args.rows):
         yield Part("target pass", n_row, n_used, step_bytes(twin, n_row, bucket(n_used, allocated)),
                    target_pass(model, n_row, n_used))
+        yield Part("attention alone", n_row, n_used, step_bytes(twin, 0, bucket(n_used, allocated)) - step_bytes(twin, 0, 0),
+                   attention(model, n_row, n_used))
+    weight = twin.output.weight
+    for n_row in args.rows:
+        features = torch.randn(1, n_row, model.config.dim, device=args.device, dtype=weight.dtype)
+        yield Part("LM head", n_row, None, weight.nbytes, lambda features=features: model.output(features))
 
 
 def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], None]:
@@ -224,27 +199,37 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], Non
     return step
 
 
-def random_head(model: Transformer, args: argparse.Namespace) -> EagleHead:
-    """A head of the target's shape, as the published ones are, drafting --draft-vocab tokens."""
-    torch.set_default_dtype(args.dtype)
-    try:
-        with args.device:
-            head = EagleHead(replace(model.config, n_layer=1, n_expert=0, qk_norm=False, rope_scaling=None), model)
-    finally:
-        torch.set_default_dtype(torch.float32)
+def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], None]:
+    """What all layers do over the cache, laid out as model.Attention does it: no product with a weight."""
+    c, device = model.config, model.inv_freq.device
+    n_slot, group = bucket(n_used, model.kv_cache.shape[4]), c.n_head // c.n_kv_head
+    q = torch.randn(1, c.n_kv_head, group * n_row, c.head_dim, device=device, dtype=model.kv_cache.dtype)  # [1, K, G*T, D]
+    bias = attention_bias(causal_mask(torch.arange(n_used - n_row, n_used, device=device)[None], n_slot), group, q.dtype)
+
+    def step() -> None:
+        for k, v in model.kv_cache[:, :, :, :, :n_slot]:
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return step
+
+
+def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
+    """The head published for this shape, or one of the checkpoint's own, drafting --draft-vocab tokens."""
+    head = random_head(model, args.shape)
     if args.draft_vocab:
         head.set_draft_vocab(list(range(args.draft_vocab)))
-    compile_layers([head.layer]) if args.compile else pack_for_cpu(head)
+    make_fast(head, [head.layer], args)
     head.setup_caches(1, model.kv_cache.shape[4])
-    return head.eval()
+    return head
 
 
-def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int) -> Iterator[Part]:
+def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int,
+                args: argparse.Namespace) -> Iterator[Part]:
     """The stages of one EAGLE step and the whole of it, over a context of n_used slots, the tree's among them."""
     tree, size = load_tree(name), model.norm.weight.element_size()
     step = EagleStep(model, head, tree, 1)
     n_slot = bucket(n_used, model.kv_cache.shape[4])
-    step.prefill([random_tokens(model, n_used - tree.n_room + 1)])
+    with eagerly(args):
+        step.prefill([random_tokens(model, n_used - tree.n_room + 1)])
     root = step.ingest(n_slot)
     draft = step.grow(root, n_slot)
     logits, features = step.verify(draft, n_slot)
@@ -259,7 +244,7 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
 
     # twin counts the target; a packed head has no parameters left to count
     c = head.config
-    layer = c.dim * (2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
+    layer = c.dim * (1 + 2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
     lm_head = c.dim * (c.vocab_size if head.draft_ids is None else len(head.draft_ids))
     cache = 2 * c.n_kv_head * c.head_dim * n_slot
     ingest, level = size * (layer + cache), size * (layer + lm_head + cache)
@@ -271,6 +256,7 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
             ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
             ("accept + commit", tree.depth + 1, 0,
              restoring(lambda: step.commit(draft, features, step.accept(logits, draft)))),
+            ("draft LM head", 1, size * lm_head, lambda: head.draft_logits(root)),
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
             ("whole step", tree.n_node, ingest + grow + target, restoring(lambda: step(n_slot)))):
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
@@ -330,54 +316,94 @@ def ready(step: Callable[[], None], args: argparse.Namespace) -> Callable[[], No
     return step
 
 
-def measure_prefill(model: Transformer) -> dict:
-    device = model.inv_freq.device
+def eagerly(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """As Decoder prefills: prompts come in all lengths, and are not worth compiling for."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
+
+
+def measure_prefill(model: Transformer, args: argparse.Namespace) -> dict:
     n = min(LONG_PROMPT, model.kv_cache.shape[4])
     prompt = random_tokens(model, n + 1)
     seconds = []
     for _ in tqdm(range(ROUNDS + 1), "prefill", leave=False, disable=None):
-        begin = clock(device)
-        for _ in prefill(model, [prompt]):
-            pass
-        seconds.append(clock(device) - begin)
+        begin = clock(args.device)
+        with eagerly(args):
+            for _ in prefill(model, [prompt]):
+                pass
+        seconds.append(clock(args.device) - begin)
     return {"tokens": n, "tokens_per_second": n / statistics.median(seconds[1:]), **milliseconds(seconds[1:]),
             "warmup_seconds": seconds[0]}
 
 
 def measure_decode(model: Transformer, args: argparse.Namespace) -> dict:
     """Plain greedy decoding end to end: the host's part of each step is in it."""
-    prompt = random_tokens(model, PROMPT)
-    n_new = min(NEW, model.kv_cache.shape[4] - PROMPT)
-    decoder = Decoder(model, 1, compile=args.compile)
-    results = [decoder.generate([prompt], n_new)
-               for _ in tqdm(range(ROUNDS + 1), "decode", leave=False, disable=None)]
-    speeds = [result.tokens_per_second for result in results[1:]]
-    return {"prompt_tokens": PROMPT, "new_tokens": n_new, "tokens_per_second": statistics.median(speeds),
-            "tokens_per_second_min": min(speeds), "tokens_per_second_max": max(speeds),
-            "warmup_seconds": results[0].timings["compile_seconds"]}
+    first, *results = decode_in_turn({"plain": Decoder(model, 1, compile=args.compile)}, model, args)["plain"]
+    return {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(results),
+            "warmup_seconds": first.timings["compile_seconds"]}
 
 
-def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: str, args: argparse.Namespace,
-                  steps: list[dict]) -> dict:
-    """EAGLE's decoding end to end, in turn with its step alone over as many slots: what it takes more is the host's."""
-    tree, n_used = load_tree(name), args.slots[0]
-    n_new = min(STEPS, n_used - tree.n_room - 1)
-    prompt = random_tokens(model, n_used - tree.n_room - n_new)
+def decode_in_turn(decoders: dict[str, Decoder], model: Transformer,
+                   args: argparse.Namespace) -> dict[str, list[Generation]]:
+    """ROUNDS generations of each over the same prompt, alternating, after one that warms up."""
+    prompt = random_tokens(model, args.prompt_tokens)
+    results = {name: [] for name in decoders}
+    for _ in tqdm(range(ROUNDS + 1), "decode", leave=False, disable=None):
+        for name, decoder in decoders.items():
+            results[name].append(decoder.generate([prompt], args.new_tokens))
+    return results
+
+
+def speeds(results: list[Generation]) -> dict:
+    return spread([result.tokens_per_second for result in results], "tokens_per_second")
+
+
+def measure_host_gap(model: Transformer, head: EagleHead | None, twin: Transformer, name: str | None,
+                     args: argparse.Namespace) -> dict:
+    """Decoding end to end, plain or by tree `name`, in turn with its step alone over as many slots: what it takes more
+    is the host's."""
+    n_used, tree = args.slots[0], name and load_tree(name)
+    room = tree.n_room if tree else 1
+    n_new = min(STEPS, n_used - room - 1)
+    prompt = random_tokens(model, n_used - room - n_new)
     decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
-    *_, part = eagle_parts(model, head, twin, name, n_used)
+    *_, part = eagle_parts(model, head, twin, name, n_used, args) if tree else [
+        Part("target pass", 1, n_used, 0, target_pass(model, 1, n_used))]
     step = ready(part.step, args)
     alone, wall = [], []
-    for _ in tqdm(range(ROUNDS + 1), name, leave=False, disable=None):
+    for _ in tqdm(range(ROUNDS + 1), name or "plain", leave=False, disable=None):
         result = decoder.generate([prompt], n_new)
         wall.append(result.timings["decode_seconds"] / result.target_passes)
         alone.append(statistics.median(elapsed(step, args.device) for _ in range(n_new)))
     seconds, whole = statistics.median(wall[1:]), statistics.median(alone[1:])
-    plain = [row["ms_median"] for row in steps
-             if (row["part"], row["rows"], row["used_slots"]) == ("target pass", 1, n_used)]
-    ratio = 1e3 * whole / plain[0] if plain else None
-    return {"tree": name, "used_slots": n_used, "ms_whole_step": 1e3 * whole, "ms_wall_per_step": 1e3 * seconds,
-            "ms_host_gap": 1e3 * (seconds - whole), "relative_to_plain_step": ratio,
-            "projected_speedup": {str(tau): tau / ratio for tau in args.accept_length} if ratio else {}}
+    return {"used_slots": n_used, "ms_whole_step": 1e3 * whole, "ms_wall_per_step": 1e3 * seconds,
+            "ms_host_gap": 1e3 * (seconds - whole)}
+
+
+def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: str, args: argparse.Namespace,
+                  steps: list[dict], plain: dict) -> dict:
+    """EAGLE's step as the host sees it, what of it neither model takes, and what its parts promise."""
+    row = {"tree": name} | measure_host_gap(model, head, twin, name, args)
+    ms = {part["part"].removeprefix(f"{name}: "): part["ms_median"] for part in steps
+          if part["part"].startswith(f"{name}: ") and part["used_slots"] == row["used_slots"]}
+    models = (ms["ingest"] + ms["draft LM head"] + (load_tree(name).depth - 1) * ms["one draft level"] + ms["verify"])
+    return row | {"outside_models_share": 1 - models / row["ms_wall_per_step"],
+                  "relative_to_plain_step": row["ms_whole_step"] / plain["ms_whole_step"]}
+
+
+def measure_simulated(model: Transformer, head: EagleHead, args: argparse.Namespace) -> list[dict]:
+    """Whole generations, plain and by each tree with accepted lengths replayed, taking turns."""
+    decoders = {"plain": Decoder(model, 1, compile=args.compile)}
+    for name, lengths in zip(args.trees, args.lengths):
+        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
+    results = {name: runs[1:] for name, runs in decode_in_turn(decoders, model, args).items()}
+    plain = results.pop("plain")
+    rows = [{"arm": "plain", "simulated": False, **speeds(plain)}]
+    for (name, runs), spec in zip(results.items(), args.simulate_accept):
+        steps = [n for run in runs for n in run.accept_lengths[0]]
+        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
+        rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
+                     **speeds(runs), **spread(pairs, "speedup")})
+    return rows
 
 
 def print_target(report: dict) -> None:
@@ -393,68 +419,21 @@ def print_target(report: dict) -> None:
                   row["relative_to_one_row"], row["bytes"] / 1e9, row["bytes_per_second"] / 1e9,
                   100 * row["bandwidth_share"], row["warmup_seconds"]] for row in report["steps"]])
     print(f"\nprefill {prefilled['tokens_per_second']:.1f} tokens/s ({prefilled['tokens']} tokens), "
-          f"decode {decoded['tokens_per_second']:.1f} tokens/s ({decoded['new_tokens']} tokens after "
-          f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second']:.3f} ms each)")
-    for row in report["eagle"]:
-        print(f"{row['tree']} tree at {row['used_slots']} slots: step {row['ms_whole_step']:.2f} ms on the device, "
-              f"{row['ms_wall_per_step']:.2f} ms with the host, {row['relative_to_plain_step'] or 0:.2f}x a plain step"
-              + "".join(f"; projection at an accepted length of {tau}: {speedup:.2f}x plain decoding"
-                        for tau, speedup in row["projected_speedup"].items()))
-
-
-# Ways to run the same model
-
-
-def compare_variants(args: argparse.Namespace) -> dict:
-    """The variants of both dtypes take turns at every row count, all over the first of --slots."""
-    models = dict(variants(args))
-    runs, compiling = {}, {}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
-        cache = str(args.compile_cache or empty)
-        with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f"{cache}/triton"):
-            start_seconds = start_compiler(args) if {"block", "whole"} & set(args.variants) else 0
-            for key, n_row in tqdm(list(itertools.product(models, args.rows)), "compile", leave=False, disable=None):
-                args.compile = key[0] in ("block", "whole")
-                begin = clock(args.device)
-                runs[*key, n_row] = ready(target_pass(models[key], n_row, args.slots[0]), args)
-                compiling[*key, n_row] = clock(args.device) - begin
-            times = interleave(runs, args.repeats, args.device)
-    rows = [{"variant": key[0], "dtype": key[1], "rows": key[2], "used_slots": args.slots[0],
-             "first_call_seconds": compiling[key], **milliseconds(times[key])} for key in runs]
-    print_table(["variant", "dtype", "first calls s", *(f"ms at {n_row}" for n_row in args.rows)],
-                [[*key, sum(compiling[*key, n_row] for n_row in args.rows),
-                  *(statistics.median(times[*key, n_row]) * 1e3 for n_row in args.rows)] for key in models])
-    print(f"\nfirst calls: sum over the row counts, from {args.compile_cache or 'an empty cache'}, after "
-          f"{start_seconds:.1f} s to start the compiler; {args.slots[0]} used slots")
-    return {"compiled": None, "dtype": None, "compile_cache": args.compile_cache and str(args.compile_cache),
-            "compiler_start_seconds": start_seconds, "variants": rows}
-
-
-def start_compiler(args: argparse.Namespace) -> float:
-    """Seconds to load the compiler and start its workers, which the first graph would pay for."""
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
-    torch._dynamo.config.recompile_limit = 256  # every row count of every variant compiles the same code
-    begin = clock(args.device)
-    torch.compile(lambda x: x + 1)(torch.zeros(1, device=args.device))
-    return clock(args.device) - begin
-
-
-def variants(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str], Transformer]]:
-    """((variant, dtype), model) pairs; those of a dtype share their weights and cache."""
-    for dtype in (torch.bfloat16, torch.float32):
-        model = load(args, dtype)
-        setup_caches(model, args.slots[0])
-        for name in args.variants:
-            # A deep copy in which the tensors are the same ones.
-            twin = copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
-            if name == "block":
-                compile_layers(twin.layers)
-            elif name == "whole":
-                options = {"coordinate_descent_tuning": True} if twin.inv_freq.is_cuda else None  # as compile_layers
-                twin.compile(dynamic=False, options=options)
-            elif name == "packed" and not any(isinstance(m, PackedLinear) for m in pack_for_cpu(twin).modules()):
-                continue  # nothing to pack: another device, dtype or processor
-            yield (name, str(dtype).removeprefix("torch.")), twin
+          f"decode {decoded['tokens_per_second_median']:.1f} tokens/s ({decoded['new_tokens']} tokens after "
+          f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second_median']:.3f} ms each)\n")
+    print_table([f"step at {report['plain']['used_slots']} slots", "ms on the device", "ms with the host", "host gap ms",
+                 "x plain", "% outside the models"],
+                [[row.get("tree", "plain"), row["ms_whole_step"], row["ms_wall_per_step"], row["ms_host_gap"],
+                  row.get("relative_to_plain_step"), row["outside_models_share"] * 100 if "tree" in row else None]
+                 for row in [report["plain"], *report["eagle"]]])
+    if report["simulated"]:
+        print()
+        print_table(["whole generations", "tokens per pass", "tokens/s median", "min", "max", "speedup", "min", "max"],
+                    [[f"{row['arm']}, accepted lengths SIMULATED" if row["simulated"] else row["arm"],
+                      row.get("mean_accept_length"),
+                      *(row[f"{name}_{which}"] if f"{name}_{which}" in row else None
+                        for name in ("tokens_per_second", "speedup") for which in ("median", "min", "max"))]
+                     for row in report["simulated"]])
 
 
 # Against transformers
@@ -469,9 +448,9 @@ def compare_peer(args: argparse.Namespace) -> dict:
     if not args.compile:
         pack_for_cpu(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint(args.checkpoint), dtype=args.dtype)
-    prompt = random_tokens(model, PROMPT)
+    prompt = random_tokens(model, args.prompt_tokens)
     lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
-    arms = [peer_arm(theirs.to(args.device).eval(), prompt), *(our_arm(model, prompt, n, args) for n in lengths)]
+    arms = [peer_arm(theirs.to(args.device).eval(), prompt, args.new_tokens), *(our_arm(model, prompt, n, args) for n in lengths)]
     seconds = [[] for _ in arms]
     for _ in tqdm(range(args.repeats + 1), "rounds", leave=False, disable=None):
         outputs = []
@@ -479,14 +458,14 @@ def compare_peer(args: argparse.Namespace) -> dict:
             begin = clock(args.device)
             outputs.append(arm())
             times.append(clock(args.device) - begin)
-    speeds = [[NEW / second for second in times[1:]] for times in seconds]  # the first round warms up
+    speeds = [[args.new_tokens / second for second in times[1:]] for times in seconds]  # the first round warms up
     ratios = [[a / b for a, b in zip(speeds[i], speeds[j])] for i, j in ((1, 0), (2, 1))]
     names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
     print_table(["", "tokens/s median", "min", "max"],
                 [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds)])
     for name, pairs in zip(("\nours / transformers", "long / short cache"), ratios):
         print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
-    return {"transformers": transformers.__version__, "prompt_tokens": PROMPT, "new_tokens": NEW,
+    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
             "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
                      for name, s in zip(names, speeds)],
             "ratio_to_transformers": statistics.median(ratios[0]), "ratio_pairs": ratios[0],
@@ -494,13 +473,13 @@ def compare_peer(args: argparse.Namespace) -> dict:
             "same_tokens": common_prefix(outputs[0], outputs[1])}
 
 
-def peer_arm(theirs: torch.nn.Module, prompt: list[int]) -> Callable[[], list[int]]:
+def peer_arm(theirs: torch.nn.Module, prompt: list[int], n_new: int) -> Callable[[], list[int]]:
     ids = torch.tensor([prompt], device=theirs.device)
 
     def run() -> list[int]:
         output = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                                 min_new_tokens=NEW, max_new_tokens=NEW)
-        return output[0, PROMPT:].tolist()
+                                 min_new_tokens=n_new, max_new_tokens=n_new)
+        return output[0, len(prompt):].tolist()
     return run
 
 
@@ -511,7 +490,7 @@ def our_arm(model: Transformer, prompt: list[int], n_slot: int, args: argparse.N
 
     def run() -> list[int]:
         model.kv_cache = cache  # each arm's own: captured graphs hold its address
-        return decoder.generate([prompt], NEW).tokens[0]
+        return decoder.generate([prompt], args.new_tokens).tokens[0]
     return run
 
 
@@ -522,26 +501,6 @@ def load(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
     if args.checkpoint:
         return Transformer.from_pretrained(args.checkpoint, args.device, dtype)
     return random_model(args.config, args.device, dtype)
-
-
-def meta_model(config: ModelArgs, dtype: torch.dtype) -> Transformer:
-    """Shapes without memory, to count on."""
-    with torch.device("meta"):
-        return Transformer(config).to(dtype)
-
-
-def random_model(config: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Random weights made where they stay: no copy on the host, none in another dtype."""
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = Transformer(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for weight in model.parameters():
-        if weight.dim() == 3:  # experts, which have no initialisation of their own
-            weight.normal_(std=0.02)
-    return model.eval()
 
 
 def setup_caches(model: Transformer, n_slot: int) -> None:
@@ -558,84 +517,38 @@ def random_tokens(model: Transformer, n: int) -> list[int]:
     return torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-# Time
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def interleave(runs: dict, repeats: int, device: torch.device) -> dict:
-    """Seconds of each run, `repeats` of them, taking turns; a first round warms up and is not kept."""
-    times = {name: [] for name in runs}
-    for _ in tqdm(range(repeats + 1), "measure", leave=False, disable=None):
-        for name, run in runs.items():
-            times[name].append(elapsed(run, device))
-    return {name: values[1:] for name, values in times.items()}
-
-
-def elapsed(run: Callable[[], None], device: torch.device) -> float:
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run()  # keeps the device at work while the host launches what is timed: device time alone, without launch gaps
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def milliseconds(times: list[float]) -> dict:
-    return {"ms_median": statistics.median(times) * 1e3, "ms_min": min(times) * 1e3, "ms_max": max(times) * 1e3}
-
-
-def print_table(header: list[str], rows: list[list]) -> None:
-    """Text to the left, numbers to the right, three decimals below ten."""
-    def text(value) -> str:
-        if isinstance(value, float):
-            return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-        return "-" if value is None else str(value)
-
-    cells = [header, *([text(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    left = [isinstance(value, str) for value in rows[0]]
-    for row in cells:
-        print("  ".join(cell.ljust(w) if l else cell.rjust(w) for cell, w, l in zip(row, widths, left)).rstrip())
-
-
 # Command line
+
+
+def model_parser(description: str, rows: list[int]) -> Parser:
+    """The options that scripts/variants.py has too."""
+    parser = Parser(description=description)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
+    model.add_argument("--shape", choices=[*SHAPES, "tiny"], help="random weights of a published shape")
+    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=rows, metavar="T")
+    parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
+                        help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
+    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step or peer")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
+    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(description=__doc__.split("\n")[0])
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
-    model.add_argument("--shape", choices=SHAPES, help="random weights of a published shape")
-    parser.add_argument("--compile-cache", type=Path, metavar="FOLDER",
-                        help="with --variants: where compiled code is kept")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--variants", nargs="+", choices=("eager", "packed", "block", "whole"),
-                      help="compare ways to run the model instead, in bfloat16 and float32")
-    what.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
-    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
-    parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
-                        help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
+    parser = model_parser(__doc__.split("\n")[0], [1, 4, 8, 16, 26, 32, 60])
+    parser.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
     parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
                         help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
-    parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens that head drafts (default: all)")
-    parser.add_argument("--accept-length", type=number(float, 1), nargs="+", default=[], metavar="X",
-                        help="project the speedup at these accepted lengths")
-    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step or peer")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--simulate-accept", nargs="+", default=[], metavar="FILE|TAU",
+                        help="time whole generations with these accepted lengths: their mean, or the JSON of a real run; "
+                        "one for all --trees or one for each")
+    parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens the head drafts (default: all)")
+    parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
+    parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
     parser.set_defaults(command=shlex.join(["python", "scripts/bench.py", *argv]))
     return parser.parse_args(argv)
 

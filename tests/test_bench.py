@@ -1,17 +1,23 @@
-"""scripts/bench.py: the published shapes, the bytes of a step, and whole runs on tiny checkpoints."""
+"""scripts/bench.py and what it stands on: the published shapes, the bytes of a step, replayed accepted lengths, whole runs."""
 import json
 
 import pytest
 import torch
 
-from model import Transformer
+from eagle_head import DynamicTree, StaticTree
+from generate import setup_caches
+from model import Transformer, read_json
 from reference import tiny
-from scripts import bench
+from scripts import bench, shapes, simulate, timing, variants
 
 PARAMETERS = {  # what the published weight files add up to
     "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "vicuna-33b": 32_528_943_616,
     "mixtral-8x7b": 46_702_792_704, "smollm2-135m": 134_515_008,
+}
+HEAD_PARAMETERS = {  # EAGLE's README rounds Vicuna-33B's to 0.56 B and LLaMA-3-70B's to 0.99 B
+    "llama-2-7b": 235_937_792, "llama-2-13b": 369_633_280, "llama-2-70b": 989_872_128, "llama-3-8b": 251_662_336,
+    "llama-3-70b": 989_863_936, "vicuna-33b": 557_200_384, "mixtral-8x7b": 276_832_256,
 }
 DESCRIPTION = {"date", "command", "commit", "device", "device_name", "threads", "torch", "python", "model",
                "random_weights", "dtype", "compiled", "repeats"}
@@ -20,16 +26,17 @@ TIMES = {"ms_median", "ms_min", "ms_max"}
 
 @pytest.fixture
 def short(monkeypatch):
-    for name, value in (("NEW", 4), ("LONG_PROMPT", 40), ("ROUNDS", 2), ("BUFFER", {"cpu": 1 << 24})):
-        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "LONG_PROMPT", 40)
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setitem(timing.BUFFER, "cpu", 1 << 24)
 
 
-def run(*argv, file):
-    status = bench.main(bench.parse_args([*map(str, argv), "--device", "cpu", "--repeats", "2", "--json", str(file)]))
+def run(*argv, file, script=bench):
+    status = script.main(script.parse_args([*map(str, argv), "--device", "cpu", "--repeats", "2", "--json", str(file)]))
     assert status == 0
     report = json.loads(file.read_text())
     assert DESCRIPTION <= report.keys()
-    assert report["torch"] == torch.__version__ and report["command"].startswith("python scripts/bench.py --")
+    assert report["torch"] == torch.__version__ and report["command"].startswith("python scripts/")
     return report
 
 
@@ -42,10 +49,19 @@ def test_shapes_have_the_published_parameter_counts():
     assert {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()} == PARAMETERS
 
 
+def test_heads_have_the_published_parameter_counts():
+    counts = {}
+    for name in HEAD_PARAMETERS:
+        head = shapes.random_head(bench.meta_model(bench.SHAPES[name], torch.bfloat16), name)
+        assert {(p.device.type, p.dtype) for p in head.parameters()} == {("meta", torch.bfloat16)}
+        counts[name] = sum(p.numel() for p in head.parameters())
+    assert counts == HEAD_PARAMETERS
+
+
 def test_the_demo_models_shape_is_that_of_its_config(demo_folder):
     import dataclasses
 
-    from model import ModelArgs, read_json
+    from model import ModelArgs
     assert dataclasses.asdict(ModelArgs.from_config(read_json(demo_folder / "config.json"))) \
         == dataclasses.asdict(bench.SHAPES["smollm2-135m"])
 
@@ -76,49 +92,62 @@ def test_step_reads_the_experts_its_rows_can_be_routed_to(tmp_path):
 
 def test_what_is_compared_takes_turns():
     order = []
-    times = bench.interleave({name: lambda name=name: order.append(name) for name in "ab"}, 3, torch.device("cpu"))
+    times = timing.interleave({name: lambda name=name: order.append(name) for name in "ab"}, 3, torch.device("cpu"))
     assert "".join(order) == "ab" + 3 * "ab"  # a round that is not kept first
     assert [len(values) for values in times.values()] == [3, 3]
 
 
 def test_bench_of_a_checkpoint_writes_its_report(tmp_path, short):
     folder, _ = tiny("gqa", tmp_path / "model", max_position_embeddings=256)
-    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 128, 250, file=tmp_path / "report.json")
+    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 128, 250, "--new-tokens", 4, file=tmp_path / "report.json")
     assert {"parameters", "bandwidth", "load_seconds", "first_step_seconds", "compile_seconds", "steps", "prefill",
-            "decode"} <= report.keys()
-    assert [(row["rows"], row["used_slots"]) for row in report["steps"]] == [(1, 128), (4, 128), (1, 250), (4, 250)]
+            "decode", "plain"} <= report.keys()
+    for part in "target pass", "attention alone":
+        assert [(row["rows"], row["used_slots"]) for row in report["steps"] if row["part"] == part] \
+            == [(1, 128), (4, 128), (1, 250), (4, 250)]
+    assert [(row["rows"], row["used_slots"], row["bytes"]) for row in report["steps"] if row["part"] == "LM head"] \
+        == [(1, None, 2 * 96 * 64), (4, None, 2 * 96 * 64)]
+    assert report["steps"][1]["bytes"] == 2 * 2 * 2 * 2 * 8 * 128     # layers, keys and values, heads, head dim, slots in bf16
     bandwidth = report["bandwidth"]
     assert bandwidth["yardstick"] == "read"
     assert bandwidth["bytes_per_second"] == bandwidth["read_bytes_per_second"] > 1e8
     for row in report["steps"]:
-        assert ordered(row) and row["part"] == "target pass"
+        assert ordered(row)
         assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["ms_median"] * 1e3)
         assert row["bandwidth_share"] == pytest.approx(row["bytes_per_second"] / bandwidth["bytes_per_second"])
     assert report["steps"][0]["relative_to_one_row"] == 1
     assert report["prefill"]["tokens"] == 40 and ordered(report["prefill"])
-    assert report["decode"]["new_tokens"] == 4 and report["decode"]["tokens_per_second"] > 0
+    assert report["decode"]["new_tokens"] == 4 and report["decode"]["tokens_per_second_median"] > 0
+    assert report["plain"]["ms_host_gap"] == report["plain"]["ms_wall_per_step"] - report["plain"]["ms_whole_step"]
 
 
 def test_the_eagle_step_is_timed_by_parts_and_as_a_whole(tmp_path, short, monkeypatch):
     folder, _ = tiny("gqa", tmp_path / "model", max_position_embeddings=256)
-    monkeypatch.setattr(bench, "elapsed", lambda run, device: (run(), 0.25)[1])     # seconds
+    for module in bench, timing:
+        monkeypatch.setattr(module, "elapsed", lambda run, device: (run(), 0.25)[1])     # seconds
     report = run("--checkpoint", folder, "--rows", 1, "--slots", 64, "--trees", "chain:2", "static", "--draft-vocab", 32,
-                 "--accept-length", 2.5, file=tmp_path / "report.json")
-    parts = ["ingest", "grow", "verify", "accept + commit", "one draft level", "whole step"]
-    assert [row["part"] for row in report["steps"]] \
-        == ["target pass", *(f"{tree}: {part}" for tree in ("chain:2", "static") for part in parts)]
+                 "--new-tokens", 4, file=tmp_path / "report.json")
+    parts = ["ingest", "grow", "verify", "accept + commit", "draft LM head", "one draft level", "whole step"]
+    assert [row["part"] for row in report["steps"]] == ["target pass", "attention alone", "LM head", *(
+        f"{tree}: {part}" for tree in ("chain:2", "static") for part in parts)]
     for row in report["eagle"]:
         assert row["ms_whole_step"] == 250 and row["relative_to_plain_step"] == 1
         assert row["ms_host_gap"] == row["ms_wall_per_step"] - 250 and row["ms_wall_per_step"] > 0
-        assert row["projected_speedup"] == {"2.5": 2.5}
+    # ingest, the first LM head, the further levels and the verification are the models'; each took 250 ms here
+    assert [row["outside_models_share"] * row["ms_wall_per_step"] for row in report["eagle"]] == pytest.approx(
+        [row["ms_wall_per_step"] - 250 * (3 + depth - 1) for row, depth in zip(report["eagle"], (2, 5))])
+    by_part = {row["part"]: row["bytes"] for row in report["steps"]}
+    assert by_part["chain:2: draft LM head"] == 2 * 32 * 64
+    assert by_part["chain:2: whole step"] == sum(by_part[f"chain:2: {part}"] for part in ("ingest", "grow", "verify"))
 
 
 def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
-    tiny_moe = bench.shape(32, 2, 4, 2, 56, 96, 128, model_type="mixtral", n_expert=8, n_expert_active=2)
-    monkeypatch.setitem(bench.SHAPES, "tiny", tiny_moe)
-    report = run("--shape", "tiny", "--rows", 1, 16, "--dtype", "float32", file=tmp_path / "report.json")
+    tiny_moe = shapes.shape(32, 2, 4, 2, 56, 96, 128, model_type="mixtral", n_expert=8, n_expert_active=2)
+    monkeypatch.setattr(bench, "TINY", tiny_moe)
+    report = run("--shape", "tiny", "--rows", 1, 16, "--dtype", "float32", "--new-tokens", 4, file=tmp_path / "report.json")
     assert report["random_weights"] and report["model"] == "tiny"
-    assert [row["used_slots"] for row in report["steps"]] == [128, 128]  # of the default ones, those in its context
+    passes = [row for row in report["steps"] if row["part"] == "target pass"]
+    assert [row["used_slots"] for row in passes] == [128, 128]  # of the default ones, those in its context
 
     model = bench.random_model(tiny_moe, torch.device("cpu"), torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
@@ -129,8 +158,8 @@ def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
 
 def test_variants_of_both_dtypes_are_compared(tmp_path, capsys):
     folder, _ = tiny("gqa", tmp_path / "model")
-    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 64, "--variants", "eager", "packed",
-                 file=tmp_path / "report.json")
+    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 64, "--ways", "eager", "packed",
+                 file=tmp_path / "report.json", script=variants)
     found = [(row["variant"], row["dtype"], row["rows"]) for row in report["variants"]]
     assert set(found) >= {("eager", dtype, rows) for dtype in ("bfloat16", "float32") for rows in (1, 4)}
     assert ("packed", "float32", 1) not in found  # packing is for bf16: it would be eager again
@@ -140,20 +169,20 @@ def test_variants_of_both_dtypes_are_compared(tmp_path, capsys):
 
 def test_variants_share_weights_but_not_modules(tmp_path):
     folder, _ = tiny("gqa", tmp_path)
-    args = bench.parse_args(["--checkpoint", str(folder), "--slots", "64", "--variants", "eager", "packed"])
+    args = variants.parse_args(["--checkpoint", str(folder), "--slots", "64", "--ways", "eager", "packed"])
     args.device = torch.device("cpu")
-    models = dict(bench.variants(args))
+    models = dict(variants.variants(args))
     eager, fp32 = models["eager", "bfloat16"], models["eager", "float32"]
     assert isinstance(eager.output, torch.nn.Linear) and fp32.output.weight.dtype == torch.float32
     if ("packed", "bfloat16") in models:
         packed = models["packed", "bfloat16"]
-        assert isinstance(packed.output, bench.PackedLinear) and packed.kv_cache is eager.kv_cache
+        assert isinstance(packed.output, variants.PackedLinear) and packed.kv_cache is eager.kv_cache
         assert packed.tok_embeddings.weight is eager.tok_embeddings.weight
 
 
 def test_peer_decodes_the_same_tokens(tmp_path, short):
     folder, _ = tiny("gqa", tmp_path / "model")
-    report = run("--checkpoint", folder, "--peer", "--slots", 64, "--dtype", "float32", "--rows", 1,
+    report = run("--checkpoint", folder, "--peer", "--slots", 64, "--dtype", "float32", "--rows", 1, "--new-tokens", 4,
                  file=tmp_path / "report.json")
     assert report["same_tokens"] == 4 == report["new_tokens"]
     assert len(report["ratio_pairs"]) == len(report["long_to_short_pairs"]) == 2
@@ -170,6 +199,11 @@ def test_peer_decodes_the_same_tokens(tmp_path, short):
     (["--shape", "smollm2-135m", "--trees", "static", "--slots", "27", "--rows", "1"], "static does not fit in 27"),
     (["--shape", "smollm2-135m", "--trees", "bush"], "bush"),
     (["--checkpoint", "no/such/folder"], "no such folder"),
+    (["--shape", "tiny", "--new-tokens", "4096"], "beyond the model's context of 4096"),
+    (["--shape", "tiny", "--trees", "static", "--simulate-accept", "7"], "7 is not within 1 and 6"),
+    (["--shape", "tiny", "--trees", "static", "--simulate-accept", "x.json"], "x.json: neither a number nor a file"),
+    (["--shape", "tiny", "--trees", "static", "--simulate-accept", "2", "3"], "one for each of them"),
+    (["--shape", "tiny", "--simulate-accept", "2"], "needs --trees"),
     (["--shape", "smollm2-135m", "--json", "/no/such/folder/x.json"], "not a file in an existing folder"),
     (["--shape", "smollm2-135m", "--device", "abacus"], "--device abacus"),
     (["--shape", "smollm2-135m", "--device", "meta"], "--device meta: it holds no values"),
@@ -188,3 +222,67 @@ def test_a_model_too_large_for_the_device_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(bench.os, "sysconf", lambda name: 1 << 17)  # 2**34 bytes
     assert bench.main(bench.parse_args(["--shape", "llama-2-70b", "--device", "cpu"])) == 2
     assert "the weights take 138 GB; cpu has 17 GB" in capsys.readouterr().err
+
+
+# Replayed accepted lengths
+
+
+@pytest.mark.parametrize("spec, most", [("3.62", 6), ("4.7", 7), ("1", 2), ("6", 6), ("1.001", 6)])
+def test_a_mean_becomes_lengths_with_that_mean_everywhere(spec, most):
+    lengths = simulate.accept_lengths(spec, most)
+    assert sum(lengths) / len(lengths) == pytest.approx(float(spec), abs=1e-9)
+    assert set(lengths) <= set(range(1, most + 1)) and max(lengths) - min(lengths) <= 1
+    for start in range(0, 970):     # evenly: a short generation has the mean too
+        assert abs(sum(lengths[start:start + 30]) / 30 - float(spec)) < 0.1
+
+
+def test_the_lengths_of_a_run_are_replayed_as_often_as_they_came(tmp_path):
+    one, lines = tmp_path / "generate.json", tmp_path / "answers.jsonl"
+    one.write_text(json.dumps({"new_tokens": [9], "accept_lengths": [[1, 5, 3], [2, 2]]}, indent=1))
+    answers = [{"question_id": n, "choices": [{"accept_lengths": [[n], [4, 4]]}]} for n in (1, 2)]
+    lines.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    assert sorted(simulate.accept_lengths(str(one), 5)) == [1, 2, 2, 3, 5]
+    assert sorted(simulate.accept_lengths(str(lines), 5)) == [1, 2, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "neither JSON nor JSON lines"), ("{}", "no lists of positive integers"), ('{"accept_lengths": [[0]]}', "positive"),
+    ('{"accept_lengths": [[1, 1]]}', "decoded plainly"), ('{"accept_lengths": [[2, 7]]}', "steps of 7 tokens"),
+    ('{"accept_lengths": ["3"]}', "positive")])
+def test_a_file_without_accepted_lengths_is_refused(tmp_path, text, message):
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        simulate.accept_lengths(str(file), 6)
+
+
+@pytest.mark.parametrize("tree", [StaticTree.chain(4), StaticTree.paper(), DynamicTree(4, 4, 12)],
+                         ids=["chain", "paper", "dynamic"])
+def test_a_simulated_step_runs_in_full_and_produces_the_lengths_given(tree, monkeypatch):
+    model = shapes.random_model(shapes.TINY, torch.device("cpu"), torch.float32)
+    head = shapes.random_head(model)
+    setup_caches(model, head, 1, 128)
+    lengths = [3, 1, 5, 2]
+    decoder = simulate.simulated_decoder(model, head, tree, lengths)
+    passes, forward = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, *args: passes.append(args[0].shape[1]) or forward(self, *args))
+    first = decoder.generate([[1, 2, 3]], 13)
+    assert first.accept_lengths == [[3, 1, 5, 2, 3]] and len(first.tokens[0]) == 13
+    assert passes == [tree.n_node] * 6      # one to warm up, which took no turn
+    assert decoder.eagle.pos.item() == 2 + 14 == 2 + sum(first.accept_lengths[0])
+    second = decoder.generate([[1, 2, 3]], 8)
+    assert second.accept_lengths == [[1, 5, 2]]     # goes on where the first ended
+
+
+def test_simulated_generations_alternate_with_plain_ones_and_say_so(tmp_path, short, capsys):
+    report = run("--shape", "tiny", "--rows", 1, "--slots", 128, "--trees", "chain:2", "static", "--simulate-accept", "2.5",
+                 "--new-tokens", 24, file=tmp_path / "report.json")
+    plain, *trees = report["simulated"]
+    assert (plain["arm"], plain["simulated"]) == ("plain", False)
+    assert [(row["arm"], row["simulated"], row["simulate_accept"]) for row in trees] \
+        == [("chain:2", True, "2.5"), ("static", True, "2.5")]
+    for row in trees:
+        assert abs(row["mean_accept_length"] - 2.5) < 0.1
+        assert row["speedup_min"] <= row["speedup_median"] <= row["speedup_max"]
+        assert row["tokens_per_second_min"] <= row["tokens_per_second_median"] <= row["tokens_per_second_max"]
+    assert "static, accepted lengths SIMULATED" in capsys.readouterr().out

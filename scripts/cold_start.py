@@ -1,0 +1,84 @@
+"""How long a fresh process takes to its first token: python scripts/cold_start.py --shape llama-2-7b
+
+    TORCHINDUCTOR_CACHE_DIR=/tmp/new python scripts/cold_start.py --shape llama-2-7b --tree static      # nothing compiled before
+
+Random weights, made on the device: reading a checkpoint from a disk comes on top. Everything else is in it: Python and
+torch, the weights, prefill, compilation and graph capture for the whole answer, as generate.py does them.
+"""
+import time
+
+BEGIN = time.perf_counter()     # before torch is imported, which takes seconds
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import shlex  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eagle_head import load_tree  # noqa: E402
+from generate import Decoder, Parser, number, pick_device, say, setup_caches, write_atomically  # noqa: E402
+from model import pack_for_cpu  # noqa: E402
+from scripts.shapes import SHAPES, TINY, random_head, random_model  # noqa: E402
+from scripts.timing import clock, environment, print_table  # noqa: E402
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
+    try:
+        report = measure(args)
+        print_table([args.shape, "seconds"], [[name, value] for name, value in report.items() if name.endswith("seconds")])
+        if args.json:
+            write_atomically(args.json, json.dumps(report, indent=1) + "\n")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        say("")
+        return 130
+    return 0
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> dict:
+    """Seconds since the process began at each stage; those of a stage are differences."""
+    imported = time.perf_counter()
+    device, tree = pick_device(args.device), load_tree(args.tree) if args.tree else None
+    compile = device.type == "cuda" if args.compile is None else args.compile
+    model = random_model(SHAPES.get(args.shape, TINY), device, torch.bfloat16)
+    head = random_head(model, args.shape) if tree else None
+    if not compile:
+        for module in filter(None, (model, head)):
+            pack_for_cpu(module)
+    setup_caches(model, head, 1, args.prompt_tokens + args.new_tokens + (tree.n_room if tree else 0))
+    decoder = Decoder(model, 1, compile=compile, head=head, tree=tree)
+    made, came = clock(device), []
+    result = decoder.generate([[1] * args.prompt_tokens], args.new_tokens,
+                              on_tokens=lambda *_: came.append(time.perf_counter()))
+    return environment(device, args.command) | {
+        "model": args.shape, "tree": args.tree, "dtype": "bfloat16", "compiled": compile,
+        "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
+        "import_seconds": imported - BEGIN, "model_seconds": made - imported,
+        "prefill_seconds": result.timings["prefill_seconds"], "compile_seconds": result.timings["compile_seconds"],
+        "first_token_seconds": came[0] - BEGIN, "whole_answer_seconds": came[-1] - BEGIN,
+    }
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description=__doc__.split(":")[0])
+    parser.add_argument("--shape", choices=[*SHAPES, "tiny"], required=True, help="random weights of a published shape")
+    parser.add_argument("--tree", help="decode by EAGLE with this tree: static, chain:4, dynamic, ... (default: plainly)")
+    parser.add_argument("--prompt-tokens", type=number(int, 1), default=128, metavar="N")
+    parser.add_argument("--new-tokens", type=number(int, 1), default=256, metavar="N")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
+    parser.set_defaults(command=shlex.join(["python", "scripts/cold_start.py", *argv]))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

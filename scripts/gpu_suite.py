@@ -1,0 +1,207 @@
+"""Everything that needs a GPU, one part after another: bash scripts/gpu_suite.sh
+
+    bash scripts/gpu_suite.sh --json gpu-suite.json                           # tests, speeds, cold starts on random weights
+    bash scripts/gpu_suite.sh --checkpoint checkpoints/SmolLM2-135M-Instruct  # the demo model from end to end too
+    bash scripts/gpu_suite.sh --parts tests cold --budget 120
+    bash scripts/gpu_suite.sh --device cpu --shapes tiny --repeats 1          # a dry run where there is no GPU
+
+A part that fails does not keep the others from running; what does not fit in the budget is stopped, or skipped. Ends with
+a table of the main figures beside what they were designed for, and writes one JSON object with the reports of all parts.
+Exit status: 0; 1 when a part failed; 2 with one line for what the user can mend; 130 on Ctrl-C.
+"""
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+from generate import Parser, number, pick_device, say, write_atomically  # noqa: E402
+from model import read_json  # noqa: E402
+from scripts.shapes import SHAPES  # noqa: E402
+from scripts.timing import environment, print_table  # noqa: E402
+
+ACCEPT_LENGTHS = {"llama-2-7b": ("3.62", "4.70")}   # MT-bench at temperature 0, static tree [EAGLE], dynamic [EAGLE-2]
+SHORTEST = 20                                       # seconds: nothing is begun with less left
+
+
+class Part(NamedTuple):
+    name: str
+    kind: str               # what --parts chooses by
+    argv: list[str]         # of Python
+    limit: int              # seconds
+    cache: bool = False     # compiled code comes from and goes to a cache that was empty when the suite began
+
+
+def all_parts(args: argparse.Namespace) -> Iterator[Part]:
+    """The most telling first: what does not fit in the budget is left out from the end."""
+    device, (shape, *shapes) = ["--device", args.device], args.shapes
+    yield Part("tests", "tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"], 150)
+    yield bench_part(shape, args)
+    # The first finds nothing compiled, the second what the first left behind.
+    for start in "cold start", "second start":
+        yield Part(f"{shape}, {start}", "cold", ["scripts/cold_start.py", "--shape", shape, "--tree", "static", *device], 90,
+                   cache=True)
+    if args.checkpoint:
+        generate = ["generate.py", "--checkpoint", args.checkpoint, "--max-new-tokens", "256", *device]
+        yield Part("demo, plain", "demo", generate, 60)
+        yield Part("demo, EAGLE", "demo", [*generate, "--eagle", *([args.eagle] if args.eagle else [])], 60)
+    for other in shapes:
+        yield bench_part(other, args)
+    yield Part(f"{shape}, eager", "eager", ["scripts/bench.py", "--shape", shape, "--rows", "1", "--slots", "256",
+                                            "--repeats", str(args.repeats), "--no-compile", *device], 60)
+
+
+def bench_part(shape: str, args: argparse.Namespace) -> Part:
+    accept = ACCEPT_LENGTHS.get(shape)
+    return Part(shape, "bench", ["scripts/bench.py", "--shape", shape, "--rows", "1", "10", "26", "60", "--slots", "256", "2048",
+                                 "--trees", "static", "dynamic", *(["--simulate-accept", *accept] if accept else []),
+                                 "--repeats", str(args.repeats), "--device", args.device], 150)
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        check(args)
+        report = environment(torch.device(args.device), args.command) | {"budget_seconds": args.budget}
+        report["parts"] = run_parts([part for part in all_parts(args) if part.kind in args.parts], args, report)
+    except (ValueError, OSError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        say("")
+        return 130
+    print_summary(report["parts"])
+    say(f"wrote {args.json}")
+    return int(any(part["status"] in ("failed", "stopped") for part in report["parts"]))
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here (--device cpu --shapes tiny is a dry run)")
+    pick_device(args.device)
+    if args.eagle and not args.checkpoint:
+        raise ValueError("--eagle needs --checkpoint")
+    for option in "checkpoint", "eagle":
+        if getattr(args, option) and not (REPO / getattr(args, option)).is_dir():
+            raise ValueError(f"--{option} {getattr(args, option)}: no such folder, seen from {REPO}")
+    if args.json is None:
+        args.json = REPO / "build/gpu-suite.json"
+        args.json.parent.mkdir(exist_ok=True)
+    if args.json.is_dir() or not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: not a file in an existing folder")
+
+
+def run_parts(parts: list[Part], args: argparse.Namespace, report: dict) -> list[dict]:
+    """The parts' rows of the report, which is written anew after each."""
+    end, rows = time.monotonic() + args.budget, []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for n, part in enumerate(parts):
+            left = end - time.monotonic()
+            row = {"part": part.name, "kind": part.kind, "seconds": 0.0, "status": "skipped"}
+            if left < SHORTEST:
+                say(f"[{n + 1}/{len(parts)}] {part.name}: skipped, the {args.budget:.0f} seconds are used up")
+            else:
+                row |= run_part(part, min(part.limit, left), Path(folder), f"[{n + 1}/{len(parts)}] {part.name}")
+            rows.append(row)
+            write_atomically(args.json, json.dumps(report | {"parts": rows}, indent=1) + "\n")
+    return rows
+
+
+def run_part(part: Part, limit: float, folder: Path, title: str) -> dict:
+    """Run a part in a process group of its own, so that the compiler's workers end with it."""
+    file = folder / "report.json"
+    file.unlink(missing_ok=True)
+    argv = part.argv if part.kind == "tests" else [*part.argv, "--json", str(file)]
+    say(f"{title}: python {shlex.join(part.argv)}")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TRITON_CACHE_DIR": str(folder / "cache/triton")}
+    begin = time.monotonic()
+    process = subprocess.Popen([sys.executable, *argv], cwd=REPO, env=os.environ | (cache if part.cache else {}),
+                               start_new_session=True, stdin=subprocess.DEVNULL)
+    try:
+        status = "passed" if process.wait(limit) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        status = "stopped"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    seconds = time.monotonic() - begin
+    if status != "passed":
+        say(f"{title}: {status} after {seconds:.0f} s" + (f", exit status {process.returncode}" * (status == "failed")))
+    return {"command": shlex.join(["python", *part.argv]), "status": status, "exit_status": process.returncode,
+            "seconds": seconds, "report": read_json(file) if file.exists() else None}
+
+
+# The table at the end
+
+
+def print_summary(rows: list[dict]) -> None:
+    print()
+    print_table(["part", "status", "seconds"], [[row["part"], row["status"], row["seconds"]] for row in rows])
+    found = [[row["part"], *figure] for row in rows if row.get("report") for figure in figures(row["kind"], row["report"])]
+    if found:
+        print()
+        print_table(["part", "figure", "value", "unit", "goal", ""], found)
+
+
+def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str]]:
+    """(figure, value, unit, goal, whether it is met) of a part; bench.py has the rest."""
+    def at_most(name: str, value: float, limit: float, unit: str = "x") -> tuple[str, float, str, str, str]:
+        return name, value, unit, f"<= {limit:.3g}", "met" if value <= limit else "MISSED"
+
+    if kind == "cold":
+        yield at_most("first token", report["first_token_seconds"], 60, "s")
+        yield "of it, compilation and capture", report["compile_seconds"], "s", "", ""
+    elif kind == "demo":
+        yield "decoding", report["tokens_per_second"], "tokens/s", "", ""
+        yield "accepted length", report["mean_accept_length"], "tokens/pass", "", ""
+    elif kind in ("bench", "eager"):
+        yield "plain decoding", report["decode"]["tokens_per_second_median"], "tokens/s", "", ""
+    if kind == "bench":
+        n_used = report["plain"]["used_slots"]
+        steps = {(row["part"], row["rows"]): row for row in report["steps"] if row["used_slots"] == n_used}
+        one = steps["target pass", 1]
+        share = one["bandwidth_share"]
+        yield "one row, of the copy's speed", 100 * share, "%", ">= 85", "met" if share >= 0.85 else "MISSED"
+        for n_row, limit in ((26, 1.15), (60, 1.35)):
+            yield at_most(f"{n_row} rows / one", steps["target pass", n_row]["relative_to_one_row"], limit)
+        for row in report["eagle"]:
+            tree = row["tree"]
+            level = next(step for step in report["steps"]
+                         if (step["part"], step["used_slots"]) == (f"{tree}: one draft level", n_used))
+            yield at_most(f"{tree}: draft level / plain step", level["relative_to_one_row"], 1.1 * level["bytes"] / one["bytes"])
+            yield at_most(f"{tree}: outside the models", 100 * row["outside_models_share"], 5, "%")
+        for row in report["simulated"][1:]:
+            name = f"{row['arm']}: SIMULATED at {row['mean_accept_length']:.2f} tokens/pass"
+            yield name, row["tokens_per_second_median"], "tokens/s", "", ""
+            yield f"{name}, speedup", row["speedup_median"], "x", "", ""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description=__doc__.split(":")[0])
+    parser.add_argument("--parts", nargs="+", choices=(kinds := ("tests", "bench", "cold", "demo", "eager")),
+                        default=kinds)
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "tiny"], default=["llama-2-7b", "llama-3-8b"])
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to answer a prompt with, plainly and by EAGLE")
+    parser.add_argument("--eagle", metavar="FOLDER", help="its head (default: the one that ships for it)")
+    parser.add_argument("--budget", type=number(float, 1), default=480, metavar="SECONDS")
+    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for a dry run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: build/gpu-suite.json")
+    parser.set_defaults(command=shlex.join(["bash", "scripts/gpu_suite.sh", *argv]))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

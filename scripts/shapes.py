@@ -1,0 +1,81 @@
+"""Models by their shape alone: the published targets, each with its published EAGLE head, on random weights or on none.
+
+    model = random_model(SHAPES["llama-2-7b"], torch.device("cuda"), torch.bfloat16)
+    head = random_head(model, "llama-2-7b")
+
+What a step costs does not depend on the values of the weights, so nothing has to be fetched to time it.
+"""
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eagle_head import EagleHead  # noqa: E402
+from model import ModelArgs, Transformer  # noqa: E402
+
+
+def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,
+          block_size: int, **others) -> ModelArgs:
+    facts = {"model_type": "llama", "norm_eps": 1e-5, "rope_theta": 1e4} | others
+    return ModelArgs(dim=dim, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, head_dim=dim // n_head,
+                     intermediate_size=intermediate_size, vocab_size=vocab_size, block_size=block_size, **facts)
+
+
+SHAPES = {  # from the published config.json files; Vicuna-7B and 13B are LLaMA's
+    "llama-2-7b": shape(4096, 32, 32, 32, 11008, 32000, 4096),
+    "llama-2-13b": shape(5120, 40, 40, 40, 13824, 32000, 4096),
+    "llama-2-70b": shape(8192, 80, 64, 8, 28672, 32000, 4096),
+    "llama-3-8b": shape(4096, 32, 32, 8, 14336, 128256, 8192, rope_theta=5e5),
+    "llama-3-70b": shape(8192, 80, 64, 8, 28672, 128256, 8192, rope_theta=5e5),
+    "vicuna-33b": shape(6656, 60, 52, 52, 17920, 32000, 2048, norm_eps=1e-6),
+    "mixtral-8x7b": shape(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=1e6, model_type="mixtral", n_expert=8,
+                          n_expert_active=2),
+    "smollm2-135m": shape(576, 30, 9, 3, 1536, 49152, 8192, rope_theta=1e5, tie_word_embeddings=True),
+}
+TINY = shape(64, 2, 8, 8, 128, 256, 4096)     # for dry runs of the scripts
+
+# Where a published head's layer is not simply a dense one of its target, fc with a bias: from the heads' config.json files.
+HEADS = {
+    "llama-3-8b": {"bias": False}, "llama-3-70b": {"bias": False},
+    "vicuna-33b": {"n_kv_head": 13}, "mixtral-8x7b": {"n_kv_head": 32},
+}
+
+
+def meta_model(config: ModelArgs, dtype: torch.dtype) -> Transformer:
+    """Shapes without memory, to count on."""
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
+
+
+def random_model(config: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Random weights made where they stay: no copy on the host, none in another dtype."""
+    with default_dtype(dtype), device:
+        model = Transformer(config)
+    for weight in model.parameters():
+        if weight.dim() == 3:  # experts, which have no initialisation of their own
+            weight.normal_(std=0.02)
+    return model.eval()
+
+
+def random_head(target: Transformer, name: str | None = None) -> EagleHead:
+    """The head published for the target of this name, or else one dense layer of the target's own shape."""
+    others = {"bias": True} | HEADS.get(name, {})
+    bias = others.pop("bias")
+    config = replace(target.config, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None, **others)
+    weight = target.norm.weight
+    with default_dtype(weight.dtype), weight.device:
+        return EagleHead(config, target, bias).eval()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The dtype in which modules are made."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)

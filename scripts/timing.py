@@ -1,0 +1,108 @@
+"""What the measuring scripts share: the clock, runs in turn, the memory's speed, the environment, a table.
+
+Times are medians of runs that alternate between all that is compared, so that a drifting clock or a neighbour on the
+machine hits all alike.
+"""
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+from generate import device_name  # noqa: E402
+
+BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def interleave(runs: dict, repeats: int, device: torch.device) -> dict:
+    """Seconds of each run, `repeats` of them, taking turns; a first round warms up and is not kept."""
+    times = {name: [] for name in runs}
+    for _ in tqdm(range(repeats + 1), "measure", leave=False, disable=None):
+        for name, run in runs.items():
+            times[name].append(elapsed(run, device))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def elapsed(run: Callable[[], None], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run()  # keeps the device at work while the host launches what is timed: device time alone, without launch gaps
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def spread(values: list[float], name: str) -> dict:
+    """Median, least and greatest, under keys that begin with `name`."""
+    return {f"{name}_median": statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def milliseconds(times: list[float]) -> dict:
+    return spread([1e3 * seconds for seconds in times], "ms")
+
+
+def measure_bandwidth(device: torch.device) -> dict:
+    """Bytes a second of a large copy (read and written) and of a large sum (read only).
+
+    A step mostly reads. The yardstick is the copy on a GPU, as is customary, and the sum on a CPU, where the traffic
+    behind a written byte differs from processor to processor.
+    """
+    n = BUFFER[device.type] // 4
+    source = torch.rand(n, device=device)  # written, for memory that was only reserved reads as one shared page
+    target = source.clone()
+    runs = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
+    seconds = {name: statistics.median(times) for name, times in interleave(runs, 10, device).items()}
+    copied, read = 8 * n / seconds["copy"], 4 * n / seconds["read"]
+    yardstick = "copy" if device.type == "cuda" else "read"
+    return {"copy_bytes_per_second": copied, "read_bytes_per_second": read, "yardstick": yardstick,
+            "bytes_per_second": copied if yardstick == "copy" else read}
+
+
+def environment(device: torch.device, command: str) -> dict:
+    """What a figure must carry to be worth anything."""
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", REPO, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")  # the results of other measurements do no harm
+        commit = git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a clone, or no git
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, "commit": commit,
+        "device": str(device), "device_name": device_name(device), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "python": platform.python_version(),
+    }
+
+
+def print_table(header: list[str], rows: list[list]) -> None:
+    """Text to the left, numbers to the right, three decimals below ten."""
+    def text(value) -> str:
+        if isinstance(value, float):
+            return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+        return "-" if value is None else str(value)
+
+    cells = [header, *([text(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    left = [isinstance(value, str) for value in rows[0]]
+    for row in cells:
+        print("  ".join(cell.ljust(w) if l else cell.rjust(w) for cell, w, l in zip(row, widths, left)).rstrip())

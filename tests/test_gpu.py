@@ -1,0 +1,114 @@
+"""What only a GPU can show: compiled and captured steps do what eager ones do, and EAGLE stays greedy decoding.
+
+    python -m pytest -q tests/test_gpu.py       # needs torch and pytest only; skipped where there is no CUDA
+
+fp32, tiny random models. Reference is the same model's eager decoding on the same device, and a decoder without a cache.
+"""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eagle_head import DynamicTree, StaticTree
+from generate import Decoder, setup_caches
+from model import Sampling
+from reference import naive_decode, tokens_of
+from scripts.shapes import random_head, random_model, shape
+from scripts.simulate import simulated_decoder
+from test_eagle_lossless import head_of, randomise
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+DEVICE = torch.device("cuda")
+DENSE = shape(64, 2, 8, 2, 96, 96, 1024)
+MIXTRAL = replace(DENSE, model_type="mixtral", n_expert=4, n_expert_active=2)
+TREES = {"chain": StaticTree.chain(3), "paper": StaticTree.paper(), "dynamic": DynamicTree(3, 3, 8)}
+N_SLOT, N_NEW = 256, 120    # over two sizes of graphs, 128 and 192 slots
+PROMPTS = [tokens_of(n, seed=n) for n in (5, 40)]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", params=[DENSE, MIXTRAL], ids=["dense", "mixtral"])
+def target(request):
+    """A model on the GPU, a head that is right half of the time, and what greedy decoding says to each prompt."""
+    torch.manual_seed(0)
+    model = random_model(request.param, DEVICE, torch.float32)
+    with torch.no_grad(), DEVICE:
+        randomise(model, 0.25)
+        head = head_of(model)
+        wanted = [naive_decode(model, prompt, N_NEW) for prompt in PROMPTS]
+        head.tell([prompt + tokens for prompt, tokens in zip(PROMPTS, wanted)])
+    return model, head, wanted
+
+
+def decoder_of(target, tree=None, batch_size=1, sampling=Sampling(), compile=True):
+    model, head, _ = target
+    head = head if tree else None
+    setup_caches(model, head, batch_size, N_SLOT)
+    return Decoder(model, batch_size, sampling, compile=compile, head=head, tree=tree)
+
+
+def with_known(head, rows):
+    """The head's hints for these rows alone, in memory that a captured graph goes on reading."""
+    return head.known[rows].clone()
+
+
+@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+def test_captured_steps_decode_what_eager_ones_do(target, tree, monkeypatch):
+    model, head, wanted = target
+    monkeypatch.setattr(head, "known", with_known(head, [1]))
+    for compile in (False, True):
+        decoder = decoder_of(target, tree, compile=compile)
+        for _ in range(2):      # captured, then replayed only
+            with torch.compiler.set_stance("default" if compile else "force_eager"):    # layers stay compiled from before
+                result = decoder.generate([PROMPTS[1]], N_NEW)
+            assert result.tokens == [wanted[1]]
+            assert tree is None or result.mean_accept_length > 1.2
+        captured = [graph for graph in decoder.graphs.values() if graph is not None]
+        assert len(captured) >= 2 if compile else not captured
+
+
+@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+def test_a_captured_batch_decodes_what_each_row_does_alone(target, tree):
+    assert decoder_of(target, tree, batch_size=2).generate(PROMPTS, N_NEW).tokens == target[2]
+
+
+@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_never_waits_for_the_device(target, tree, temperature, monkeypatch):
+    monkeypatch.setattr(target[1], "known", with_known(target[1], [0]))
+    decoder = decoder_of(target, tree, sampling=Sampling(temperature), compile=False)
+    step = decoder.eagle or decoder.plain
+    step.prefill([PROMPTS[0]])
+    with torch.compiler.set_stance("force_eager"):      # the compiler may wait
+        step(128)                                       # lazy initialisation too
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(128)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tree", [None, TREES["paper"], TREES["dynamic"]], ids=["plain", "paper", "dynamic"])
+def test_replayed_draws_follow_the_seed_and_are_not_the_same_every_time(target, tree, monkeypatch):
+    monkeypatch.setattr(target[1], "known", with_known(target[1], [0]))
+    decoder = decoder_of(target, tree, sampling=Sampling(1.0))
+    decoder.generate([PROMPTS[0]], 48)      # captures: the draws before and after it are not the same ones
+    first, again, other = (decoder.generate([PROMPTS[0]], 48, seed=seed).tokens for seed in (1, 1, 2))
+    assert first == again != other
+    assert len({tuple(decoder.generate([PROMPTS[0]], 48).tokens[0]) for _ in range(3)}) == 3
+
+
+def test_a_simulated_step_is_captured_and_keeps_its_turn():
+    model = random_model(DENSE, DEVICE, torch.bfloat16)
+    head = random_head(model)
+    setup_caches(model, head, 1, N_SLOT)
+    decoder = simulated_decoder(model, head, TREES["paper"], [3, 1, 5, 2], compile=True)
+    with torch.inference_mode():
+        results = [decoder.generate([PROMPTS[0]], n) for n in (14, 8)]
+    assert [result.accept_lengths for result in results] == [[[3, 1, 5, 2, 3]], [[1, 5, 2]]]
+    assert any(decoder.graphs.values())

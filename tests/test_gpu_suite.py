@@ -1,0 +1,107 @@
+"""scripts/gpu_suite.sh: a dry run on the CPU, and what it does when parts fail or time is up."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import gpu_suite
+from scripts.gpu_suite import Part
+
+REPO = Path(gpu_suite.__file__).resolve().parent.parent
+
+
+def suite(tmp_path, monkeypatch, parts, *argv):
+    """Status and rows of the report of these parts instead of the real ones."""
+    monkeypatch.setattr(gpu_suite, "all_parts", lambda args: iter(parts))
+    file = tmp_path / "suite.json"
+    status = gpu_suite.main(gpu_suite.parse_args(["--device", "cpu", "--json", str(file), *argv]))
+    return status, {row["part"]: row for row in json.loads(file.read_text())["parts"]}
+
+
+def python(name, code, limit=60):
+    return Part(name, "tests", ["-c", code], limit)
+
+
+def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
+    file = tmp_path / "suite.json"
+    run = subprocess.run(
+        ["bash", REPO / "scripts/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny", "--repeats", "1",
+         "--parts", "bench", "cold", "eager", "--json", file], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert run.returncode == 0, run.stderr
+    report = json.loads(file.read_text())
+    assert [row["part"] for row in report["parts"]] == ["tiny", "tiny, cold start", "tiny, second start", "tiny, eager"]
+    assert all(row["status"] == "passed" and row["seconds"] > 0 for row in report["parts"])
+    bench, cold = (row["report"] for row in report["parts"][:2])
+    assert {row["tree"] for row in bench["eagle"]} == {"static", "dynamic"} and bench["random_weights"]
+    assert 0 < cold["import_seconds"] < cold["first_token_seconds"] < cold["whole_answer_seconds"]
+    for text in ("static: outside the models", "first token", "plain decoding", "goal"):
+        assert text in run.stdout
+
+
+def test_a_part_that_fails_is_said_and_the_others_run(tmp_path, monkeypatch, capsys):
+    status, rows = suite(tmp_path, monkeypatch, [python("bad", "raise SystemExit(3)"), python("good", "pass")])
+    assert status == 1
+    assert {name: row["status"] for name, row in rows.items()} == {"bad": "failed", "good": "passed"}
+    assert rows["bad"]["exit_status"] == 3
+    assert "bad: failed" in capsys.readouterr().err
+    assert suite(tmp_path, monkeypatch, [python("good", "pass")])[0] == 0
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_all_it_started(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    code = (f"import subprocess, time; p = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(p.pid)); "
+            "time.sleep(60)")
+    status, rows = suite(tmp_path, monkeypatch, [python("slow", code, limit=1), python("good", "pass")])
+    assert status == 1 and rows["slow"]["status"] == "stopped" and rows["good"]["status"] == "passed"
+    state = Path(f"/proc/{child.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_what_does_not_fit_in_the_budget_is_skipped(tmp_path, monkeypatch, capsys):
+    parts = [python("long", "import time; time.sleep(1.5)"), python("late", "pass")]
+    status, rows = suite(tmp_path, monkeypatch, parts, "--budget", "21")
+    assert status == 0 and [row["status"] for row in rows.values()] == ["passed", "skipped"]
+    assert "late: skipped, the 21 seconds are used up" in capsys.readouterr().err
+
+
+def test_figures_are_set_against_their_goals():
+    def step(part, rows, times, share=0.9, bytes=100):
+        return {"part": part, "rows": rows, "used_slots": 256, "relative_to_one_row": times, "bandwidth_share": share,
+                "bytes": bytes}
+
+    report = {
+        "decode": {"tokens_per_second_median": 50.0}, "plain": {"used_slots": 256},
+        "steps": [step("target pass", 1, 1.0), step("target pass", 26, 1.1), step("target pass", 60, 1.4),
+                  step("static: one draft level", 4, 0.10, bytes=10)],
+        "eagle": [{"tree": "static", "outside_models_share": 0.06}],
+        "simulated": [{"arm": "plain"}, {"arm": "static", "mean_accept_length": 3.6, "tokens_per_second_median": 99.0,
+                                         "speedup_median": 1.98}],
+    }
+    verdicts = {name: verdict for name, *_, verdict in gpu_suite.figures("bench", report)}
+    assert verdicts == {
+        "plain decoding": "", "one row, of the copy's speed": "met", "26 rows / one": "met", "60 rows / one": "MISSED",
+        "static: draft level / plain step": "met", "static: outside the models": "MISSED",
+        "static: SIMULATED at 3.60 tokens/pass": "", "static: SIMULATED at 3.60 tokens/pass, speedup": ""}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line_and_status_2(capsys):
+    assert gpu_suite.main(gpu_suite.parse_args([])) == 2
+    assert capsys.readouterr().err == "error: there is no CUDA device here (--device cpu --shapes tiny is a dry run)\n"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--eagle", "heads"], "--eagle needs --checkpoint"), (["--checkpoint", "no/such"], "--checkpoint no/such: no such folder"),
+    (["--json", "/no/such/x.json"], "not a file in an existing folder"), (["--device", "abacus"], "--device abacus"),
+    (["--shapes", "llama-9"], "llama-9"), (["--parts", "all"], "all"), (["--budget", "0"], "'0'")])
+def test_a_users_mistake_is_one_line_and_status_2(argv, message, capsys):
+    try:
+        status = gpu_suite.main(gpu_suite.parse_args(["--device", "cpu", *argv]))
+    except SystemExit as exit:
+        status = exit.code
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and len(lines) == 1 and message in lines[0]
