@@ -19,7 +19,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from eagle_head import load_tree
 from model import Transformer, prefill, read_json, resolve_checkpoint
 from scripts import report
 from scripts.peers import Answer, find_peers
+from scripts.timing import environment
 
 # name -> hub repository, file, and what makes the first turn of a row
 HUB_SETS = {
@@ -75,10 +75,9 @@ def evaluate(args: argparse.Namespace) -> None:
     for peer in peers.values():
         peer([1, 2, 3, 4], 4)   # warm up
     run |= {"question_set": Path(args.questions).stem, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot,
-            "tree": trees or [args.tree], "arms": [*arms, *peers], "absent": absent, "threads": torch.get_num_threads()}
+            "tree": trees or [args.tree], "arms": [*arms, *peers], "absent": absent}
     done = resume(args.out, run)
-    run |= {"command": args.command, "commit": report.commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "rounding": None, "label": args.out.name}
+    run |= environment(model.inv_freq.device, args.command) | {"rounding": None, "label": args.out.name}
     todo = [q for q in questions if q["question_id"] not in done]
     if args.temperature == 0:
         run["rounding"] = measure_rounding(model, arms["plain"], tokenizer, questions)

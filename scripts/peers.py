@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from scripts.timing import clock
+
 
 class Answer(NamedTuple):
     tokens: list[int]               # new ones
@@ -46,23 +48,23 @@ def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
-    class Clock(transformers.StoppingCriteria):
+    class Watch(transformers.StoppingCriteria):
         """Is asked after each pass; notes when, and how many tokens there are."""
 
         def __init__(self):
             self.seen: list[tuple[int, float]] = []
 
         def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-            self.seen.append((input_ids.shape[1], now(device)))
+            self.seen.append((input_ids.shape[1], clock(device)))
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def generate(prompt: list[int], n: int, **options) -> Answer:
-        ids, clock, start = torch.tensor([prompt], device=device), Clock(), now(device)
+        ids, watch, start = torch.tensor([prompt], device=device), Watch(), clock(device)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, min_new_tokens=n,
-                                max_new_tokens=n, stopping_criteria=[clock], **options)
-        lengths = [len(prompt), *(length for length, _ in clock.seen)]
-        return Answer(output[0, len(prompt):].tolist(), len(output[0]) - lengths[1], clock.seen[0][1] - start,
-                      clock.seen[-1][1] - clock.seen[0][1], [b - a for a, b in zip(lengths, lengths[1:])])
+                                max_new_tokens=n, stopping_criteria=[watch], **options)
+        lengths = [len(prompt), *(length for length, _ in watch.seen)]
+        return Answer(output[0, len(prompt):].tolist(), len(output[0]) - lengths[1], watch.seen[0][1] - start,
+                      watch.seen[-1][1] - watch.seen[0][1], [b - a for a, b in zip(lengths, lengths[1:])])
 
     return {"transformers": lambda prompt, n: generate(prompt, n),
             "transformers-static": lambda prompt, n: generate(prompt, n, cache_implementation="static"),
@@ -85,9 +87,3 @@ def llama_cpp_peer(gguf: Path, n_slot: int) -> Peer:
         return Answer(tokens, n - 1, times[0] - start, times[-1] - times[0], [1] * n)
 
     return generate
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
