@@ -62,11 +62,11 @@ class SoftCrossEntropy(torch.autograd.Function):
         n = max(1, LOGITS_AT_ONCE[weight.device.type] // weight.shape[0])
         for begin in range(0, predicted.shape[0], n):
             ours = predicted[begin:begin + n].to(weight.dtype) @ weight.T               # [n, V]
-            probs = true[begin:begin + n].to(weight.dtype) @ weight.T
-            same += (ours.max(-1).indices == probs.max(-1).indices).sum()
-            probs, log_q = probs.float().softmax(-1), ours.float().log_softmax(-1)
-            loss -= (probs * log_q).sum()
-            grad[begin:begin + n] = (log_q.exp_() - probs).to(weight.dtype) @ weight
+            probs = (true[begin:begin + n].to(weight.dtype) @ weight.T).softmax(-1, dtype=torch.float)
+            log_q = ours.log_softmax(-1, dtype=torch.float)
+            same += (log_q.gather(-1, probs.argmax(-1, keepdim=True)) == log_q.amax(-1, keepdim=True)).sum()
+            loss -= torch.dot(probs.flatten(), log_q.flatten())
+            grad[begin:begin + n] = log_q.exp_().sub_(probs).to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(same)
         return loss, same
