@@ -2,6 +2,7 @@
 
     python scripts/report.py results/demo                                     # report.json, report.md and report.png again
     python scripts/report.py results/a results/b --waterfall waterfall.png    # the speeds of all their arms in one picture
+    python scripts/report.py benchmarks/results/* --readme README.md          # between <!-- FOLDER --> and <!-- end -->
 
 A folder holds run.json, how it was measured, and answers/ARM.jsonl, one line a question in FastChat's form with what
 was measured beside each turn. Everything here is computed from these. An arm is a way to decode: plain, EAGLE with
@@ -34,6 +35,11 @@ def main(args: argparse.Namespace) -> int:
         reports = [write_report(folder) for folder in args.folders]
         if args.waterfall:
             draw_waterfall(reports, args.waterfall)
+        if args.readme:
+            text = args.readme.read_text(encoding="utf-8")
+            for folder, report in zip(args.folders, reports):
+                text = fill_in(text, folder, summary(report))
+            write_atomically(args.readme, text)
     except (ValueError, OSError) as error:
         say(f"error: {' '.join(str(error).split())}")
         return 2
@@ -149,26 +155,40 @@ def agreement(plain: list[dict], lines: list[dict], rounding: dict | None) -> di
 # Tables
 
 
-def markdown(report: dict) -> str:
-    """The tables of report.md: all questions by arm, then each category."""
-    r, overall = report, report["overall"]
-    greedy = r["temperature"] == 0
+def summary(report: dict) -> str:
+    """How it was measured, a line for each arm, and why answers differ."""
+    overall, greedy = report["overall"], report["temperature"] == 0
     header = ["", "tokens/s", "speedup", "accepted length"] + ["answers as plain"] * greedy
     rows = [[arm, f"{f['tokens_per_second']:.1f}", speedup_text(f), number_text(f.get("mean_accept_length"))]
             + [f"{f['identical']} of {f['answers']}" if "identical" in f else ""] * greedy for arm, f in overall.items()]
+    return "\n\n".join([conditions(report), table(header, rows), *(
+        explanation(arm, f, report["rounding"]) for arm, f in overall.items() if f.get("divergences"))]) + "\n"
+
+
+def markdown(report: dict) -> str:
+    """report.md: the summary, each category, and acceptance by depth."""
+    overall = report["overall"]
     others = [arm for arm in overall if arm != "plain"]
     drafting = [arm for arm in others if "acceptance_by_depth" in overall[arm]]
-    category_header = ["category", "plain, tokens/s", *(arm for arm in others), *(f"accepted length, {arm}" for arm in drafting)]
-    by_category = [[name, f"{f['plain']['tokens_per_second']:.1f}", *(speedup_text(f[arm]) for arm in others),
-                    *(number_text(f[arm]["mean_accept_length"]) for arm in drafting)] for name, f in r["categories"].items()]
-    parts = [conditions(r), table(header, rows), table(category_header, by_category)]
-    parts += [explanation(arm, f, r["rounding"]) for arm, f in overall.items() if f.get("divergences")]
+    header = ["category", "plain, tokens/s", *others, *(f"accepted length, {arm}" for arm in drafting)]
+    rows = [[name, f"{f['plain']['tokens_per_second']:.1f}", *(speedup_text(f[arm]) for arm in others),
+             *(number_text(f[arm].get("mean_accept_length", 1)) for arm in drafting)] for name, f in report["categories"].items()]
+    parts = [summary(report).rstrip(), table(header, rows)]
     deep = [[arm, *(f"{x:.2f}" for x in overall[arm]["acceptance_by_depth"])] for arm in drafting]
     if deep:
         width = max(map(len, deep)) - 1
         parts.append(table(["acceptance at depth", *map(str, range(1, width + 1))],
                            [row + [""] * (width + 1 - len(row)) for row in deep]))
     return "\n\n".join(parts) + "\n"
+
+
+def fill_in(text: str, folder: Path, content: str) -> str:
+    """Put content between the marks of a folder. Raises ValueError where they are missing."""
+    begin, found, rest = text.partition(f"<!-- {folder} -->\n")
+    _, closed, after = rest.partition("<!-- end -->")
+    if not (found and closed):
+        raise ValueError(f"the readme has no <!-- {folder} --> ... <!-- end --> to fill in")
+    return begin + found + content + closed + after
 
 
 def conditions(r: dict) -> str:
@@ -288,6 +308,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Make the report of an evaluation again from its answers.")
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="--out of scripts/evaluate.py")
     parser.add_argument("--waterfall", type=Path, metavar="PNG", help="one bar for each arm of all the folders")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put each folder's summary between its marks there")
     return parser.parse_args(argv)
 
 

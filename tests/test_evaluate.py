@@ -18,6 +18,8 @@ from tokenizer import Tokenizer
 QUESTIONS = [{"question_id": 7, "category": "math", "turns": ["the fox", "and then"]},
              {"question_id": 8, "category": "writing", "turns": ["the lazy dog"]},
              {"question_id": 9, "category": "math", "turns": ["dogs sleep", "for the day"]}]
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 ARMS = ["plain", "eagle-chain-3", "eagle-static"]
 
 
@@ -217,6 +219,15 @@ def test_pictures_are_drawn(run, tmp_path):
     assert (out / "report.png").stat().st_size > 10_000
     assert report.main(report.parse_args([str(out), "--waterfall", str(tmp_path / "w.png")])) == 0
     assert (tmp_path / "w.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("folder", sorted(ROOT.glob("benchmarks/results/*/run.json")), ids=lambda file: file.parent.name)
+def test_committed_reports_recompute_and_the_readme_has_their_summaries(folder):
+    folder = folder.parent
+    run, made = json.loads((folder / "run.json").read_text()), json.loads((folder / "report.json").read_text())
+    assert run | report.figures(report.read_answers(folder, run["arms"]), run) == made
+    assert (folder / "report.md").read_text() == report.markdown(made)
+    assert report.fill_in(README.read_text(), folder.relative_to(ROOT), report.summary(made)) == README.read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

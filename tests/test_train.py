@@ -381,15 +381,33 @@ def test_init_goes_on_from_another_head(train):
         assert_close(ours[key], theirs[key], 1e-5)
 
 
-def test_evaluation_reports_what_decoding_with_a_chain_accepts(train, model, checkpoint):
-    """The accepted length promised for a chain of 5 is that of EagleStep along the same text."""
-    status, err, out = train("--epochs", 1, "--lr", 1e-3)
+def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_position(train, model, checkpoint, data):
+    """n-alpha and the length of a chain of 5, drafted along each held-out answer one position after the other."""
+    status, err, out = train("--epochs", 20, "--lr", 1e-2, "--cls-weight", 10)
     assert status == 0, err
     entry = log_of(out, "eval_top1")[-1]
-    alphas = entry["eval_n_alpha"]
-    assert len(alphas) == 5 and entry["eval_top1"] == pytest.approx(alphas[0], abs=1e-3)
-    assert entry["eval_top1"] <= entry["eval_top2"] <= entry["eval_top3"] <= 1
-    assert 1 + alphas[0] * (1 if alphas[0] == 0 else 0) <= entry["eval_chain_length"] <= 1 + sum(alphas) + 1e-3
+    head = new_head(read_json(out / "config.json"), model, None, seed=0)
+    head.load_state_dict(state_of(out)["head"])
+    dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)
+    held_out = sorted(random.Random(0).sample(range(60), 60)[:4])       # --seed 0, --eval-dialogues 4
+    right, leading, n_position = [0] * 5, 0, 0
+    with torch.no_grad():
+        for tokens, _, learnt in ((dialogues[i].tokens[None].long(), *dialogues[i][1:]) for i in held_out):
+            features = model.features(tokens, torch.arange(tokens.shape[1]))
+            for i in range(tokens.shape[1] - 6):
+                if not learnt[i + 2]:
+                    continue
+                known, hits = features[:, :i + 1], []
+                for n in range(i + 1, i + 6):
+                    known = torch.cat((known, head(tokens[:, 1:n + 1], known, torch.arange(n))[:, -1:]), dim=1)
+                    hits.append(int(model.output(known[0, -1]).argmax() == tokens[0, n + 1]))
+                right = [a + b for a, b in zip(right, hits)]
+                leading += (hits + [0]).index(0)
+                n_position += 1
+    assert 0 < right[1] < n_position                                    # there is something to count
+    assert entry["eval_n_alpha"] == pytest.approx([r / n_position for r in right], abs=1e-4)
+    assert entry["eval_chain_length"] == pytest.approx(1 + leading / n_position)
+    assert entry["eval_top1"] == pytest.approx(right[0] / n_position) <= entry["eval_top2"] <= entry["eval_top3"] <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
