@@ -124,7 +124,7 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
     units = sorted({unit_of(key) for key in keys}, key=unit_order)
     weight_map = {}
     for unit in tqdm(units, "quantising", unit=" layers", disable=None):
-        file = part / f"model-{unit.rstrip('.').replace('.', '-') or 'other'}.safetensors"
+        file = part / (f"model-layer-{unit_order(unit)[1]:03}.safetensors" if unit else "model-other.safetensors")
         if not file.exists():
             tensors = {key: tensor for key, tensor, _ in iterate_weights(folder, lambda key: unit_of(key) == unit)
                        if not key.endswith("rotary_emb.inv_freq")}
@@ -313,16 +313,16 @@ def report(folder: Path, args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def perplexity(model: Transformer, tokens: list[int], window: int = 1024, stride: int = 512) -> float:
-    """exp of the mean negative log likelihood of all tokens but the first. Windows overlap: from the second on, a token
-    has window - stride tokens before it or more."""
+def perplexity(model: Transformer, tokens: list[int], window: int = 1024) -> float:
+    """exp of the mean negative log likelihood of all tokens but the first. The window moves on by half its length, so
+    that a token has as much before it, or the whole of the text."""
     if len(tokens) < 2:
         raise ValueError("a perplexity needs a text of two tokens or more")
     window = min(window, model.config.block_size)
-    stride, ids = min(stride, window), torch.tensor([tokens], device=model.inv_freq.device)
+    ids = torch.tensor([tokens], device=model.inv_freq.device)
     total, n_scored = 0.0, 1    # the first token has nothing before it
     while n_scored < len(tokens):
-        begin = max(0, n_scored + stride - window) if n_scored > 1 else 0
+        begin = n_scored - window // 2 if n_scored > 1 else 0
         end = min(begin + window, len(tokens))
         features = model.features(ids[:, begin:end - 1], torch.arange(end - 1 - begin, device=ids.device))
         logits = model.output(features[:, n_scored - 1 - begin:]).float()

@@ -195,16 +195,16 @@ class QuantLinear(nn.Module):
         if name.startswith("triton"):
             y = self._triton(x.reshape(-1, self.in_features), expert, *map(int, name.split()[1:]))
         elif x.is_cuda:     # dequantised anew each time: compiled, at one row, inductor makes one reduction of it
-            return F.linear(x, self[... if expert is None else expert], self.bias)
+            y = F.linear(x, self[... if expert is None else expert])
         elif name == "dense":
-            return self._layout(name, expert)(x)
-        elif self.format.mode == "int8":
-            weight, scales = self._layout(name, expert)
-            y = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, self.in_features), weight, scales)
+            y = self._layout(name, expert)(x)
         else:
             weight, scales = self._layout(name, expert)
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.reshape(-1, self.in_features), weight,
-                                                           self.format.group_size, scales)
+            rows = x.reshape(-1, self.in_features).contiguous()
+            if self.format.mode == "int8":
+                y = torch.ops.aten._weight_int8pack_mm(rows, weight, scales)
+            else:
+                y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, self.format.group_size, scales)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -213,8 +213,8 @@ class QuantLinear(nn.Module):
         if (name, expert) not in self.packed:
             at = ... if expert is None else expert
             if name == "dense":
-                made = nn.Linear(self.in_features, self.out_features, device="meta")
-                made.weight, made.bias = nn.Parameter(self[at], requires_grad=False), self.bias
+                made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+                made.weight = nn.Parameter(self[at], requires_grad=False)
                 if made.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
                     made = PackedLinear(made)
             elif self.format.mode == "int8":
