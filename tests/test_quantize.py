@@ -9,14 +9,14 @@ import quantize
 import quantized
 from eagle_head import EagleHead
 from generate import generate
-from model import Transformer, iterate_weights
+from model import Transformer, _hf_targets, iterate_weights
 from quantized import Format, QuantLinear, dequantize, pack, quantize_in_place, round_to_nearest, tune, unpack
 from tokenizer import Tokenizer
 from tests.reference import assert_close, naive_decode, read_safetensors, tiny, tokens_of, write_checkpoint
 
 FORMATS = [Format("int8"), Format("int4", 32), Format("int4", 64)]
 ROWS = [1, 2, 3, 7, 8, 16, 26, 33, 60, 64, 65]
-# Rows of 64 columns, so that both group sizes divide them; gqa has them but for w2.
+# Rows that groups of 32 and 64 divide.
 WIDE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
 
 
@@ -40,20 +40,17 @@ def quantized_folder(kind, tmp_path, *options, **overrides):
 def dense_twin(folder, out):
     """The 16-bit model with the values of the quantised one: what every product is compared with."""
     stored = {key: tensor for key, tensor, _ in iterate_weights(out)}
-    model = Transformer.from_pretrained(folder, dtype=torch.float32)
+    model = Transformer.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     weights = {key: dequantize(tensor, stored[key[:-6] + "scales"].float(), stored.get(key[:-6] + "zeros"))
                if key[:-6] + "scales" in stored else tensor
                for key, tensor in stored.items() if key.endswith("weight")}
-    from model import _hf_targets
-    targets = _hf_targets(model)
+    model.output.weight = torch.nn.Parameter(model.output.weight.clone(), requires_grad=False)     # a quantised LM head is never tied
+    targets = _hf_targets(model) | {"lm_head.weight": model.output.weight}
     for key, tensor in weights.items():
         targets[key].copy_(tensor)
+    if "lm_head.weight" not in weights:
+        model.output.weight = model.tok_embeddings.weight
     return model
-
-
-def typical_error(ours, exact):
-    """Relative, of the median row: where a router changes its mind, a row is another one."""
-    return ((ours - exact).float().norm(dim=-1) / exact.float().norm(dim=-1)).median()
 
 
 # Numbers
@@ -163,29 +160,26 @@ def test_gptq_has_a_smaller_output_error_than_rounding(format, act_order):
 @pytest.mark.parametrize("kind", ["gqa", "qwen2_tied", "qwen3", "mixtral"])
 def test_a_folder_loads_as_the_values_it_stores(kind, options, tmp_path):
     folder, out = quantized_folder(kind, tmp_path, *options)
-    tokens = torch.tensor([tokens_of(24)])
-    model, twin = Transformer.from_pretrained(out, dtype=torch.float32), None
-    if "--lm-head" not in options:
-        twin = dense_twin(folder, out)
-        assert_close(model(tokens, torch.arange(24))[0], twin(tokens, torch.arange(24))[0], 1e-5)
+    model, twin = Transformer.from_pretrained(out, dtype=torch.float32), dense_twin(folder, out)
+    assert isinstance(model.output, QuantLinear) == ("--lm-head" in options)
     for n in (1, 3, 24, 140):   # experts are run in another way for each
         tokens = torch.tensor([tokens_of(n)])
-        exact = Transformer.from_pretrained(folder, dtype=torch.float32)(tokens, torch.arange(n))[0]
-        ours = model(tokens, torch.arange(n))[0]
-        assert typical_error(ours, exact) < (0.05 if "int8" in options else 0.5)
+        assert_close(model(tokens, torch.arange(n))[0], twin(tokens, torch.arange(n))[0], 1e-5)
     stored = {key: tensor for key, tensor, _ in iterate_weights(out)}
     plain = {key: tensor for key, tensor, _ in iterate_weights(folder)}
     kept = [key for key in plain if any(part in key for part in ("norm", "embed", "bias", ".gate.weight"))]
     assert all(torch.equal(stored[key], plain[key]) for key in kept)
 
 
-def test_mixtral_in_bfloat16_runs_its_experts_by_the_packed_kernels(tmp_path):
-    folder, out = quantized_folder("mixtral", tmp_path, "--mode", "int8")
-    model, twin = Transformer.from_pretrained(out), Transformer.from_pretrained(folder)
-    for n in (1, 3, 24, 140):
-        tokens = torch.tensor([tokens_of(n)])
-        ours, exact = model(tokens, torch.arange(n))[0], twin(tokens, torch.arange(n))[0]
-        assert typical_error(ours, exact) < 0.1
+@pytest.mark.parametrize("mode, bound", [("int8", 0.02), ("int4", 0.25)])
+def test_quantised_experts_are_near_the_16_bit_ones(mode, bound, tmp_path):
+    folder, out = quantized_folder("mixtral", tmp_path, "--mode", mode)
+    for dtype, rounding in ((torch.float32, 0), (torch.bfloat16, 0.02)):
+        ours, exact = (Transformer.from_pretrained(f, dtype=dtype).layers[0].feed_forward for f in (out, folder))
+        for n in (1, 3, 24, 140):   # of one expert's rows or none, by the packed kernels or the dense product
+            x = torch.randn(1, n, 64).to(dtype)
+            difference = (ours(x) - exact(x)).float().norm(dim=-1) / exact(x).float().norm(dim=-1)
+            assert difference.max() < bound + rounding  # the router has its 16 bits: the same experts are chosen
 
 
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "mixtral"])
@@ -216,8 +210,7 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path):
     assert errors["gptq"] < errors["rtn"]
 
 
-@pytest.mark.parametrize("method", ["rtn"])
-def test_an_interrupted_run_is_never_loadable_and_goes_on(method, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch):
     folder, whole = quantized_folder("gqa", tmp_path, "--mode", "int4", num_hidden_layers=3)
     out, part = tmp_path / "again", tmp_path / "again.part"
     saved, n_call = quantize.save_file, 0
