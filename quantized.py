@@ -24,6 +24,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generate import device_name, write_atomically
+from generate import capture, device_name, write_atomically
 from model import MoEFeedForward, PackedLinear, read_json
 
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
@@ -117,6 +118,10 @@ def dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     return groups.flatten(-2).to(scales.dtype)
 
 
+def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    return F.linear(x, dequantize(q, scales, zeros))
+
+
 # Modules
 
 
@@ -167,14 +172,20 @@ class QuantLinear(nn.Module):
         tune(linear)
         return linear
 
+    def parts(self, expert: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q, scales and zeros: all, or those of one or several experts."""
+        if expert is None:
+            return self.q, self.scales, self.zeros
+        return self.q[expert], self.scales[expert], None if self.zeros is None else self.zeros[expert]
+
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """Weights of experts in ordinary layout: a copy."""
-        return dequantize(self.q[expert], self.scales[expert], None if self.zeros is None else self.zeros[expert])
+        return dequantize(*self.parts(expert))
 
     @property
     def weight(self) -> Tensor:
         """The weight in ordinary layout [N, K]: a copy."""
-        return self[...]
+        return dequantize(*self.parts())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -193,9 +204,11 @@ class QuantLinear(nn.Module):
     def product(self, name: str, x: Tensor, expert: int | None = None) -> Tensor:
         """`forward` by the kernel of this name."""
         if name.startswith("triton"):
-            y = self._triton(x.reshape(-1, self.in_features), expert, *map(int, name.split()[1:]))
+            from quantized_triton import quant_matmul
+            block_n, split_k = map(int, name.split()[1:])
+            y = quant_matmul(x.reshape(-1, self.in_features), *self.parts(expert), block_n, split_k)
         elif x.is_cuda:     # dequantised anew each time: compiled, at one row, inductor makes one reduction of it
-            y = F.linear(x, self[... if expert is None else expert])
+            y = dense_product(x, *self.parts(expert))
         elif name == "dense":
             y = self._layout(name, expert)(x)
         else:
@@ -211,26 +224,19 @@ class QuantLinear(nn.Module):
     def _layout(self, name: str, expert: int | None):
         """The weight as a CPU kernel wants it, made once."""
         if (name, expert) not in self.packed:
-            at = ... if expert is None else expert
+            q, scales, zeros = self.parts(expert)
             if name == "dense":
                 made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-                made.weight = nn.Parameter(self[at], requires_grad=False)
+                made.weight = nn.Parameter(dequantize(q, scales, zeros), requires_grad=False)
                 if made.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
                     made = PackedLinear(made)
             elif self.format.mode == "int8":
-                made = self.q[at].contiguous(), self.scales[at].flatten().contiguous()
+                made = q, scales.flatten()
             else:
-                q = (unpack(self.q[at]) + 8).int()
-                made = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1),
-                        torch.stack((self.scales[at], self.zeros[at]), -1).transpose(0, 1).contiguous())   # [G, N, 2]
+                made = (torch.ops.aten._convert_weight_to_int4pack_for_cpu((unpack(q) + 8).int(), 1),
+                        torch.stack((scales, zeros), -1).transpose(0, 1).contiguous())  # [G, N, 2]
             self.packed[name, expert] = made
         return self.packed[name, expert]
-
-    def _triton(self, x: Tensor, expert: int | None, block_n: int, split_k: int) -> Tensor:
-        from quantized_triton import quant_matmul
-        at = ... if expert is None else expert
-        zeros = None if self.zeros is None else self.zeros[at]
-        return quant_matmul(x, self.q[at], self.scales[at], zeros, block_n, split_k)
 
 
 class QuantMoEFeedForward(MoEFeedForward):
@@ -338,22 +344,34 @@ def candidates(module: QuantLinear) -> list[str]:
 
 
 def fastest(modules: list[QuantLinear], names: list[str], rows: int, repeats: int = 3) -> str:
-    module = modules[0]
+    """The kernel that takes these modules, all of one shape, through `rows` rows in the least time."""
+    module, is_cuda = modules[0], modules[0].q.is_cuda
     expert = 0 if module.q.dim() == 3 else None
     x = torch.randn(rows, module.in_features, dtype=module.scales.dtype, device=module.q.device)
     modules = modules[:max(2, COLD // (2 * module.in_features * module.out_features))]
+    runs = {name: partial(_run, modules, name, x, expert) for name in names}
+    if is_cuda:
+        if rows == 1:   # as it will be inside a compiled layer: one reduction, with no 16-bit weight in memory
+            product = torch.compile(dense_product, dynamic=False, options={"coordinate_descent_tuning": True})
+            runs["dense"] = lambda: [product(x, *m.parts(expert)) for m in modules]
+        runs = {name: capture(run).replay for name, run in runs.items()}    # device time alone, without launches
     times = {name: [] for name in names}
     for _ in range(repeats + 1):
-        for name in names:
-            times[name].append(_seconds(lambda: [m.product(name, x, expert) for m in modules], x.device))
+        for name, run in runs.items():
+            times[name].append(_seconds(run, is_cuda))
     return min(names, key=lambda name: statistics.median(times[name][1:]))  # the first round makes the layouts
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
+def _run(modules: list[QuantLinear], name: str, x: Tensor, expert: int | None) -> None:
+    for module in modules:
+        module.product(name, x, expert)
+
+
+def _seconds(run: Callable[[], object], is_cuda: bool) -> float:
+    if is_cuda:
         torch.cuda.synchronize()    # sync: on loading only
     begin = time.perf_counter()
     run()
-    if device.type == "cuda":
+    if is_cuda:
         torch.cuda.synchronize()    # sync: on loading only
     return time.perf_counter() - begin

@@ -1,5 +1,10 @@
 """Quantised weights: the format, the products, folders, GPTQ, and decoding on a quantised target."""
+import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +101,33 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
             for name in quantized.candidates(linear):
                 assert_close(linear.product(name, x).double(), theirs, tolerance)
             assert_close(linear(x.transpose(0, 1)).transpose(0, 1).double(), theirs, tolerance)  # not contiguous
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_triton_kernel_equals_float64_for_every_number_of_rows(device):
+    """On a CPU in Triton's interpreter, in a process of its own: Triton reads the variable when it is imported."""
+    pytest.importorskip("triton")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    subprocess.run([sys.executable, "-c", f"from tests.test_quantize import check_triton; check_triton({device!r})"],
+                   cwd=Path(__file__).parent.parent, env=environment, check=True)
+
+
+def check_triton(device):
+    from quantized_triton import quant_matmul
+    torch.manual_seed(0)
+    for format, (N, K) in itertools.product([*FORMATS, Format("int4", 128)], [(48, 128), (33, 384)]):
+        for dtype, tolerance in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+            if device == "cpu" and dtype == torch.bfloat16:
+                continue    # the interpreter multiplies the bits of a bfloat16 as whole numbers
+            linear = QuantLinear.from_weight(torch.randn(N, K).to(dtype), format).to(device)
+            exact = dequantize(linear.q, linear.scales.double(), linear.zeros).T
+            for rows, split_k in ((1, 1), (2, 4), (16, 1), (17, 2), (60, 8), (64, 1)):
+                x = torch.randn(rows, K, device=device).to(dtype)
+                ours = quant_matmul(x, *linear.parts(), 32, split_k)
+                assert ours.dtype == dtype
+                assert_close(ours.double(), x.double() @ exact, tolerance)
 
 
 def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
