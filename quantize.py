@@ -75,13 +75,15 @@ def check(args: argparse.Namespace) -> None:
     if args.method == "gptq" and args.data is None:
         raise ValueError("--method gptq needs --data, dialogues as train_head.py reads them: a few dozen are enough, "
                          "scripts/generate_data.py --dialogues 128 makes them")
-    if args.method != "gptq" and (args.data or args.act_order):
+    if args.method != "gptq" and (args.data or args.act_order is not None):
         raise ValueError("--data and --act-order are for --method gptq")
     for name, file in (("--data", args.data), ("--eval", args.eval)):
         if file and not file.is_file():
             raise ValueError(f"{name} {file}: no such file")
     if args.mode == "int4":
         args.group_size = args.group_size or 32
+    if args.method == "gptq":
+        args.act_order = args.act_order is not False
     args.device = pick_device(args.device)
 
 
@@ -343,7 +345,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FILE", help="calibration dialogues of gptq, JSON lines")
     parser.add_argument("--dialogues", type=number(int, 1), default=128, metavar="N", help="of them, at most")
     parser.add_argument("--max-length", type=number(int, 2), default=512, metavar="T", help="tokens of a dialogue, at most")
-    parser.add_argument("--act-order", action="store_true", help="gptq: columns with the strongest activations first")
+    parser.add_argument("--act-order", action=argparse.BooleanOptionalAction,
+                        help="gptq: columns with the strongest activations first (default), at no cost afterwards")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="perplexity of this text, before and after")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of --eval")
