@@ -17,7 +17,7 @@ from generate import generate
 from model import Transformer, _hf_targets, iterate_weights
 from quantized import Format, QuantLinear, dequantize, pack, quantize_in_place, round_to_nearest, tune, unpack
 from tokenizer import Tokenizer
-from tests.reference import assert_close, naive_decode, read_safetensors, tiny, tokens_of, write_checkpoint
+from reference import assert_close, naive_decode, read_safetensors, tiny, tokens_of, write_checkpoint
 
 FORMATS = [Format("int8"), Format("int4", 32), Format("int4", 64)]
 ROWS = [1, 2, 3, 7, 8, 16, 26, 33, 60, 64, 65]
@@ -109,9 +109,10 @@ def test_the_triton_kernel_equals_float64_for_every_number_of_rows(device):
     pytest.importorskip("triton")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    environment = os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
-    subprocess.run([sys.executable, "-c", f"from tests.test_quantize import check_triton; check_triton({device!r})"],
-                   cwd=Path(__file__).parent.parent, env=environment, check=True)
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"} | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    subprocess.run([sys.executable, "-c", f"from test_quantize import check_triton; check_triton({device!r})"],
+                   env=environment, check=True)
 
 
 def check_triton(device):
