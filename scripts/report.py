@@ -268,6 +268,7 @@ def draw_report(report: dict, file: Path) -> None:
         axes.set_ylabel(ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
     depths.set_ylim(0, 1)
+    steps.margins(y=0.25)   # room for the legend
     speeds.set_ylim(0, 1.25 * max(f[arm]["tokens_per_second"] for f in groups.values() for arm in arms))  # room for the legend
     for axes in (speeds, ratios, depths, steps):
         if axes.get_legend_handles_labels()[0]:
