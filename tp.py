@@ -44,6 +44,12 @@ class Shard:
         """Of the default process group, which must be there."""
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
 
+    def from_rank_0(self, value: object) -> object:
+        """What rank 0 has, for all."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     # Which slices
 
     def local(self, config: ModelArgs) -> ModelArgs:
