@@ -94,7 +94,8 @@ class Watchdog(threading.Thread):
 
     def __init__(self, rank: int, world: int, stderr: int):
         super().__init__(daemon=True)
-        self.rank, self.others, self.stderr = rank, [r for r in range(world) if r != rank], stderr
+        self.rank, self.stderr = rank, stderr
+        self.others = [r for r in range(world) if r != rank]
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                                    timeout=timedelta(seconds=SILENCE), wait_for_workers=False)
         self.host, self.state, self.left, self.count = socket.gethostname(), "alive", threading.Event(), 0
@@ -144,16 +145,16 @@ class Watchdog(threading.Thread):
             if state == "left":
                 status, line = host, message.split(" ", 2)[2]
                 if status != "0" and line and now - since > GRACE:  # if all have this error, rank 0 has said so itself
-                    self.end(int(status), f"rank {rank}: {line.removeprefix('error: ')}", rank)
+                    self.end(int(status), f"rank {rank}: {line.removeprefix('error: ')}")
                 continue
             local = host == self.host
             if local and not is_running(int(pid)):
-                self.end(1, f"rank {rank} (process {pid} on {host}) has died", rank)
+                self.end(1, f"rank {rank} (process {pid} on {host}) has died")
             if now - since > SILENCE:
                 if local:       # else torchrun waits another 30 s for it
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
-                self.end(1, f"rank {rank} (process {pid} on {host}) has not answered for {SILENCE:.0f} s", rank)
+                self.end(1, f"rank {rank} (process {pid} on {host}) has not answered for {SILENCE:.0f} s")
 
     def blame(self, error: Exception) -> None:
         """Called in the main thread when a collective has failed: does not return."""
@@ -161,12 +162,14 @@ class Watchdog(threading.Thread):
         time.sleep(SILENCE + 2)     # the thread ends the process as soon as it sees a rank that is dead
         idle = [rank for rank, (message, _) in self.seen.items() if message.startswith("alive")]
         reason = " ".join(str(error).split())[:300]
-        self.end(1, f"rank {idle[0]} did not join a collective: {reason}" if idle else reason, *idle)
+        self.end(1, f"rank {idle[0]} did not join a collective: {reason}" if idle else reason)
 
-    def end(self, status: int, line: str, *blamed: int) -> None:
-        """End this process. The lowest rank that lives and is not to blame prints the line."""
-        gone = {rank for rank, (message, _) in self.seen.items() if message.startswith("left")} | set(blamed)
-        if line and self.rank == min({self.rank, *self.others} - gone):
+    def end(self, status: int, line: str) -> None:
+        """End this process. The first that has something to say says it."""
+        first = True
+        with contextlib.suppress(RuntimeError):
+            first = bool(line) and self.store.add("tp/said", 1) == 1
+        if first:
             os.write(self.stderr, f"error: {line}\n".encode())
         self.leave(status, "")
         os._exit(status)
