@@ -1,6 +1,7 @@
 """Tensor parallelism over torch.distributed: each process holds a slice of every large weight.
 
     torchrun --nproc-per-node 4 generate.py --checkpoint meta-llama/Llama-2-70b-chat-hf --eagle yuhuili/EAGLE-llama2-chat-70B
+    python tp.py --plan llama-2-70b --world-size 4 --mode int4 --head --gpu-memory 40       # will it fit? (plan.py)
 
 Acts on a model from outside. `Shard` says which slices a rank holds; an ordinary, smaller model is built and loaded
 with them, and `connect` then adds the communication (Megatron-LM, arXiv 1909.08053, section 3): one all-reduce after
@@ -290,3 +291,10 @@ def check_ranks(tokens: Tensor) -> None:
     every = all_gather(tokens[..., None], shard)
     if (every != tokens[..., None]).any():
         raise RuntimeError(f"the ranks disagree: {every.flatten(0, -2).T.tolist()}, one row a rank")
+
+
+if __name__ == "__main__":
+    import sys
+
+    import plan
+    sys.exit(plan.main(plan.parse_args()))
