@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from model import (ModelArgs, Sampling, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
-                   load_weights, logits_to_probs, next_tokens, prefill, read_json, resolve_checkpoint, rope_cos_sin,
-                   rope_inv_freq)
+                   install_quantized, load_weights, logits_to_probs, next_tokens, prefill, read_json, resolve_checkpoint,
+                   rope_cos_sin, rope_inv_freq, stored)
 
 
 class EagleHead(nn.Module):
@@ -56,18 +56,21 @@ class EagleHead(nn.Module):
         with torch.device("meta"):
             build = cls if shard is None else shard.build_head
             head = build(args, target, bias=config.get("bias", True))
+            is_quantized = install_quantized(head, folder)
         head.to(weight.dtype).to_empty(device=weight.device)
         head.inv_freq = rope_inv_freq(args, weight.device)
         # Official files carry the target's embedding once more.
-        part = None if shard is None else shard.part(args)
-        load_weights(head.weights(), folder, {"embed_tokens.weight": target.tok_embeddings.weight}, part)
+        load_weights(head.weights(), folder, {"embed_tokens.weight": target.tok_embeddings.weight},
+                     None if shard is None else shard.part(args))
+        if is_quantized:
+            from quantized import tune
+            tune(head)
         return (head if shard is None else shard.connect(head)).eval()
 
     def weights(self) -> dict[str, Tensor]:
         """The official key -> our parameter, or the part of it that the key fills."""
         layer = {f"layers.0.{key}": part for key, part in block_targets(self.layer, self.config).items()}
-        bias = {} if self.fc.bias is None else {"fc.bias": self.fc.bias}
-        return {"fc.weight": self.fc.weight, **bias, **layer}
+        return {f"fc.{kind}": tensor for kind, tensor in stored(self.fc).items()} | layer
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate `kv_cache` [2, B, K, S, head_dim], S as in the target's."""
@@ -88,8 +91,8 @@ class EagleHead(nn.Module):
                 and len(set(ids)) == len(ids)):
             raise ValueError(f"a draft vocabulary is a list of different token ids below {vocab}")
         self.draft_ids = torch.tensor(ids, device=self.target.norm.weight.device)
-        if hasattr(self.target.output, "select"):  # tp.ShardedOutput
-            self.draft_output = self.target.output.select(self.draft_ids)
+        if hasattr(self.target.output, "rows"):  # quantised, or tp.ShardedOutput: so are the rows taken
+            self.draft_output = self.target.output.rows(self.draft_ids)
             return
         rows = self.target.output.weight[self.draft_ids]
         output = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)

@@ -166,19 +166,25 @@ class Transformer(nn.Module):
                         dtype: torch.dtype = torch.bfloat16, shard: "tp.Shard | None" = None) -> "Transformer":
         """Load a Hugging Face folder, or a hub id, one tensor at a time, straight to `device` and `dtype`.
 
-        With a `shard`, only the slices of its rank are read, and the model is that rank's (tp.py). Raises FileNotFoundError or ValueError with one line that names the file, key or value at fault.
+        With a `shard`, only the slices of its rank are read, and the model is that rank's (tp.py). Raises
+        FileNotFoundError or ValueError with one line that names the file, key or value at fault.
         """
         folder = resolve_checkpoint(checkpoint)
         config = ModelArgs.from_config(read_json(folder / "config.json"))
         with torch.device("meta"):
             model = cls(config) if shard is None else shard.build_target(config)
+            is_quantized = install_quantized(model, folder)
         model.to(dtype).to_empty(device=device)
-        if config.tie_word_embeddings:  # to_empty gives each name memory of its own
+        tied = config.tie_word_embeddings and isinstance(model.output, nn.Linear)
+        if tied:  # to_empty gives each name memory of its own
             model.output.weight = model.tok_embeddings.weight
         model.inv_freq = rope_inv_freq(config, device)
-        optional = {"lm_head.weight": model.output.weight} if config.tie_word_embeddings else {}
+        optional = {"lm_head.weight": model.output.weight} if tied else {}
         part = None if shard is None else shard.part(config)
         load_weights(_hf_targets(model), folder, optional, part)  # a tied model may carry its one matrix twice
+        if is_quantized:
+            from quantized import tune
+            tune(model)
         return (model if shard is None else shard.connect(model)).eval()
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
@@ -492,6 +498,16 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
     return Path(local)
 
 
+def install_quantized(model: nn.Module, folder: Path) -> bool:
+    """Where the folder holds quantize.json, put empty quantised modules into a model on the meta device."""
+    file = folder / "quantize.json"
+    if not file.exists():
+        return False
+    from quantized import install
+    install(model, read_json(file), file)
+    return True
+
+
 Part = Callable[[str, list[int]], tuple[slice, ...]]  # a key and the shape stored under it -> the slice to read
 
 
@@ -505,7 +521,7 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
     part      which slice of each stored tensor to take, where not the whole
     """
     missing = set(targets)
-    for key, tensor, file in iterate_weights(folder, part):
+    for key, tensor, file in iterate_weights(folder, part=part):
         if key.endswith("rotary_emb.inv_freq"):  # old conversions saved RoPE's constants
             continue
         target = targets.get(key, optional.get(key))
@@ -513,6 +529,8 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
             raise ValueError(f"{file}: unexpected key {key!r}: config.json describes no such weight")
         if tensor.shape != target.shape:
             raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, config.json makes it {list(target.shape)}")
+        if tensor.is_floating_point() != target.is_floating_point():
+            raise ValueError(f"{file}: {key} is {tensor.dtype}, to be loaded as {target.dtype}: quantize.json does not fit it")
         if key in targets:
             target.copy_(tensor)
             missing.discard(key)
@@ -524,8 +542,8 @@ def _hf_targets(model: Transformer) -> dict[str, Tensor]:
     """Hugging Face's key -> the part of our parameter it fills (q, k, v and gate, up are fused here)."""
     c = model.config
     targets = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight}
-    if not c.tie_word_embeddings:
-        targets["lm_head.weight"] = model.output.weight
+    if not c.tie_word_embeddings or not isinstance(model.output, nn.Linear):  # a quantised LM head is never tied
+        targets |= {f"lm_head.{kind}": tensor for kind, tensor in stored(model.output).items()}
     for i, block in enumerate(model.layers):
         targets |= {f"model.layers.{i}.{key}": part for key, part in block_targets(block, c).items()}
     return targets
@@ -535,9 +553,10 @@ def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tenso
     """`_hf_targets` of one layer, keys relative to it. EAGLE heads hold one layer under the same names."""
     attention, ffn = block.attention, block.feed_forward
     q_rows, kv_rows = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    targets = {"self_attn.o_proj.weight": attention.wo.weight, "post_attention_layernorm.weight": block.ffn_norm.weight}
-    for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-        parts = getattr(attention.wqkv, kind).split((q_rows, kv_rows, kv_rows))
+    targets = {"post_attention_layernorm.weight": block.ffn_norm.weight}
+    targets |= {f"self_attn.o_proj.{kind}": tensor for kind, tensor in stored(attention.wo).items()}
+    for kind, tensor in stored(attention.wqkv).items():
+        parts = tensor.split((q_rows, kv_rows, kv_rows))
         targets |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", parts)}
     if isinstance(block.attention_norm, RMSNorm):
         targets["input_layernorm.weight"] = block.attention_norm.weight
@@ -545,18 +564,31 @@ def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tenso
         targets["self_attn.q_norm.weight"] = attention.q_norm.weight
         targets["self_attn.k_norm.weight"] = attention.k_norm.weight
     if not config.n_expert:
-        gate, up = ffn.w13.weight.chunk(2)
-        return targets | {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up, "mlp.down_proj.weight": ffn.w2.weight}
+        for kind, tensor in stored(ffn.w13).items():
+            targets[f"mlp.gate_proj.{kind}"], targets[f"mlp.up_proj.{kind}"] = tensor.chunk(2)
+        return targets | {f"mlp.down_proj.{kind}": tensor for kind, tensor in stored(ffn.w2).items()}
     targets["block_sparse_moe.gate.weight"] = ffn.gate.weight
     for e in range(config.n_expert):
-        gate, up = ffn.w13[e].chunk(2)
         prefix = f"block_sparse_moe.experts.{e}"
-        targets |= {f"{prefix}.w1.weight": gate, f"{prefix}.w3.weight": up, f"{prefix}.w2.weight": ffn.w2[e]}
+        for kind, tensor in stored(ffn.w13).items():
+            targets[f"{prefix}.w1.{kind}"], targets[f"{prefix}.w3.{kind}"] = tensor[e].chunk(2)
+        targets |= {f"{prefix}.w2.{kind}": tensor[e] for kind, tensor in stored(ffn.w2).items()}
     return targets
 
 
-def iterate_weights(folder: Path, part: Part | None = None) -> Iterator[tuple[str, Tensor, Path]]:
-    """Yield (key, tensor, file) over all shards of a folder, safetensors preferred, one shard open at a time."""
+def stored(part: nn.Module | Tensor) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds of a linear, or of stacked experts, by the last part of their keys."""
+    if isinstance(part, Tensor):
+        return {"weight": part}
+    return dict(part.named_parameters()) if isinstance(part, nn.Linear) else part.stored()
+
+
+def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: True,
+                    part: Part | None = None) -> Iterator[tuple[str, Tensor, Path]]:
+    """Yield (key, tensor, file) over all shards of a folder, safetensors preferred, one shard open at a time.
+
+    Only tensors whose key is `wanted` are read, of each the `part` or the whole.
+    """
     for name, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{name}.{suffix}.index.json", folder / f"{name}.{suffix}"
         if index.exists():
@@ -564,35 +596,35 @@ def iterate_weights(folder: Path, part: Part | None = None) -> Iterator[tuple[st
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map: it does not say which shard holds which weight")
             for file in sorted(set(weight_map.values())):
-                yield from _read_shard(folder / file, part)
+                yield from _read_shard(folder / file, wanted, part)
             return
         if single.exists():
-            yield from _read_shard(single, part)
+            yield from _read_shard(single, wanted, part)
             return
     raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
                             "nor an index of shards of them")
 
 
-def _read_shard(file: Path, part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:
+def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is incomplete, fetch it again")
     from safetensors import SafetensorError, safe_open
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as shard:
-                for key in shard.keys():
+                for key in filter(wanted, shard.keys()):
                     if part is None:
                         yield key, shard.get_tensor(key), file
                     else:
-                        stored = shard.get_slice(key)
-                        yield key, stored[part(key, stored.get_shape())], file
+                        whole = shard.get_slice(key)
+                        yield key, whole[part(key, whole.get_shape())], file
         else:
             mmap = zipfile.is_zipfile(file)  # files older than PyTorch 1.6 are read whole
             content = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
             if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
                 raise RuntimeError("it does not hold a dictionary of tensors")
-            for key, tensor in content.items():
-                yield key, tensor if part is None else tensor[part(key, list(tensor.shape))], file
+            for key in filter(wanted, content):
+                yield key, content[key] if part is None else content[key][part(key, list(content[key].shape))], file
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
 

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from eagle_head import head_args, load_tree
+from eagle_head import Tree, head_args, load_tree
 from generate import Parser, number, say
-from model import PREFILL_CHUNK, ModelArgs, read_json, resolve_checkpoint
+from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, read_json, resolve_checkpoint
+from quantized import QuantLinear, install
 from tp import Shard
 
-QUANTISED = {"wqkv", "wo", "w13", "w2", "fc"}   # embeddings, norms, biases and routers keep 16 bits, and the LM head
-ITEM = 2                                        # bytes of a 16-bit number
+ITEM = 2    # bytes of a 16-bit number
 
 
 class Plan(NamedTuple):
@@ -47,8 +47,10 @@ def main(args: argparse.Namespace) -> int:
     """Exit status: 0; 2 with one line for what the user can mend."""
     try:
         config, settings = describe(args.plan)
-        args.mode = args.mode or settings.get("mode", "bf16")
-        args.group_size = settings.get("group_size") or args.group_size
+        if args.mode is not None:
+            settings = {} if args.mode == "bf16" else {"mode": args.mode}
+        if settings.get("mode") == "int4":
+            settings.setdefault("group_size", args.group_size)
         tree = load_tree(args.tree)
         head = None
         if args.head is not None:
@@ -57,13 +59,13 @@ def main(args: argparse.Namespace) -> int:
         if args.context > config.block_size:
             raise ValueError(f"--context {args.context} is beyond the model's context of {config.block_size} tokens")
         machine = Machine(args.bandwidth * 1e9, args.link * 1e9, args.latency * 1e-6)
-        plan = make_plan(config, args.world_size, head=head, mode=args.mode, group_size=args.group_size, tree=tree,
-                         context=args.context, batch=args.batch, machine=machine, accept_length=args.accept_length)
+        plan = make_plan(config, args.world_size, head=head, settings=settings, tree=tree, context=args.context, batch=args.batch,
+                         machine=machine, accept_length=args.accept_length)
     except (ValueError, OSError) as error:
         say(f"error: {' '.join(str(error).split())}")
         return 2
-    groups = f" in groups of {args.group_size}" if args.mode == "int4" else ""
-    print(f"{args.plan}: {args.world_size} ranks, {args.mode}{groups}, context {args.context}, batch {args.batch}")
+    mode = settings.get("mode", "bf16") + (f" in groups of {settings['group_size']}" if settings.get("group_size") else "")
+    print(f"{args.plan}: {args.world_size} ranks, {mode}, context {args.context}, batch {args.batch}")
     for name, n_byte in (*plan._asdict().items(), ("reserve", int(args.reserve * 1e9))):
         if name not in ("plain", "eagle"):
             print(f"  {name:10}{n_byte / 1e9:8.2f} GB a rank")
@@ -95,8 +97,8 @@ def random_head_args(config: ModelArgs) -> ModelArgs:
     return replace(config, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None)
 
 
-def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = None, mode: str = "bf16",
-              group_size: int = 32, tree=None, context: int = 4096, batch: int = 1,
+def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = None, settings: dict = {},
+              tree: Tree | None = None, context: int = 4096, batch: int = 1,
               machine: Machine = Machine(1.3e12, 1e11, 2e-5), accept_length: float = 3.5) -> Plan:
     """For rank 0, which holds most: vocabulary rows that are left over are missing on the last one.
 
@@ -105,20 +107,22 @@ def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = No
     tree = tree or load_tree("static")
     shard = Shard(0, world_size)
     with torch.device("meta"):
-        target = shard.build_target(config)
-        draft = None if head is None else shard.build_head(head, target)
+        target = shard.build_target(config).bfloat16()
+        draft = None if head is None else shard.build_head(head, target).bfloat16()
+        if settings:
+            install(target, settings)
+            target.bfloat16()   # of the new modules the scales
     n_node = 1 if head is None else tree.n_node
-    weights = weight_bytes(target, mode, group_size)
-    head_weights = 0 if draft is None else weight_bytes(draft, "bf16", group_size)
+    weights, head_weights = weight_bytes(target), 0 if draft is None else weight_bytes(draft)
     caches = [cache_bytes(module.config, context, batch) for module in (target, draft) if module is not None]
 
-    # Read by a pass over so many rows: all but the embedding table and the experts that none of them goes to.
+    tied = isinstance(target.output, nn.Linear) and target.output.weight is target.tok_embeddings.weight
+    embedding, experts = 0 if tied else target.tok_embeddings.weight.nbytes, expert_bytes(target)
+
     def read(n_row: int) -> int:
+        """By a pass over n_row tokens a row: all but the embedding table and the experts that no token goes to."""
         routed = min(config.n_expert, batch * n_row * config.n_expert_active)
-        idle = 1 - routed / config.n_expert if config.n_expert else 0
-        experts = sum(bytes_of(p, name, mode, group_size) for name, p in target.named_parameters() if p.dim() == 3)
-        embedding = 0 if config.tie_word_embeddings else target.tok_embeddings.weight.numel() * ITEM
-        return weights - embedding - int(idle * experts) + caches[0]
+        return weights - embedding - int(experts * (1 - routed / max(config.n_expert, 1))) + caches[0]
 
     def exchange(n_row: int, n: int) -> float:
         """Seconds of n all-reduces of [B, n_row, dim]."""
@@ -130,7 +134,7 @@ def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = No
 
     eagle = None
     if draft is not None:
-        lm_head = target.output.weight.numel() * ITEM
+        lm_head = weight_bytes(target.output)
         level = (head_weights + caches[1] + lm_head) / machine.bandwidth + exchange(tree.n_child, 4) + exchange(0, 2)
         step = pass_seconds(tree.n_node, tree.depth + 1) + tree.depth * level   # the first level is the ingest
         eagle = batch * accept_length / step
@@ -138,22 +142,14 @@ def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = No
                 batch / pass_seconds(1, 1), eagle)
 
 
-def weight_bytes(module: nn.Module, mode: str, group_size: int) -> int:
-    """Of all parameters, those that are tied counted once."""
-    return sum(bytes_of(parameter, name, mode, group_size) for name, parameter in module.named_parameters())
+def weight_bytes(module: nn.Module) -> int:
+    """Of all weights, 16-bit ones and quantised, those that are tied counted once."""
+    quantised = sum(tensor.nbytes for part in module.modules() if isinstance(part, QuantLinear) for tensor in part.stored().values())
+    return quantised + sum(parameter.nbytes for parameter in module.parameters())
 
 
-def bytes_of(parameter: nn.Parameter, name: str, mode: str, group_size: int) -> int:
-    """A quantised row has a 16-bit scale (int8), or a scale and a zero point for each group (int4)."""
-    linear = name.removesuffix(".weight").split(".")[-1]
-    if mode == "bf16" or linear not in QUANTISED or parameter.dim() < 2:
-        return parameter.numel() * ITEM
-    n_row, n_column = parameter.numel() // parameter.shape[-1], parameter.shape[-1]
-    if mode == "int8":
-        return n_row * (n_column + ITEM)
-    if n_column % group_size:
-        raise ValueError(f"groups of {group_size} do not divide the {n_column} columns of {name} that a rank holds")
-    return n_row * (n_column // 2 + n_column // group_size * 2 * ITEM)
+def expert_bytes(module: nn.Module) -> int:
+    return sum(weight_bytes(part) - weight_bytes(part.gate) for part in module.modules() if isinstance(part, MoEFeedForward))
 
 
 def cache_bytes(local: ModelArgs, context: int, batch: int) -> int:
@@ -176,7 +172,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id, or a shape of scripts/bench.py")
     parser.add_argument("--world-size", type=number(int, 1), required=True, metavar="N")
     parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
-    parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="columns of an int4 scale")
+    parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="columns of an int4 scale (default 32)")
     parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this EAGLE head (no value: of the target's shape)")
     parser.add_argument("--tree", default="static", help="as in generate.py")
     parser.add_argument("--context", type=number(int, 1), default=4096, metavar="N")

@@ -149,6 +149,8 @@ class Watchdog(threading.Thread):
                 continue
             local = host == self.host
             if local and not is_running(int(pid)):
+                if self.store.get(f"tp/{rank}").startswith(b"left"):    # after the message was read, before the look at it
+                    continue
                 self.end(1, f"rank {rank} (process {pid} on {host}) has died")
             if now - since > SILENCE:
                 if local:       # else torchrun waits another 30 s for it

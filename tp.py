@@ -70,24 +70,28 @@ class Shard:
     def part(self, config: ModelArgs) -> Callable[[str, list[int]], tuple[slice, ...]]:
         """A function from a checkpoint's key and the shape stored under it to the slice this rank reads.
 
-        config describes the whole model. The function raises ValueError for a size that cannot be its.
+        config describes the whole model. Of quantised weights, scales and zero points are cut like the weights. The
+        function raises ValueError for a size that cannot be its.
         """
         first_kv = self.rank * config.n_kv_head // self.size        # with fewer heads than ranks some share one
         n_kv = max(config.n_kv_head // self.size, 1)
         kv_rows = slice(first_kv * config.head_dim, (first_kv + n_kv) * config.head_dim)
         q_rows, hidden = config.n_head * config.head_dim, config.intermediate_size
-        whole = {"q_proj": q_rows, "o_proj": q_rows, "fc": config.dim} | dict.fromkeys(KV, config.n_kv_head * config.head_dim) | (
-            dict.fromkeys(VOCAB, config.vocab_size)) | dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), hidden)
+        whole = {"q_proj": q_rows, "o_proj": q_rows, "fc": config.dim}
+        whole |= dict.fromkeys(KV, config.n_kv_head * config.head_dim) | dict.fromkeys(VOCAB, config.vocab_size)
+        whole |= dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), hidden)
 
         def part(key: str, shape: list[int]) -> tuple[slice, ...]:
-            name = key.split(".")[-2] if "." in key else key
+            *_, name, kind = "", *key.split(".")
             if name not in whole:
                 return (slice(None),)
-            axis = 1 if name in COLUMNS else 0
-            if len(shape) <= axis or shape[axis] != whole[name]:
-                raise ValueError(f"{key} has shape {list(shape)}, config.json makes its axis {axis} {whole[name]} long")
-            index = kv_rows if name in KV else self.vocab(shape[0]) if name in VOCAB else self.even(shape[axis])
-            return (slice(None),) * axis + (index,)
+            if name in COLUMNS:     # two columns of int4 share a byte, a group of them a scale; int8 has one scale a row
+                if kind == "weight" and shape[1:] not in ([whole[name]], [whole[name] // 2]):
+                    raise ValueError(f"{key} has shape {list(shape)}, config.json makes it {whole[name]} columns wide")
+                return slice(None), slice(None) if shape[1] == 1 else self.even(shape[1])
+            if shape[0] != whole[name]:
+                raise ValueError(f"{key} has shape {list(shape)}, config.json gives it {whole[name]} rows")
+            return (kv_rows if name in KV else self.vocab(shape[0]) if name in VOCAB else self.even(shape[0]),)
         return part
 
     # The smaller model, and its connections
@@ -211,13 +215,13 @@ class ShardedOutput(nn.Module):
             logits = F.pad(logits, (0, n - logits.shape[-1]), value=-torch.inf)
         return ShardedLogits(logits, self.shard, self.n_vocab)
 
-    def select(self, ids: Tensor) -> "ShardedOutput":
+    def rows(self, ids: Tensor) -> "ShardedOutput":
         """The same over a draft vocabulary, ids [Vd], dealt out anew: its rows come from whichever rank has them."""
-        own = self.shard.vocab(self.n_vocab)
+        own, weight = self.shard.vocab(self.n_vocab), self.weight   # a quantised one's rows are kept in 16 bits
         for rank in range(self.shard.size):     # one part at a time, for all of them together can be large
             wanted = ids[replace(self.shard, rank=rank).vocab(len(ids))]
             elsewhere = (wanted < own.start) | (wanted >= own.stop)
-            rows = self.weight[(wanted - own.start).clamp(0, own.stop - own.start - 1)]
+            rows = weight[(wanted - own.start).clamp(0, own.stop - own.start - 1)]
             rows = all_reduce(rows.masked_fill(elsewhere[:, None], 0), self.shard)
             if rank == self.shard.rank:
                 mine = rows

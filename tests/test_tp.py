@@ -21,6 +21,7 @@ import torch
 
 import model as model_file
 import plan
+import quantize
 import tp
 from eagle_head import DynamicTree, EagleHead, StaticTree, head_args
 from generate import generate, setup_caches
@@ -34,6 +35,12 @@ KINDS = {   # what the processes share out: heads, key/value heads and the rest 
     "llama2_tied": dict(num_key_value_heads=1, vocab_size=97),  # the last rank has fewer rows
     "mixtral": {},
     "qwen2": {},
+}
+QUANTISED = {   # kind, keys of its config.json, options of quantize.py; at four ranks a row of wo is 16 weights
+    "gqa, int4": ("gqa", dict(intermediate_size=128), ["--mode", "int4", "--group-size", "32"]),
+    "gqa, int8": ("gqa", {}, ["--mode", "int8", "--lm-head"]),
+    "mixtral, int8": ("mixtral", {}, ["--mode", "int8"]),
+    "mixtral, int4": ("mixtral", dict(hidden_size=64, intermediate_size=64), ["--mode", "int4", "--group-size", "32"]),
 }
 WORLDS = (2, 4)
 
@@ -103,9 +110,15 @@ def zoo(tmp_path_factory):
 
     @functools.cache
     def make(kind, **overrides):
-        folder = tmp_path_factory.mktemp(kind)
+        folder = tmp_path_factory.mktemp(kind.split(",")[0])
         torch.manual_seed(1)
-        tiny(kind, folder / "target", **(KINDS.get(kind, {}) | overrides))
+        if kind in QUANTISED:
+            base, keys, options = QUANTISED[kind]
+            tiny(base, folder / "whole", **keys)
+            argv = ["--checkpoint", folder / "whole", "--out", folder / "target", "--device", "cpu", *options]
+            assert quantize.main(quantize.parse_args(list(map(str, argv)))) == 0
+        else:
+            tiny(kind, folder / "target", **(KINDS[kind] | overrides))
         target = Transformer.from_pretrained(folder / "target", dtype=torch.float32)
         config = head_config(target)
         write_head(folder / "head", config, head_weights(config, None))
@@ -184,6 +197,21 @@ def test_text_of_two_equals_one_process(group, zoo, kind):
     assert group(2)(answers, *zoo(kind), list(CASES.values())) == [expected] * 2
 
 
+@pytest.mark.parametrize("kind, world", [("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2)])
+def test_quantised_logits_and_text_equal_one_process(group, zoo, kind, world):
+    cases = [CASES[name] for name in ("plain, drawn", "draft vocabulary")]
+    assert group(world)(answers, *zoo(kind), cases) == [answers(*zoo(kind), cases)] * world
+    expected = passes(*zoo(kind))
+    for outs in group(world)(passes, *zoo(kind)):
+        for ours, theirs in zip(outs, expected, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_group_that_two_ranks_would_share_is_refused(zoo):
+    with pytest.raises(ValueError, match="group size 32 does not divide a row of 16 weights"):
+        Transformer.from_pretrained(zoo("gqa, int4")[0], shard=tp.Shard(0, 4))
+
+
 @pytest.mark.parametrize("kind, names", {
     "gqa": ["plain, drawn", "static, drawn from a draft vocabulary", "dynamic"], "llama2_tied": ["draft vocabulary"],
     "mixtral": ["static"], "qwen2": ["static, drawn drafts"]}.items())
@@ -245,7 +273,7 @@ def test_a_rank_reads_only_its_slices(zoo, tmp_path, monkeypatch, binary):
     iterate = model_file.iterate_weights
 
     def spy(folder, part):
-        for key, tensor, file in iterate(folder, part):
+        for key, tensor, file in iterate(folder, part=part):
             read[key] = tuple(tensor.shape)
             yield key, tensor, file
 
@@ -279,28 +307,31 @@ def test_a_weight_of_the_wrong_size_is_refused(zoo, tmp_path):
     shutil.copytree(zoo("gqa")[0], tmp_path / "broken")
     with edited_json(tmp_path / "broken/config.json") as config:
         config["intermediate_size"] = 40
-    with pytest.raises(ValueError, match=r"down_proj.weight has shape \[64, 56\], config.json makes its axis 1 40 long"):
+    with pytest.raises(ValueError, match=r"down_proj.weight has shape \[64, 56\], config.json makes it 40 columns wide"):
         Transformer.from_pretrained(tmp_path / "broken", shard=tp.Shard(0, 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, world", [*((kind, world) for kind in KINDS for world in (1, 2, 4)), *((kind, 2) for kind in QUANTISED)])
 def test_the_plan_counts_what_a_rank_allocates(zoo, kind, world):
     folder, head_folder = zoo(kind)
     shard = tp.Shard(0, world)
-    model = Transformer.from_pretrained(folder, dtype=torch.bfloat16, shard=shard)
+    model = Transformer.from_pretrained(folder, dtype=torch.float32, shard=shard)
     head = EagleHead.from_pretrained(head_folder, model, shard=shard)
     setup_caches(model, head, 3, 64)
-    config, _ = plan.describe(folder)
-    planned = plan.make_plan(config, world, head=head_args(read_json(Path(head_folder) / "config.json"), config), context=64, batch=3)
+    config, settings = plan.describe(folder)
+    planned = plan.make_plan(config, world, head=head_args(read_json(Path(head_folder) / "config.json"), config),
+                             settings=settings, context=64, batch=3)
 
     def size(tensors):
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        """In 16 bits."""
+        return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)
 
-    assert planned.weights == size(model.parameters()) and planned.head == size(head.parameters())
+    buffers = [tensor for name, tensor in model.named_buffers() if name not in ("inv_freq", "kv_cache")]
+    assert bool(buffers) == (kind in QUANTISED)
+    assert planned.weights == size(model.parameters()) + size(buffers) and planned.head == size(head.parameters())
     assert planned.caches == size([model.kv_cache, head.kv_cache])
 
 
@@ -327,7 +358,7 @@ def test_the_plan_of_llama_2_70b_recomputed_from_its_shape(capsys):
 @pytest.mark.parametrize("argv, message", [
     ("--plan llama-2-70b --world-size 3", "1, 2, 4, 8, 16, 32, 64 do"), ("--plan nothing --world-size 2", "shapes are llama-2-7b"),
     ("--plan llama-2-7b --world-size 2 --context 5000", "beyond the model's context of 4096"),
-    ("--plan smollm2-135m --world-size 3 --mode int4 --group-size 128", "groups of 128 do not divide the 576 columns of")])
+    ("--plan smollm2-135m --world-size 3 --mode int4 --group-size 128", "group size 128 does not divide a row of 576")])
 def test_the_plan_refuses_in_one_line(capsys, argv, message):
     assert plan.main(plan.parse_args(argv.split())) == 2
     err = capsys.readouterr().err
@@ -363,8 +394,8 @@ def test_two_nodes_say_what_one_process_says(zoo, tmp_path):
         port = free.getsockname()[1]
     nodes = [torchrun(1, *argv, nodes=["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "localhost",
                                        "--master-port", str(port)]) for rank in range(2)]
-    (silence, err), (out, _) = [node.communicate(timeout=60) for node in reversed(nodes)]
-    assert [node.returncode for node in nodes] == [0, 0], err
+    (silence, err), (out, more) = [node.communicate(timeout=60) for node in reversed(nodes)]
+    assert [node.returncode for node in nodes] == [0, 0], err + more
     alone = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert out == alone.stdout and silence == ""
 

@@ -1,0 +1,357 @@
+"""Quantise a checkpoint to int8 or int4 weights, layer by layer, and say what it costs in quality.
+
+    python quantize.py --checkpoint C --mode int8 --out C-int8
+    python quantize.py --checkpoint C --mode int4 --group-size 32 --out C-int4 --eval benchmarks/text.txt
+    python quantize.py --checkpoint C --mode int4 --method gptq --data dialogues.jsonl --out C-gptq
+    python quantize.py --checkpoint heads/mine --mode int8 --out heads/mine-int8            # an EAGLE head
+    python quantize.py --checkpoint C-int4 --eval benchmarks/text.txt                       # perplexity only
+
+The result is a folder like any other, with `quantize.json` beside the weights; `quantized.py` states the format. One
+layer is in memory at a time. Shards are written to OUT.part, which cannot be loaded and becomes OUT at the end; killed
+and started again, the same command goes on after the last finished layer.
+
+Round to nearest (rtn) needs no data. GPTQ (arXiv 2210.17323) rounds one column after the other and corrects, in the
+columns to come, for the error made, weighted by the activations of calibration dialogues.
+
+Shapes: N rows and K columns of a weight, G groups of a row, T tokens.
+"""
+import argparse
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from generate import Parser, number, pick_device, say, write_atomically
+from model import (ModelArgs, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
+                   iterate_weights, read_json, resolve_checkpoint, rope_cos_sin, rope_inv_freq)
+from quantized import GROUP_SIZES, Format, fit_grid, install, pack, round_to_nearest, to_grid
+from tokenizer import Tokenizer
+from train_data import read_dialogues
+
+# Keys of the weights that are quantised, and the linear of model.py each belongs to: its parts share their input.
+LINEAR = re.compile(r"(?:self_attn\.([qkvo])_proj|mlp\.(gate|up|down)_proj|experts\.(\d+)\.(w[123])|^(fc))\.weight$")
+INPUT = {"q": "wqkv", "k": "wqkv", "v": "wqkv", "o": "wo", "gate": "w13", "up": "w13", "down": "w2",
+         "w1": "w13", "w3": "w13", "w2": "w2", "fc": "fc"}
+LAYER = re.compile(r"(?:model\.)?layers\.\d+\.")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
+    try:
+        check(args)
+        folders = [resolve_checkpoint(args.checkpoint)]
+        if args.out:
+            quantize_folder(folders[0], args.out, args)
+            folders.append(args.out)
+        for folder in folders if args.eval else folders[1:]:
+            report(folder, args)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        return 130
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse at the start what would fail later, and settle what the options leave open."""
+    if (args.mode is None) != (args.out is None):
+        raise ValueError("--mode and --out go together")
+    if args.out is None and not args.eval:
+        raise ValueError("nothing to do: give --mode and --out, or --eval")
+    if args.mode == "int8" and args.group_size:
+        raise ValueError("int8 has one scale a row: --group-size is for int4")
+    if args.method == "gptq" and args.data is None:
+        raise ValueError("--method gptq needs --data, dialogues as train_head.py reads them: a few dozen are enough, "
+                         "scripts/generate_data.py --dialogues 128 makes them")
+    if args.method != "gptq" and (args.data or args.act_order is not None):
+        raise ValueError("--data and --act-order are for --method gptq")
+    for name, file in (("--data", args.data), ("--eval", args.eval)):
+        if file and not file.is_file():
+            raise ValueError(f"{name} {file}: no such file")
+    if args.mode == "int4":
+        args.group_size = args.group_size or 32
+    if args.method == "gptq":
+        args.act_order = args.act_order is not False
+    args.device = pick_device(args.device)
+
+
+# A folder
+
+
+def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
+    """Write the quantised checkpoint `out` of `folder`, through out.part.
+
+    Raises ValueError when `folder` is quantised already, `out` exists, or the group size does not divide a row.
+    """
+    config = read_json(folder / "config.json")
+    if (folder / "quantize.json").exists():
+        raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
+    if out.exists():
+        raise ValueError(f"{out} exists: give --out another folder")
+    keys = list_keys(folder)
+    is_head = "fc.weight" in keys
+    if is_head and (args.lm_head or args.method == "gptq"):
+        raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: no --lm-head, --method rtn")
+    if not is_head:
+        ModelArgs.from_config(config)
+    settings = {"mode": args.mode, "group_size": args.group_size, "method": args.method, "act_order": args.act_order,
+                "lm_head": "int8" if args.lm_head else None, "source": str(args.checkpoint)}
+    if args.data:
+        settings["calibration"] = {"dialogues": args.dialogues, "max_length": args.max_length,
+                                   "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+
+    part = out.with_name(out.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    stamp = part / "settings.json"  # not quantize.json yet: no name that makes a folder loadable comes before the end
+    if not any(part.glob("*.safetensors")):
+        write_atomically(stamp, json.dumps(settings) + "\n")
+    elif read_json(stamp) != settings:
+        raise ValueError(f"{part} was begun with other settings: finish it with those, or delete it")
+
+    format = Format(args.mode, args.group_size)
+    calibration = Calibration(folder, ModelArgs.from_config(config), settings, args) if args.method == "gptq" else None
+    lm_head = "lm_head.weight" if "lm_head.weight" in keys else "model.embed_tokens.weight"    # a tied one is untied
+    units = sorted({unit_of(key) for key in keys}, key=unit_order)
+    weight_map = {}
+    for unit in tqdm(units, "quantising", unit=" layers", disable=None):
+        file = part / (f"model-layer-{unit_order(unit)[1]:03}.safetensors" if unit else "model-other.safetensors")
+        if not file.exists():
+            tensors = {key: tensor for key, tensor, _ in iterate_weights(folder, lambda key: unit_of(key) == unit)
+                       if not key.endswith("rotary_emb.inv_freq")}
+            hessians = calibration.hessians(unit, tensors) if calibration and unit else {}
+            done = {key: value for name in list(tensors)
+                    for key, value in quantize_weight(name, tensors.pop(name), format, hessians, args.act_order).items()}
+            if args.lm_head and not unit:
+                weight = done.pop(lm_head) if lm_head == "lm_head.weight" else done[lm_head]
+                done |= {f"lm_head.{kind}": tensor for kind, tensor in round_to_nearest(weight, Format("int8")).items()}
+            whole = file.with_suffix(".part")
+            save_file(done, whole, metadata={"format": "pt"})
+            whole.replace(file)
+        with safe_open(file, framework="pt") as shard:
+            weight_map |= {key: file.name for key in shard.keys()}
+            if calibration and unit:
+                calibration.advance(unit, {key: shard.get_tensor(key) for key in shard.keys()})
+
+    write_atomically(part / "model.safetensors.index.json", json.dumps(
+        {"metadata": {"total_size": sum(f.stat().st_size for f in part.glob("*.safetensors"))},
+         "weight_map": weight_map}, indent=1) + "\n")
+    for file in folder.iterdir():
+        if file.is_file() and not re.search(r"\.(safetensors|bin|pt|pth|gguf|part)$|\.index\.json$|^config\.json$", file.name):
+            shutil.copyfile(file, part / file.name)
+    write_atomically(part / "quantize.json", json.dumps(settings, indent=1) + "\n")
+    shutil.copyfile(folder / "config.json", part / "config.json")
+    stamp.unlink()
+    part.rename(out)
+
+
+def list_keys(folder: Path) -> list[str]:
+    keys = []
+    for _ in iterate_weights(folder, keys.append):  # append returns None, which wants nothing read
+        pass
+    return keys
+
+
+def unit_of(key: str) -> str:
+    """What is quantised together: the prefix of a layer's keys, or "" for all that is in no layer."""
+    layer = LAYER.match(key)
+    return layer.group() if layer else ""
+
+
+def unit_order(unit: str) -> tuple[bool, int]:
+    """Layers by number, the rest last."""
+    return not unit, int(re.findall(r"\d+", unit)[0]) if unit else 0
+
+
+def quantize_weight(key: str, weight: Tensor, format: Format, hessians: dict[str, Tensor],
+                    act_order: bool) -> dict[str, Tensor]:
+    """One tensor of a checkpoint -> the tensors that take its place: itself, unless it is a linear of a layer."""
+    name = linear_of(key)
+    if name is None:
+        return {key: weight}
+    hessian = hessians.get(name)    # none: nothing was calibrated, or no token went to this expert
+    stored = round_to_nearest(weight, format) if hessian is None else gptq(weight.to(hessian.device), hessian, format, act_order)
+    return {key.removesuffix("weight") + kind: tensor.cpu() for kind, tensor in stored.items()}
+
+
+def linear_of(key: str) -> str | None:
+    """The linear of model.py that a key is part of, with its expert's number; None for what is not quantised."""
+    match = LINEAR.search(key)
+    if match is None:
+        return None
+    *names, expert = match.group(1, 2, 4, 5, 3)
+    return INPUT[next(filter(None, names))] + ("" if expert is None else f".{expert}")
+
+
+# GPTQ
+
+
+def gptq(weight: Tensor, hessian: Tensor, format: Format, act_order: bool = False, damping: float = 0.01,
+         block: int = 128) -> dict[str, Tensor]:
+    """weight [N, K], hessian [K, K] of its inputs -> what a checkpoint stores of it [GPTQ, algorithm 1].
+
+    In the dtype of the hessian. act_order takes the columns with the strongest activations first; the grids of the
+    groups are then fitted beforehand, because a group's columns come scattered.
+    """
+    weight, hessian = weight.to(hessian.dtype), hessian.clone()
+    n_group, K = format.n_group(weight.shape[1]), weight.shape[1]
+    size = K // n_group
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = diagonal.mean()       # a column that is never active: any value serves
+    diagonal += damping * diagonal.mean()
+    scale, zero = fit_grid(weight.float().unflatten(1, (n_group, size)), format.mode)   # [N, G]
+    order = diagonal.argsort(descending=True) if act_order else torch.arange(K, device=weight.device)
+    w = weight[:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    q = torch.empty_like(weight)
+    for begin in range(0, K, block):
+        end = min(begin + block, K)
+        errors = torch.empty_like(w[:, begin:end])
+        for j, column in enumerate(order[begin:end].tolist(), start=begin):
+            if not act_order and j % size == 0:     # the grid fits the weights as corrected so far
+                scale[:, j // size], zero[:, j // size] = fit_grid(w[:, j:j + size].float(), format.mode)
+            s, z = scale[:, column // size], zero[:, column // size]
+            q[:, column] = to_grid(w[:, j], s, z, format.mode)
+            errors[:, j - begin] = (w[:, j] - (q[:, column] * s + z)) / upper[j, j]
+            w[:, j + 1:end] -= errors[:, j - begin, None] * upper[j, j + 1:end]
+        w[:, end:] -= errors @ upper[begin:end, end:]
+    return pack(q, scale, zero, format.mode)
+
+
+class Calibration:
+    """Dialogues on their way through the layers: the inputs of one layer at a time, as the quantised layers before it
+    make them."""
+
+    def __init__(self, folder: Path, config: ModelArgs, settings: dict, args: argparse.Namespace):
+        self.config, self.settings, self.device = config, settings, args.device
+        self.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
+        dialogues = read_dialogues(args.data, Tokenizer.from_pretrained(folder), config.vocab_size, args.max_length)
+        *_, embedding = (tensor for _, tensor, _ in iterate_weights(folder, lambda key: key.endswith("embed_tokens.weight")))
+        self.states = [embedding[dialogue.tokens.long()][None].to(self.device, self.dtype)      # each [1, T, dim]
+                       for dialogue in dialogues[:args.dialogues]]
+        self.inv_freq = rope_inv_freq(config, self.device)
+
+    @torch.no_grad()
+    def hessians(self, unit: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of x x^T over all inputs x of each linear of a 16-bit layer, fp32 [K, K]."""
+        block, sums = self._block(unit, tensors), {}
+
+        def add(name: str, x: Tensor) -> None:
+            x = x.reshape(-1, x.shape[-1]).float()
+            if len(x):
+                sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, x, name=name.split(".")[-1]: add(name, x[0]))
+        if self.config.n_expert:
+            ffn = block.feed_forward
+
+            def expert(e: int, rows: Tensor) -> Tensor:
+                add(f"w13.{e}", rows)
+                gate, up = F.linear(rows, ffn.w13[e]).chunk(2, dim=-1)
+                add(f"w2.{e}", F.silu(gate) * up)
+                return F.linear(F.silu(gate) * up, ffn.w2[e])
+            ffn._expert, ffn._gathered, ffn.PREFILL_ROWS = expert, ffn._routed_rows, 0  # only rows routed to it count
+        for x in self.states:
+            self._run(block, x)
+        return sums
+
+    @torch.no_grad()
+    def advance(self, unit: str, tensors: dict[str, Tensor]) -> None:
+        """Take the dialogues through a quantised layer."""
+        block = self._block(unit, tensors)
+        self.states = [self._run(block, x) for x in self.states]
+
+    def _block(self, unit: str, tensors: dict[str, Tensor]) -> TransformerBlock:
+        with torch.device("meta"):
+            block = TransformerBlock(self.config)
+            if any(key.endswith(".scales") for key in tensors):
+                install(block, self.settings)
+        block.to(self.dtype).to_empty(device=self.device)
+        for key, target in block_targets(block, self.config).items():
+            if unit + key not in tensors:
+                raise ValueError(f"the checkpoint has no {unit + key}")
+            target.copy_(tensors[unit + key])
+        return block
+
+    def _run(self, block: TransformerBlock, x: Tensor) -> Tensor:
+        pos = torch.arange(x.shape[1], device=x.device)[None]
+        bias = attention_bias(causal_mask(pos, None), self.config.n_head // self.config.n_kv_head, x.dtype)
+        return block(x, rope_cos_sin(pos, self.inv_freq, x.dtype), bias, pos, None)
+
+
+# What it costs
+
+
+def report(folder: Path, args: argparse.Namespace) -> None:
+    """Print size, bits per weight and, with --eval, perplexity of a checkpoint or the size of a head."""
+    n_byte = layer_bytes = layer_weights = 0
+    for key, tensor, _ in iterate_weights(folder):
+        n_byte += tensor.nbytes
+        if unit_of(key) or key.startswith("fc."):
+            layer_bytes += tensor.nbytes
+            if not key.endswith((".scales", ".zeros")):
+                layer_weights += tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
+    line = f"{folder}: {n_byte / 1e6:.1f} MB, {8 * layer_bytes / layer_weights:.2f} bits per weight in the layers"
+    if args.eval and "fc.weight" not in list_keys(folder):
+        model = Transformer.from_pretrained(folder, args.device, getattr(torch, args.dtype))
+        tokenizer = Tokenizer.from_pretrained(folder)
+        tokens = tokenizer.encode(args.eval.read_text(encoding="utf-8"), bos=tokenizer.adds_bos)
+        line += f", perplexity {perplexity(model, tokens):.4f} over {len(tokens) - 1} tokens of {args.eval}"
+    print(line, flush=True)
+
+
+@torch.inference_mode()
+def perplexity(model: Transformer, tokens: list[int], window: int = 1024) -> float:
+    """exp of the mean negative log likelihood of all tokens but the first. The window moves on by half its length, so
+    that a token has as much before it, or the whole of the text."""
+    if len(tokens) < 2:
+        raise ValueError("a perplexity needs a text of two tokens or more")
+    window = min(window, model.config.block_size)
+    ids = torch.tensor([tokens], device=model.inv_freq.device)
+    total, n_scored = 0.0, 1    # the first token has nothing before it
+    while n_scored < len(tokens):
+        begin = n_scored - window // 2 if n_scored > 1 else 0
+        end = min(begin + window, len(tokens))
+        features = model.features(ids[:, begin:end - 1], torch.arange(end - 1 - begin, device=ids.device))
+        logits = model.output(features[:, n_scored - 1 - begin:]).float()
+        total += F.cross_entropy(logits[0], ids[0, n_scored:end], reduction="sum").item()
+        n_scored = end
+    return math.exp(total / (len(tokens) - 1))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description="Quantise a checkpoint or an EAGLE head to int8 or int4 weights.")
+    parser.add_argument("--checkpoint", required=True, help="Hugging Face folder or hub id, of a target or a head")
+    parser.add_argument("--mode", choices=("int8", "int4"))
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale; int4 only (default: 32)")
+    parser.add_argument("--lm-head", action="store_true", help="also the LM head, to int8; a tied one is untied: more "
+                        "bytes on disk, fewer to read a step")
+    parser.add_argument("--method", choices=("rtn", "gptq"), default="rtn")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="calibration dialogues of gptq, JSON lines")
+    parser.add_argument("--dialogues", type=number(int, 1), default=128, metavar="N", help="of them, at most")
+    parser.add_argument("--max-length", type=number(int, 2), default=512, metavar="T", help="tokens of a dialogue, at most")
+    parser.add_argument("--act-order", action=argparse.BooleanOptionalAction,
+                        help="gptq: columns with the strongest activations first (default), at no cost afterwards")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="perplexity of this text, before and after")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of --eval")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
