@@ -44,26 +44,28 @@ class EagleHead(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, target: Transformer) -> "EagleHead":
+    def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: "tp.Shard | None" = None) -> "EagleHead":
         """Load a head in the official format from a folder or hub id, to the target's device and dtype.
 
-        Raises FileNotFoundError or ValueError, naming both sides, for a head that does not fit the target.
+        `shard` is the target's, if it has one (tp.py). Raises FileNotFoundError or ValueError, naming both sides, for a head that does not fit the target.
         """
         folder = resolve_checkpoint(checkpoint)
         config = read_json(folder / "config.json")
         args = head_args(config, target.config)
         weight = target.norm.weight
         with torch.device("meta"):
-            head = cls(args, target, bias=config.get("bias", True))
+            build = cls if shard is None else shard.build_head
+            head = build(args, target, bias=config.get("bias", True))
             is_quantized = install_quantized(head, folder)
         head.to(weight.dtype).to_empty(device=weight.device)
         head.inv_freq = rope_inv_freq(args, weight.device)
         # Official files carry the target's embedding once more.
-        load_weights(head.weights(), folder, {"embed_tokens.weight": target.tok_embeddings.weight})
+        load_weights(head.weights(), folder, {"embed_tokens.weight": target.tok_embeddings.weight},
+                     None if shard is None else shard.part(args))
         if is_quantized:
             from quantized import tune
             tune(head)
-        return head.eval()
+        return (head if shard is None else shard.connect(head)).eval()
 
     def weights(self) -> dict[str, Tensor]:
         """The official key -> our parameter, or the part of it that the key fills."""
@@ -89,7 +91,7 @@ class EagleHead(nn.Module):
                 and len(set(ids)) == len(ids)):
             raise ValueError(f"a draft vocabulary is a list of different token ids below {vocab}")
         self.draft_ids = torch.tensor(ids, device=self.target.norm.weight.device)
-        if hasattr(self.target.output, "rows"):  # quantised: so are the rows taken
+        if hasattr(self.target.output, "rows"):  # quantised, or tp.ShardedOutput: so are the rows taken
             self.draft_output = self.target.output.rows(self.draft_ids)
             return
         rows = self.target.output.weight[self.draft_ids]

@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import ranks
+import tp
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, read_json,
                    resolve_checkpoint)
@@ -174,6 +176,7 @@ class Decoder:
             eagle = eagle and self._tree_fits(longest)  # once a tree no longer fits, plain to the end
             n_ingested = len(prompts[0]) + len(result.tokens[0]) - 1
             produced = self.run(eagle, longest)
+            tp.check_ranks(produced)
             if eagle and 0 in running:
                 self.n_ingested = n_ingested
             result.target_passes += 1
@@ -313,6 +316,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} {file}: not a file in an existing folder")
     if args.interactive and (args.prompt or args.prompt_file or args.raw):
         raise ValueError("--interactive reads chat turns from the terminal: no --prompt, --prompt-file or --raw")
+    if args.interactive and ranks.launched():
+        raise ValueError("--interactive runs in one process: under torchrun give --prompt or --prompt-file")
 
 
 def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Tokenizer", dict]:
@@ -324,8 +329,9 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
         from scripts.download import download_demo
         args.checkpoint = str(download_demo(log=say))
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template)
-    model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype))
-    head, args.tree = load_head(args, model) if args.eagle is not None else (None, None)
+    shard = tp.Shard.world() if ranks.launched() else None
+    model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard)
+    head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
         pack_for_cpu(model)
@@ -333,6 +339,10 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
             pack_for_cpu(head)
     if args.seed is None and args.temperature > 0:
         args.seed = torch.seed() % 2 ** 31
+    if shard is not None:
+        args.seed = shard.from_rank_0(args.seed)
+        if shard.rank > 0:  # what it would write, rank 0 writes
+            args.json = args.profile = None
     seconds = time.perf_counter() - start
     return model, head, tokenizer, {
         "checkpoint": args.checkpoint, "eagle": args.eagle, "device": str(device), "device_name": device_name(device),
@@ -342,7 +352,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
     }
 
 
-def load_head(args: argparse.Namespace, model: Transformer) -> tuple[EagleHead, str]:
+def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | None = None) -> tuple[EagleHead, str]:
     """The head with its draft vocabulary, and which tree to use: what lies beside the head, unless an option says else.
 
     `--eagle` alone is the head that ships for this target, found by the `target` of its config.json.
@@ -350,7 +360,7 @@ def load_head(args: argparse.Namespace, model: Transformer) -> tuple[EagleHead, 
     if args.eagle == "":
         args.eagle = shipped_head(args.checkpoint)
     folder = resolve_checkpoint(args.eagle)
-    head = EagleHead.from_pretrained(folder, target=model)
+    head = EagleHead.from_pretrained(folder, target=model, shard=shard)
     vocab = args.draft_vocab or str(folder / "draft_vocab.json")
     if args.draft_vocab not in (None, "off") or (args.draft_vocab is None and Path(vocab).exists()):
         head.set_draft_vocab(load_draft_vocab(vocab, folder))
@@ -638,4 +648,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))

@@ -163,15 +163,16 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.bfloat16) -> "Transformer":
+                        dtype: torch.dtype = torch.bfloat16, shard: "tp.Shard | None" = None) -> "Transformer":
         """Load a Hugging Face folder, or a hub id, one tensor at a time, straight to `device` and `dtype`.
 
-        Raises FileNotFoundError or ValueError with one line that names the file, key or value at fault.
+        With a `shard`, only the slices of its rank are read, and the model is that rank's (tp.py). Raises
+        FileNotFoundError or ValueError with one line that names the file, key or value at fault.
         """
         folder = resolve_checkpoint(checkpoint)
         config = ModelArgs.from_config(read_json(folder / "config.json"))
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config) if shard is None else shard.build_target(config)
             is_quantized = install_quantized(model, folder)
         model.to(dtype).to_empty(device=device)
         tied = config.tie_word_embeddings and isinstance(model.output, nn.Linear)
@@ -179,11 +180,12 @@ class Transformer(nn.Module):
             model.output.weight = model.tok_embeddings.weight
         model.inv_freq = rope_inv_freq(config, device)
         optional = {"lm_head.weight": model.output.weight} if tied else {}
-        load_weights(_hf_targets(model), folder, optional)  # a tied model may carry its one matrix twice
+        part = None if shard is None else shard.part(config)
+        load_weights(_hf_targets(model), folder, optional, part)  # a tied model may carry its one matrix twice
         if is_quantized:
             from quantized import tune
             tune(model)
-        return model.eval()
+        return (model if shard is None else shard.connect(model)).eval()
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate `kv_cache` [n_layer, 2, B, K, S, D] for S = max_seq_length slots a row.
@@ -432,6 +434,8 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None 
     Temperature, then the top_k largest logits, then the smallest set of tokens whose probability reaches top_p, as
     transformers orders them. Temperature 0 is the limit: all mass on the largest logit.
     """
+    if not isinstance(logits, Tensor):
+        logits = logits.full()  # tp.ShardedLogits
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits.float()
@@ -504,15 +508,20 @@ def install_quantized(model: nn.Module, folder: Path) -> bool:
     return True
 
 
+Part = Callable[[str, list[int]], tuple[slice, ...]]  # a key and the shape stored under it -> the slice to read
+
+
 @torch.no_grad()
-def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, Tensor] = {}) -> None:
+def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, Tensor] = {},
+                 part: Part | None = None) -> None:
     """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over.
 
     targets   the file's key -> the tensor to fill
     optional  keys that may be there too, of these shapes; their values are not read
+    part      which slice of each stored tensor to take, where not the whole
     """
     missing = set(targets)
-    for key, tensor, file in iterate_weights(folder):
+    for key, tensor, file in iterate_weights(folder, part=part):
         if key.endswith("rotary_emb.inv_freq"):  # old conversions saved RoPE's constants
             continue
         target = targets.get(key, optional.get(key))
@@ -574,10 +583,11 @@ def stored(part: nn.Module | Tensor) -> dict[str, Tensor]:
     return dict(part.named_parameters()) if isinstance(part, nn.Linear) else part.stored()
 
 
-def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: True) -> Iterator[tuple[str, Tensor, Path]]:
+def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: True,
+                    part: Part | None = None) -> Iterator[tuple[str, Tensor, Path]]:
     """Yield (key, tensor, file) over all shards of a folder, safetensors preferred, one shard open at a time.
 
-    Only tensors whose key is `wanted` are read.
+    Only tensors whose key is `wanted` are read, of each the `part` or the whole.
     """
     for name, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{name}.{suffix}.index.json", folder / f"{name}.{suffix}"
@@ -586,16 +596,16 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map: it does not say which shard holds which weight")
             for file in sorted(set(weight_map.values())):
-                yield from _read_shard(folder / file, wanted)
+                yield from _read_shard(folder / file, wanted, part)
             return
         if single.exists():
-            yield from _read_shard(single, wanted)
+            yield from _read_shard(single, wanted, part)
             return
     raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
                             "nor an index of shards of them")
 
 
-def _read_shard(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor, Path]]:
+def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is incomplete, fetch it again")
     from safetensors import SafetensorError, safe_open
@@ -603,14 +613,18 @@ def _read_shard(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as shard:
                 for key in filter(wanted, shard.keys()):
-                    yield key, shard.get_tensor(key), file
+                    if part is None:
+                        yield key, shard.get_tensor(key), file
+                    else:
+                        whole = shard.get_slice(key)
+                        yield key, whole[part(key, whole.get_shape())], file
         else:
             mmap = zipfile.is_zipfile(file)  # files older than PyTorch 1.6 are read whole
             content = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
             if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
                 raise RuntimeError("it does not hold a dictionary of tensors")
             for key in filter(wanted, content):
-                yield key, content[key], file
+                yield key, content[key] if part is None else content[key][part(key, list(content[key].shape))], file
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
 

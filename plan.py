@@ -1,0 +1,187 @@
+"""Does a model fit on so many GPUs, and how fast could it be? From shapes alone: nothing is loaded.
+
+    python tp.py --plan llama-2-70b --world-size 4 --mode int4 --head --context 4096 --gpu-memory 40
+    python tp.py --plan FOLDER --world-size 8 --batch 4 --head HEAD --bandwidth 2800 --latency 15 --accept-length 3.8
+
+Bytes of weights, head and caches are exact: they are counted on the very modules that a rank would fill. The workspace
+is an upper estimate, the reserve an allowance. The speed is a bound from what a step must read and exchange, with the
+figures you give for the machine; compute and launches are not in it.
+"""
+import argparse
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from eagle_head import Tree, head_args, load_tree
+from generate import Parser, number, say
+from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, read_json, resolve_checkpoint
+from quantized import QuantLinear, install
+from tp import Shard
+
+ITEM = 2    # bytes of a 16-bit number
+
+
+class Plan(NamedTuple):
+    """Bytes of the rank that has most, and tokens a second of all rows together."""
+    weights: int
+    head: int
+    caches: int
+    workspace: int
+    plain: float
+    eagle: float | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.head + self.caches + self.workspace
+
+
+class Machine(NamedTuple):
+    bandwidth: float    # bytes a second that a GPU reads
+    link: float         # bytes a second between two GPUs
+    latency: float      # seconds a collective takes however small it is
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0; 2 with one line for what the user can mend."""
+    try:
+        config, settings = describe(args.plan)
+        if args.mode is not None:
+            settings = {} if args.mode == "bf16" else {"mode": args.mode}
+        if settings.get("mode") == "int4":
+            settings.setdefault("group_size", args.group_size)
+        tree = load_tree(args.tree)
+        head = None
+        if args.head is not None:
+            head = random_head_args(config) if args.head == "" else head_args(
+                read_json(resolve_checkpoint(args.head) / "config.json"), config)
+        if args.context > config.block_size:
+            raise ValueError(f"--context {args.context} is beyond the model's context of {config.block_size} tokens")
+        machine = Machine(args.bandwidth * 1e9, args.link * 1e9, args.latency * 1e-6)
+        plan = make_plan(config, args.world_size, head=head, settings=settings, tree=tree, context=args.context, batch=args.batch,
+                         machine=machine, accept_length=args.accept_length)
+    except (ValueError, OSError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+    mode = settings.get("mode", "bf16") + (f" in groups of {settings['group_size']}" if settings.get("group_size") else "")
+    print(f"{args.plan}: {args.world_size} ranks, {mode}, context {args.context}, batch {args.batch}")
+    for name, n_byte in (*plan._asdict().items(), ("reserve", int(args.reserve * 1e9))):
+        if name not in ("plain", "eagle"):
+            print(f"  {name:10}{n_byte / 1e9:8.2f} GB a rank")
+    total = plan.total / 1e9 + args.reserve
+    verdict = "" if args.gpu_memory is None else (f", of {args.gpu_memory:.0f}: "
+                                                  + ("fits" if total <= args.gpu_memory else "does not fit"))
+    print(f"  {'total':10}{total:8.2f} GB a rank{verdict}")
+    eagle = "" if plan.eagle is None else f", {plan.eagle:.0f} with EAGLE at {args.accept_length} tokens a pass ({args.tree} tree)"
+    print(f"at most {plan.plain:.0f} tokens/s{eagle}, if a GPU reads {args.bandwidth:.0f} GB/s, sends {args.link:.0f} GB/s, "
+          f"and a collective takes {args.latency:.0f} us")
+    return 0
+
+
+def describe(name: str) -> tuple[ModelArgs, dict]:
+    """Of a published shape's name, or of a folder or hub id: its config, and what its quantize.json says."""
+    from scripts.bench import SHAPES
+    if name in SHAPES:
+        return SHAPES[name], {}
+    try:
+        folder = resolve_checkpoint(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; shapes are {', '.join(SHAPES)}") from None
+    file = folder / "quantize.json"
+    return ModelArgs.from_config(read_json(folder / "config.json")), read_json(file) if file.exists() else {}
+
+
+def random_head_args(config: ModelArgs) -> ModelArgs:
+    """A head of the target's shape, as the published ones are."""
+    return replace(config, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None)
+
+
+def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = None, settings: dict = {},
+              tree: Tree | None = None, context: int = 4096, batch: int = 1,
+              machine: Machine = Machine(1.3e12, 1e11, 2e-5), accept_length: float = 3.5) -> Plan:
+    """For rank 0, which holds most: vocabulary rows that are left over are missing on the last one.
+
+    Raises ValueError for a model that cannot be split so, naming what can.
+    """
+    tree = tree or load_tree("static")
+    shard = Shard(0, world_size)
+    with torch.device("meta"):
+        target = shard.build_target(config).bfloat16()
+        draft = None if head is None else shard.build_head(head, target).bfloat16()
+        if settings:
+            install(target, settings)
+            target.bfloat16()   # of the new modules the scales
+    n_node = 1 if head is None else tree.n_node
+    weights, head_weights = weight_bytes(target), 0 if draft is None else weight_bytes(draft)
+    caches = [cache_bytes(module.config, context, batch) for module in (target, draft) if module is not None]
+
+    tied = isinstance(target.output, nn.Linear) and target.output.weight is target.tok_embeddings.weight
+    embedding, experts = 0 if tied else target.tok_embeddings.weight.nbytes, expert_bytes(target)
+
+    def read(n_row: int) -> int:
+        """By a pass over n_row tokens a row: all but the embedding table and the experts that no token goes to."""
+        routed = min(config.n_expert, batch * n_row * config.n_expert_active)
+        return weights - embedding - int(experts * (1 - routed / max(config.n_expert, 1))) + caches[0]
+
+    def exchange(n_row: int, n: int) -> float:
+        """Seconds of n all-reduces of [B, n_row, dim]."""
+        sent = 2 * (world_size - 1) / world_size * batch * n_row * config.dim * ITEM
+        return 0.0 if world_size == 1 else n * (machine.latency + sent / machine.link)
+
+    def pass_seconds(n_row: int, decisions: int) -> float:
+        return read(n_row) / machine.bandwidth + exchange(n_row, 2 * config.n_layer + 1) + exchange(0, decisions)
+
+    eagle = None
+    if draft is not None:
+        lm_head = weight_bytes(target.output)
+        level = (head_weights + caches[1] + lm_head) / machine.bandwidth + exchange(tree.n_child, 4) + exchange(0, 2)
+        step = pass_seconds(tree.n_node, tree.depth + 1) + tree.depth * level   # the first level is the ingest
+        eagle = batch * accept_length / step
+    return Plan(weights, head_weights, sum(caches), workspace_bytes(target.config, shard, context, batch, n_node),
+                batch / pass_seconds(1, 1), eagle)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of all weights, 16-bit ones and quantised, those that are tied counted once."""
+    quantised = sum(tensor.nbytes for part in module.modules() if isinstance(part, QuantLinear) for tensor in part.stored().values())
+    return quantised + sum(parameter.nbytes for parameter in module.parameters())
+
+
+def expert_bytes(module: nn.Module) -> int:
+    return sum(weight_bytes(part) - weight_bytes(part.gate) for part in module.modules() if isinstance(part, MoEFeedForward))
+
+
+def cache_bytes(local: ModelArgs, context: int, batch: int) -> int:
+    return local.n_layer * 2 * batch * local.n_kv_head * context * local.head_dim * ITEM
+
+
+def workspace_bytes(local: ModelArgs, shard: Shard, context: int, batch: int, n_node: int) -> int:
+    """What the largest pass keeps beside weights and caches: a prefill chunk's activations and mask, or a tree's logits."""
+    rows = batch * min(PREFILL_CHUNK, context)
+    qkv = (local.n_head + 2 * local.n_kv_head) * local.head_dim
+    activations = rows * (4 * local.dim + 2 * qkv + 3 * local.intermediate_size) * ITEM
+    mask = rows * context * (1 + ITEM + local.n_head // local.n_kv_head * ITEM)
+    part = -(-local.vocab_size // shard.size)
+    logits = batch * n_node * part * (ITEM + 4) + 4 * batch * local.vocab_size * 4
+    return max(activations + mask, logits)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="tp.py", description="Whether a model fits on so many GPUs, and a bound on its speed.")
+    parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id, or a shape of scripts/bench.py")
+    parser.add_argument("--world-size", type=number(int, 1), required=True, metavar="N")
+    parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
+    parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="columns of an int4 scale (default 32)")
+    parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this EAGLE head (no value: of the target's shape)")
+    parser.add_argument("--tree", default="static", help="as in generate.py")
+    parser.add_argument("--context", type=number(int, 1), default=4096, metavar="N")
+    parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N")
+    parser.add_argument("--gpu-memory", type=number(float, 0, open_low=True), metavar="GB")
+    parser.add_argument("--reserve", type=number(float, 0), default=2.0, metavar="GB",
+                        help="allowed for the CUDA context, NCCL's buffers and fragmentation (default 2)")
+    parser.add_argument("--bandwidth", type=number(float, 0, open_low=True), default=1300.0, metavar="GB/s", help="of memory")
+    parser.add_argument("--link", type=number(float, 0, open_low=True), default=100.0, metavar="GB/s", help="between GPUs")
+    parser.add_argument("--latency", type=number(float, 0), default=20.0, metavar="US", help="of a collective")
+    parser.add_argument("--accept-length", type=number(float, 1), default=3.5, metavar="X", help="tokens a target pass with EAGLE")
+    return parser.parse_args(argv)

@@ -1,0 +1,107 @@
+"""scripts/export_head.py: what vLLM and SGLang read of an EAGLE-1 head.
+
+    python -m pytest tests/test_export_head.py -q
+
+The engines cannot be installed here; the laws are those that their sources and eagle.md's list of keys give.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_head import EagleHead
+from model import Transformer
+from reference import edited_json, read_safetensors, tiny
+from scripts import export_head
+from test_eagle import head_config, head_weights, write_head
+
+OFFICIAL = {"fc.weight", "layers.0.post_attention_layernorm.weight"} | {
+    f"layers.0.{name}_proj.weight" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder, _ = tiny("gqa", tmp_path_factory.mktemp("target"))
+    return Transformer.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def export(target, tmp_path, capsys):
+    """export(engine, **changes of config.json) -> (status, config, weights, the head's own weights, stderr)."""
+
+    def export(engine, embedding=True, **changes):
+        config = head_config(target, **({"eagle_version": 1, "torch_dtype": "float32"} | changes)) | {"target": "someone/tiny"}
+        weights = head_weights(config, target.tok_embeddings.weight if embedding else None)
+        write_head(tmp_path / "head", config, weights)
+        argv = ["--head", str(tmp_path / "head"), "--for", engine, "--out", str(tmp_path / "out")]
+        status = export_head.main(export_head.parse_args(argv))
+        err = capsys.readouterr().err
+        if status:
+            return status, None, None, weights, err
+        return (status, json.loads((tmp_path / "out/config.json").read_text()), read_safetensors(tmp_path / "out/model.safetensors"),
+                weights, err)
+
+    return export
+
+
+@pytest.mark.parametrize("engine, architecture", [("vllm", "LlamaForCausalLM"), ("sglang", "LlamaForCausalLMEagle")])
+def test_keys_values_and_fields_are_the_engines(export, engine, architecture):
+    _, config, weights, own, _ = export(engine, bias=False)
+    assert config["architectures"] == [architecture] and config["model_type"] == "llama" and config["num_hidden_layers"] == 1
+    assert set(weights) == OFFICIAL | ({"fc.bias"} if engine == "sglang" else set())
+    for key in OFFICIAL:
+        assert torch.equal(weights[key], own[key])
+    assert not {"bias", "qkv_bias", "attention_bias", "eagle_version", "target"} & set(config)
+    for key in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps"):
+        assert config[key]
+
+
+def test_sglang_gets_a_bias_of_fc_whatever_the_head_has(export):
+    assert not export("sglang", bias=False)[2]["fc.bias"].any()
+    _, _, weights, own, _ = export("sglang")
+    assert torch.equal(weights["fc.bias"], own["fc.bias"]) and own["fc.bias"].any()
+
+
+def test_vllm_takes_no_bias_of_fc(export):
+    status, _, _, _, err = export("vllm")
+    assert status == 2 and "no fc.bias" in err and err.count("\n") == 1
+
+
+def test_biases_of_q_k_and_v(export):
+    _, config, weights, own, _ = export("vllm", bias=False, qkv_bias=True)
+    assert config["qkv_bias"] is True and "attention_bias" not in config and "layers.0.self_attn.o_proj.bias" not in weights
+    _, config, weights, own, _ = export("sglang", qkv_bias=True)
+    assert config["attention_bias"] is True and not weights["layers.0.self_attn.o_proj.bias"].any()
+    assert torch.equal(weights["layers.0.self_attn.q_proj.bias"], own["layers.0.self_attn.q_proj.bias"])
+
+
+def test_the_draft_vocabulary_becomes_sglangs_token_map(export, tmp_path):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/draft_vocab.json").write_text('{"ids": [5, 3, 9]}')
+    export("sglang")
+    assert torch.load(tmp_path / "out/token_map.pt", weights_only=True) == [5, 3, 9]
+
+
+def test_an_exported_head_is_still_a_head(export, target, tmp_path):
+    """With "bias" put back, which the engines must not see, it is the same head here."""
+    export("sglang")
+    with edited_json(tmp_path / "out/config.json") as config:
+        config["bias"], config["architectures"] = True, ["LlamaForCausalLM"]
+    ours, theirs = (EagleHead.from_pretrained(tmp_path / name, target) for name in ("head", "out"))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(architectures=["LlamaForCausalLMEagle3"]), "EAGLE-3"), (dict(intermediate_size=48), "mlp.")])
+def test_what_is_no_such_head_is_refused_in_one_line(export, target, tmp_path, capsys, changes, message):
+    export("sglang")
+    shutil.rmtree(tmp_path / "out")
+    with edited_json(tmp_path / "head/config.json") as config:
+        config |= changes
+    argv = ["--head", str(tmp_path / "head"), "--for", "sglang", "--out", str(tmp_path / "out")]
+    assert export_head.main(export_head.parse_args(argv)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not Path(tmp_path / "out").exists()

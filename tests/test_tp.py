@@ -1,0 +1,443 @@
+"""tp.py: a model split over processes says what it says in one. gloo on the CPU, in fp32, tiny random models.
+
+    python -m pytest tests/test_tp.py -q
+
+The processes of a group are started once and run functions of this file, the same on every rank, as torchrun would.
+"""
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as model_file
+import plan
+import quantize
+import tp
+from eagle_head import DynamicTree, EagleHead, StaticTree, head_args
+from generate import generate, setup_caches
+from model import Transformer, read_json
+from reference import edited_json, tiny, tokens_of, write_checkpoint
+from test_eagle import head_config, head_weights, write_head
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {   # what the processes share out: heads, key/value heads and the rest must divide
+    "gqa": {},                                              # 8 heads on 2: four ranks share two key/value heads
+    "llama2_tied": dict(num_key_value_heads=1, vocab_size=97),  # the last rank has fewer rows
+    "mixtral": {},
+    "qwen2": {},
+}
+QUANTISED = {   # kind, keys of its config.json, options of quantize.py; at four ranks a row of wo is 16 weights
+    "gqa, int4": ("gqa", dict(intermediate_size=128), ["--mode", "int4", "--group-size", "32"]),
+    "gqa, int8": ("gqa", {}, ["--mode", "int8", "--lm-head"]),
+    "mixtral, int8": ("mixtral", {}, ["--mode", "int8"]),
+    "mixtral, int4": ("mixtral", dict(hidden_size=64, intermediate_size=64), ["--mode", "int4", "--group-size", "32"]),
+}
+WORLDS = (2, 4)
+
+
+class Group:
+    """`world` processes; group(function, *args) runs it on all and returns what each returned."""
+
+    def __init__(self, world, folder):
+        context = multiprocessing.get_context("forkserver")     # torch is imported once for all
+        context.set_forkserver_preload(["test_tp"])
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            self.pipes.append(ours)
+            self.processes.append(context.Process(target=serve, args=(rank, world, str(folder / "store"), theirs), daemon=True))
+            self.processes[-1].start()
+
+    def __call__(self, function, *args):
+        for pipe in self.pipes:
+            pipe.send((function.__name__, args))
+        results = [pipe.recv() for pipe in self.pipes]
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def close(self):
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+
+
+def serve(rank, world, store, pipe):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    os.environ["EAGLE_TP_CHECK"] = "1"
+    with torch.no_grad():
+        while (job := pipe.recv()) is not None:
+            name, args = job
+            try:
+                pipe.send(globals()[name](*args))
+            except Exception as error:
+                pipe.send(RuntimeError(f"rank {rank}: {type(error).__name__}: {error}"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """group(world) -> the Group of so many processes."""
+    os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    make = functools.cache(lambda world: Group(world, tmp_path_factory.mktemp("group")))
+    made = {}
+
+    def get(world):
+        made[world] = make(world)
+        return made[world]
+
+    yield get
+    for one in made.values():
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """zoo(kind) -> folders of a tiny target and a head for it."""
+
+    @functools.cache
+    def make(kind, **overrides):
+        folder = tmp_path_factory.mktemp(kind.split(",")[0])
+        torch.manual_seed(1)
+        if kind in QUANTISED:
+            base, keys, options = QUANTISED[kind]
+            tiny(base, folder / "whole", **keys)
+            argv = ["--checkpoint", folder / "whole", "--out", folder / "target", "--device", "cpu", *options]
+            assert quantize.main(quantize.parse_args(list(map(str, argv)))) == 0
+        else:
+            tiny(kind, folder / "target", **(KINDS[kind] | overrides))
+        target = Transformer.from_pretrained(folder / "target", dtype=torch.float32)
+        config = head_config(target)
+        write_head(folder / "head", config, head_weights(config, None))
+        return str(folder / "target"), str(folder / "head")
+
+    return make
+
+
+@functools.cache
+def load(folder, head_folder):
+    """On a rank its part, in a process without a group the whole."""
+    shard = tp.Shard.world() if torch.distributed.is_initialized() else None
+    model = Transformer.from_pretrained(folder, dtype=torch.float32, shard=shard)
+    return model, EagleHead.from_pretrained(head_folder, model, shard=shard)
+
+
+def whole(logits):
+    return logits if isinstance(logits, torch.Tensor) else logits.full()
+
+
+def passes(folder, head_folder):
+    """Logits and features of a batch of three, by a prefill and a block; and the head's over them."""
+    model, head = load(folder, head_folder)
+    head.set_draft_vocab(None)
+    tokens = torch.tensor([tokens_of(12, seed) for seed in range(3)])
+    model.setup_caches(3, 32)
+    head.setup_caches(3, 32)
+    outs = []
+    for pos in (torch.arange(8), torch.arange(8, 12)):
+        logits, features = model(tokens[:, pos], pos)
+        hidden = head(tokens[:, pos], features, pos)
+        outs += [whole(logits), features, hidden, whole(head.draft_logits(hidden))]
+    return outs
+
+
+def answers(folder, head_folder, cases):
+    """Of each case (tree, draft vocabulary, options of generate), new tokens for a batch of one and of three."""
+    model, head = load(folder, head_folder)
+    found = []
+    for tree, draft_vocab, options in cases:
+        head.set_draft_vocab(draft_vocab)
+        found += [generate(model, [tokens_of(5 + seed, seed) for seed in range(B)], 6, tree=tree or "static",
+                           head=None if tree is None else head, **options).tokens for B in (1, 3)]
+    return found
+
+
+FEW = StaticTree.from_paths([[0], [1], [0, 0], [0, 1]])
+VOCABULARY = list(range(60, 11, -1))        # 49 tokens: they do not divide
+CASES = {
+    "plain": (None, None, {}),
+    "plain, drawn": (None, None, dict(temperature=1.0, top_p=0.9, seed=3)),
+    "static": (FEW, None, {}),
+    "dynamic": (DynamicTree(2, 3, 8), None, {}),
+    "draft vocabulary": (DynamicTree(2, 3, 8), VOCABULARY, {}),
+    "static, drawn drafts": (FEW, None, dict(temperature=1.0, top_k=20, seed=4)),
+    "static, drawn from a draft vocabulary": (FEW, VOCABULARY, dict(temperature=1.0, seed=4)),
+    "dynamic, drawn": (DynamicTree(2, 3, 8), None, dict(temperature=0.7, seed=5)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers and the same text
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_features_equal_one_process(group, zoo, kind, world):
+    expected = passes(*zoo(kind))
+    for outs in group(world)(passes, *zoo(kind)):
+        for ours, theirs in zip(outs, expected, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_of_two_equals_one_process(group, zoo, kind):
+    expected = answers(*zoo(kind), list(CASES.values()))
+    assert group(2)(answers, *zoo(kind), list(CASES.values())) == [expected] * 2
+
+
+@pytest.mark.parametrize("kind, world", [("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2)])
+def test_quantised_logits_and_text_equal_one_process(group, zoo, kind, world):
+    cases = [CASES[name] for name in ("plain, drawn", "draft vocabulary")]
+    assert group(world)(answers, *zoo(kind), cases) == [answers(*zoo(kind), cases)] * world
+    expected = passes(*zoo(kind))
+    for outs in group(world)(passes, *zoo(kind)):
+        for ours, theirs in zip(outs, expected, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_group_that_two_ranks_would_share_is_refused(zoo):
+    with pytest.raises(ValueError, match="group size 32 does not divide a row of 16 weights"):
+        Transformer.from_pretrained(zoo("gqa, int4")[0], shard=tp.Shard(0, 4))
+
+
+@pytest.mark.parametrize("kind, names", {
+    "gqa": ["plain, drawn", "static, drawn from a draft vocabulary", "dynamic"], "llama2_tied": ["draft vocabulary"],
+    "mixtral": ["static"], "qwen2": ["static, drawn drafts"]}.items())
+def test_text_of_four_equals_one_process(group, zoo, kind, names):
+    cases = [CASES[name] for name in names]
+    assert group(4)(answers, *zoo(kind), cases) == [answers(*zoo(kind), cases)] * 4
+
+
+def test_compiled_text_equals_one_process(group, zoo):
+    expected = answers(*zoo("gqa"), [CASES["static"]])
+    compiled = *CASES["static"][:2], dict(compile=True)
+    assert group(2)(answers, *zoo("gqa"), [compiled]) == [expected] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary
+
+def ties(logits):
+    """What a rank finds in its part of logits [.., V] that all know."""
+    shard = tp.Shard.world()
+    n = -(-logits.shape[-1] // shard.size)
+    padded = torch.nn.functional.pad(logits, (0, n * shard.size - logits.shape[-1]), value=-torch.inf)
+    ours = tp.ShardedLogits(padded[..., shard.rank * n:(shard.rank + 1) * n], shard, logits.shape[-1])
+    return ours.max(-1), ours.topk(7), ours.logsumexp(-1, keepdim=True), ours.full(), ours[:1].float().full()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_logits_go_to_the_lowest_token_and_all_ranks_agree(group, dtype):
+    logits = torch.randint(-4, 4, (3, 2, 50)).to(dtype)
+    logits[0] = -1e30
+    found = group(4)(ties, logits)
+    (values, indices), top, lse, full, first = found[0]
+    assert torch.equal(values, logits.max(-1).values) and torch.equal(indices, logits.max(-1).indices)
+    assert torch.equal(top.values, logits.topk(7).values)
+    assert torch.equal(logits.gather(-1, top.indices), top.values)
+    assert all(len(set(row)) == 7 for row in top.indices.flatten(0, -2).tolist())
+    torch.testing.assert_close(lse, logits.logsumexp(-1, keepdim=True), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    assert torch.equal(full, logits) and torch.equal(first, logits[:1].float())
+    for other in found[1:]:
+        assert torch.equal(other[0].indices, indices) and torch.equal(other[1].indices, top.indices)
+
+
+def disagree():
+    tp.check_ranks(torch.tensor([[5, tp.Shard.world().rank]]))
+
+
+def test_ranks_with_different_tokens_are_noticed(group):
+    with pytest.raises(RuntimeError, match=r"ranks disagree: \[\[5, 0\], \[5, 1\]\]"):
+        group(2)(disagree)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_rank_reads_only_its_slices(zoo, tmp_path, monkeypatch, binary):
+    tiny("gqa", tmp_path, binary=binary, sharded=True)
+    read = {}
+    iterate = model_file.iterate_weights
+
+    def spy(folder, part):
+        for key, tensor, file in iterate(folder, part=part):
+            read[key] = tuple(tensor.shape)
+            yield key, tensor, file
+
+    monkeypatch.setattr(model_file, "iterate_weights", spy)
+    full = Transformer.from_pretrained(tmp_path, dtype=torch.float32)
+    model = Transformer.from_pretrained(tmp_path, dtype=torch.float32, shard=tp.Shard(3, 4))    # dim 64, 8 heads of 8 on 2, 56 hidden, 96 tokens
+    layer = "model.layers.1."
+    assert read["model.embed_tokens.weight"] == read["lm_head.weight"] == (24, 64)
+    assert read[layer + "self_attn.q_proj.weight"] == (16, 64) and read[layer + "self_attn.k_proj.weight"] == (8, 64)
+    assert read[layer + "self_attn.o_proj.weight"] == (64, 16) and read[layer + "mlp.down_proj.weight"] == (64, 14)
+    assert read[layer + "mlp.up_proj.weight"] == (14, 64) and read[layer + "input_layernorm.weight"] == (64,)
+    ours, theirs = model.layers[1], full.layers[1]
+    q, k, v = theirs.attention.wqkv.weight.split((64, 16, 16))
+    assert torch.equal(ours.attention.wqkv.weight, torch.cat((q[48:], k[8:], v[8:])))
+    assert torch.equal(ours.attention.wo[0].weight, theirs.attention.wo.weight[:, 48:])
+    gate, up = theirs.feed_forward.w13.weight.chunk(2)
+    assert torch.equal(ours.feed_forward.w13.weight, torch.cat((gate[42:], up[42:])))
+    assert torch.equal(ours.feed_forward.w2[0].weight, theirs.feed_forward.w2.weight[:, 42:])
+    assert torch.equal(model.output.weight, full.output.weight[72:])
+
+
+@pytest.mark.parametrize("size, message", [
+    (3, "8 heads, 2 key/value heads and a feed-forward of 56 do not divide over 3 processes; 1, 2, 4, 8 do"),
+    (16, "over 16 processes; 1, 2, 4, 8 do")])
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(zoo, size, message):
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_pretrained(zoo("gqa")[0], shard=tp.Shard(0, size))
+
+
+def test_a_weight_of_the_wrong_size_is_refused(zoo, tmp_path):
+    shutil.copytree(zoo("gqa")[0], tmp_path / "broken")
+    with edited_json(tmp_path / "broken/config.json") as config:
+        config["intermediate_size"] = 40
+    with pytest.raises(ValueError, match=r"down_proj.weight has shape \[64, 56\], config.json makes it 40 columns wide"):
+        Transformer.from_pretrained(tmp_path / "broken", shard=tp.Shard(0, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+@pytest.mark.parametrize("kind, world", [*((kind, world) for kind in KINDS for world in (1, 2, 4)), *((kind, 2) for kind in QUANTISED)])
+def test_the_plan_counts_what_a_rank_allocates(zoo, kind, world):
+    folder, head_folder = zoo(kind)
+    shard = tp.Shard(0, world)
+    model = Transformer.from_pretrained(folder, dtype=torch.float32, shard=shard)
+    head = EagleHead.from_pretrained(head_folder, model, shard=shard)
+    setup_caches(model, head, 3, 64)
+    config, settings = plan.describe(folder)
+    planned = plan.make_plan(config, world, head=head_args(read_json(Path(head_folder) / "config.json"), config),
+                             settings=settings, context=64, batch=3)
+
+    def size(tensors):
+        """In 16 bits."""
+        return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)
+
+    buffers = [tensor for name, tensor in model.named_buffers() if name not in ("inv_freq", "kv_cache")]
+    assert bool(buffers) == (kind in QUANTISED)
+    assert planned.weights == size(model.parameters()) + size(buffers) and planned.head == size(head.parameters())
+    assert planned.caches == size([model.kv_cache, head.kv_cache])
+
+
+def test_the_plan_of_llama_2_70b_recomputed_from_its_shape(capsys):
+    """4 ranks, int4 in groups of 32: half a byte and 4/32 bytes of scale and zero point for each weight."""
+    argv = "--plan llama-2-70b --world-size 4 --mode int4 --head --context 4096 --gpu-memory 40 --accept-length 3.8"
+    assert plan.main(plan.parse_args(argv.split())) == 0
+    out = capsys.readouterr().out
+    dim, hidden, vocab, n_layer = 8192, 28672, 32000, 80
+    matrices = dim * (64 + 2 * 8) * 128 + dim * dim + 3 * dim * hidden      # of a layer: wqkv, wo, gate, up, down
+    assert n_layer * (matrices + 2 * dim) + dim + 2 * vocab * dim == 68_976_648_192
+    weights = n_layer * matrices / 4 * (0.5 + 4 / 32) + 2 * (n_layer * 2 * dim + dim) + 2 * 2 * vocab * dim / 4
+    head = 2 * ((matrices + 2 * dim * dim + dim) / 4 + dim)
+    caches = (n_layer + 1) * 2 * (8 / 4) * 4096 * 128 * 2
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    for name, n_byte in (("weights", weights), ("head", head), ("caches", caches)):
+        assert f" {n_byte / 1e9:.2f} GB" in lines[name], (name, n_byte, out)
+    assert "of 40: fits" in lines["total"]
+    # plain: 161 sums of one row and a decision, 20 us each and the row over a link of 100 GB/s
+    seconds = (weights - 2 * vocab * dim / 4 + caches * 80 / 81) / 1.3e12 + 162 * 20e-6 + 161 * 2 * 3 / 4 * dim * 2 / 1e11
+    assert f"at most {1 / seconds:.0f} tokens/s" in out
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--plan llama-2-70b --world-size 3", "1, 2, 4, 8, 16, 32, 64 do"), ("--plan nothing --world-size 2", "shapes are llama-2-7b"),
+    ("--plan llama-2-7b --world-size 2 --context 5000", "beyond the model's context of 4096"),
+    ("--plan smollm2-135m --world-size 3 --mode int4 --group-size 128", "group size 128 does not divide a row of 576")])
+def test_the_plan_refuses_in_one_line(capsys, argv, message):
+    assert plan.main(plan.parse_args(argv.split())) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Under torchrun
+
+def torchrun(n, *argv, nodes=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *nodes, *map(str, argv)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "EAGLE_TP_CHECK": "1"})
+
+
+def test_the_demo_model_in_three_processes_says_what_it_says_in_one(demo_folder, tmp_path):
+    argv = ["generate.py", "--eagle", "--prompt", "Name three birds.", "--max-new-tokens", "12", "--dtype", "float32"]
+    run = torchrun(3, *argv, "--json", tmp_path / "out.json")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    alone = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert out == alone.stdout
+    assert len(err.splitlines()) == 2, err      # loaded, and the speed: only rank 0 speaks
+    assert json.loads((tmp_path / "out.json").read_text())["text"][0] == out.rstrip("\n")
+
+
+def test_two_nodes_say_what_one_process_says(zoo, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "tiny")
+    argv = ["generate.py", "--checkpoint", checkpoint, "--prompt", "fox", "--max-new-tokens", "5", "--dtype", "float32",
+            "--temperature", "1", "--seed", "7"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = [torchrun(1, *argv, nodes=["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "localhost",
+                                       "--master-port", str(port)]) for rank in range(2)]
+    (silence, err), (out, more) = [node.communicate(timeout=60) for node in reversed(nodes)]
+    assert [node.returncode for node in nodes] == [0, 0], err + more
+    alone = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert out == alone.stdout and silence == ""
+
+
+def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "endless", ascii_only=True, context=100_000)
+    run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000")
+    assert run.stdout.read(3)       # it talks
+    agent_children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    victim = next(pid for pid in map(int, agent_children) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    begin = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert time.monotonic() - begin < 30 and run.returncode != 0
+    assert [line for line in err.splitlines() if line.startswith("error:")] == [
+        f"error: rank 1 (process {victim} on {socket.gethostname()}) has died"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
+
+
+@pytest.mark.parametrize("mishap, message", {
+    "os.kill(os.getpid(), signal.SIGSTOP)": "has not answered for 2 s",
+    "time.sleep(60)": "rank 1 did not join a collective",
+    "print('error: out of memory', file=sys.stderr); return 2": "error: rank 1: out of memory"}.items())
+def test_when_a_rank_hangs_or_fails_all_end_with_one_line(tmp_path, mishap, message):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, signal, sys, time, types
+sys.path.insert(0, {str(ROOT)!r})
+import ranks
+import torch.distributed as dist
+ranks.SILENCE, ranks.GRACE, ranks.COLLECTIVE = 2.0, 1.0, 3.0
+
+def main(args):
+    dist.barrier()
+    if dist.get_rank() == 1:
+        {mishap}
+    dist.barrier()
+    return 0
+
+sys.exit(ranks.run(main, types.SimpleNamespace(device="cpu")))
+""")
+    run = torchrun(2, script)
+    _, err = run.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert run.returncode != 0 and len(lines) == 1 and message in lines[0], err
