@@ -34,6 +34,7 @@ from generate import (Decoder, Generation, Parser, capture, common_prefix, compi
                       pick_device, say, write_atomically)
 from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
                    pack_for_cpu, prefill, read_json, resolve_checkpoint)
+from quantized import Format, quantize_in_place, tune  # noqa: E402
 from scripts.shapes import SHAPES, TINY, meta_model, random_head, random_model  # noqa: E402
 from scripts.simulate import accept_lengths, simulated_decoder  # noqa: E402
 from scripts.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,  # noqa: E402
@@ -106,6 +107,10 @@ def check_model(args: argparse.Namespace) -> None:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
+    if args.mode and args.checkpoint:
+        raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
+    if args.mode == "int4":
+        args.group_size = args.group_size or 128
     check_memory(args)
 
 
@@ -135,14 +140,15 @@ def measure_target(args: argparse.Namespace) -> dict:
     setup_caches(model, max(*args.slots, LONG_PROMPT, args.prompt_tokens + args.new_tokens + room))
     head = load_head(args, model) if args.trees else None
 
-    twin = meta_model(model.config, args.dtype)
+    twin = meta_model(model.config, args.dtype, quantised(args))
     parts = list(target_parts(model, twin, args))
     for tree, n_used in itertools.product(trees, args.slots):
         parts += eagle_parts(model, head, twin, tree, n_used, args)
     steps = time_parts(parts, args, bandwidth)
     plain = measure_host_gap(model, None, twin, None, args)
     report = {
-        "parameters": sum(p.numel() for p in twin.parameters()),
+        "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
+        "mode": args.mode, "group_size": args.group_size,
         "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
@@ -279,11 +285,11 @@ def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
     be routed to, and the cache. `model` may be on the meta device.
     """
     c, size = model.config, model.norm.weight.element_size()
-    weights = sum(p.numel() for part in (model.layers, model.norm, model.output) for p in part.parameters())
-    expert = sum(p[0].numel() for p in model.layers.parameters() if p.dim() == 3)  # one of each layer: w13, w2
+    weights = sum(t.nbytes for part in (model.layers, model.norm, model.output) for t in part.state_dict().values())
+    expert = sum(t[0].nbytes for t in model.layers.state_dict().values() if t.dim() == 3)  # one of each layer: w13, w2
     unread = expert * (c.n_expert - min(c.n_expert, n_row * c.n_expert_active))
     cache = c.n_layer * 2 * c.n_kv_head * n_slot * c.head_dim
-    return size * (weights - unread + n_row * c.dim + cache)
+    return weights - unread + size * (n_row * c.dim + cache)
 
 
 def time_parts(parts: list[Part], args: argparse.Namespace, bandwidth: dict) -> list[dict]:
@@ -500,7 +506,19 @@ def our_arm(model: Transformer, prompt: list[int], n_slot: int, args: argparse.N
 def load(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
     if args.checkpoint:
         return Transformer.from_pretrained(args.checkpoint, args.device, dtype)
-    return random_model(args.config, args.device, dtype)
+    model = random_model(args.config, args.device, dtype)
+    if args.mode:
+        quantize_in_place(model, Format.from_settings(quantised(args), "--mode"))
+        tune(model)
+    return model
+
+
+def quantised(args: argparse.Namespace) -> dict | None:
+    """What quantize.json says of the target: that of the checkpoint, or of --mode."""
+    if args.checkpoint:
+        file = resolve_checkpoint(args.checkpoint) / "quantize.json"
+        return read_json(file) if file.exists() else None
+    return {"mode": args.mode, "group_size": args.group_size} if args.mode else None
 
 
 def setup_caches(model: Transformer, n_slot: int) -> None:
@@ -544,6 +562,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--simulate-accept", nargs="+", default=[], metavar="FILE|TAU",
                         help="time whole generations with these accepted lengths: their mean, or the JSON of a real run; "
                         "one for all --trees or one for each")
+    parser.add_argument("--mode", choices=("int8", "int4"), help="with --shape: round the target's weights to nearest")
+    parser.add_argument("--group-size", type=number(int, 1), metavar="N", help="columns of an int4 scale (default: 128)")
     parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens the head drafts (default: all)")
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")

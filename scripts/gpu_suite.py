@@ -56,17 +56,22 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
         generate = ["generate.py", "--checkpoint", args.checkpoint, "--max-new-tokens", "256", *device]
         yield Part("demo, plain", "demo", generate, 60)
         yield Part("demo, EAGLE", "demo", [*generate, "--eagle", *([args.eagle] if args.eagle else [])], 60)
+    for mode in ("int4", "int8"):
+        yield bench_part(shape, args, mode)
     for other in shapes:
         yield bench_part(other, args)
     yield Part(f"{shape}, eager", "eager", ["scripts/bench.py", "--shape", shape, "--rows", "1", "--slots", "256",
                                             "--repeats", str(args.repeats), "--no-compile", *device], 60)
 
 
-def bench_part(shape: str, args: argparse.Namespace) -> Part:
+def bench_part(shape: str, args: argparse.Namespace, mode: str | None = None) -> Part:
     accept = ACCEPT_LENGTHS.get(shape)
-    return Part(shape, "bench", ["scripts/bench.py", "--shape", shape, "--rows", "1", "10", "26", "60", "--slots", "256", "2048",
-                                 "--trees", "static", "dynamic", *(["--simulate-accept", *accept] if accept else []),
-                                 "--repeats", str(args.repeats), "--device", args.device], 150)
+    command = ["scripts/bench.py", "--shape", shape, "--rows", "1", "10", "26", "60", "--slots", "256", "2048",
+               "--trees", "static", "dynamic", *(["--simulate-accept", *accept] if accept else []),
+               "--repeats", str(args.repeats), "--device", args.device]
+    if mode is None:
+        return Part(shape, "bench", command, 150)
+    return Part(f"{shape}, {mode}", "quantised", [*command, "--mode", mode], 150)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -165,9 +170,9 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
     elif kind == "demo":
         yield "decoding", report["tokens_per_second"], "tokens/s", "", ""
         yield "accepted length", report["mean_accept_length"], "tokens/pass", "", ""
-    elif kind in ("bench", "eager"):
+    elif kind in ("bench", "quantised", "eager"):
         yield "plain decoding", report["decode"]["tokens_per_second_median"], "tokens/s", "", ""
-    if kind == "bench":
+    if kind in ("bench", "quantised"):
         n_used = report["plain"]["used_slots"]
         steps = {(row["part"], row["rows"]): row for row in report["steps"] if row["used_slots"] == n_used}
         one = steps["target pass", 1]
@@ -190,7 +195,7 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description=__doc__.split(":")[0])
-    parser.add_argument("--parts", nargs="+", choices=(kinds := ("tests", "bench", "cold", "demo", "eager")),
+    parser.add_argument("--parts", nargs="+", choices=(kinds := ("tests", "bench", "cold", "quantised", "demo", "eager")),
                         default=kinds)
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "tiny"], default=["llama-2-7b", "llama-3-8b"])
     parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to answer a prompt with, plainly and by EAGLE")

@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eagle_head import EagleHead  # noqa: E402
 from model import ModelArgs, Transformer  # noqa: E402
+from quantized import install  # noqa: E402
 
 
 def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,
@@ -45,10 +46,13 @@ HEADS = {
 }
 
 
-def meta_model(config: ModelArgs, dtype: torch.dtype) -> Transformer:
-    """Shapes without memory, to count on."""
+def meta_model(config: ModelArgs, dtype: torch.dtype, settings: dict | None = None) -> Transformer:
+    """Shapes without memory, to count on; quantised as a quantize.json's `settings` say."""
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        model = Transformer(config)
+        if settings is not None:
+            install(model, settings)
+        return model.to(dtype)
 
 
 def random_model(config: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
