@@ -209,7 +209,10 @@ def explanation(arm: str, figures: dict, rounding: dict) -> str:
 
 
 def speedup_text(f: dict) -> str:
-    return f"{f['speedup']:.2f}x ({f['speedup_interval'][0]:.2f}-{f['speedup_interval'][1]:.2f})" if "speedup" in f else ""
+    if "speedup" not in f:
+        return ""
+    low, high = f["speedup_interval"]
+    return f"{f['speedup']:.2f}x" + (f" ({low:.2f}-{high:.2f})" if low < high else "")     # one question has no spread
 
 
 def number_text(value: float | None) -> str:
