@@ -282,11 +282,13 @@ def draw_report(report: dict, file: Path) -> None:
 
 
 def draw_waterfall(reports: list[dict], file: Path) -> None:
-    """Tokens/s of every arm of the reports as they come, one bar each."""
+    """Tokens/s of every arm of the reports, from the slowest to the fastest."""
     plt = pyplot()
     if plt is None:
         return
-    bars = [(f"{arm}, {r['label']}" if len(reports) > 1 else arm, f) for r in reports for arm, f in r["overall"].items()]
+    several = len({r["checkpoint"] for r in reports}) > 1
+    bars = [(f"{arm}, {Path(r['checkpoint']).name}" if several else arm, f) for r in reports for arm, f in r["overall"].items()]
+    bars.sort(key=lambda bar: bar[1]["tokens_per_second"])
     figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(bars)))
     for n, (name, f) in enumerate(bars):
         axes.barh(n, f["tokens_per_second"], color="C1" if "mean_accept_length" in f else "C0")
@@ -294,7 +296,7 @@ def draw_waterfall(reports: list[dict], file: Path) -> None:
         axes.text(f["tokens_per_second"], n, f" {f['tokens_per_second']:.1f}{length}", va="center")
     axes.set_yticks(range(len(bars)), [name for name, _ in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.3 * max(f["tokens_per_second"] for _, f in bars))
+    axes.set_xlim(0, 1.5 * max(f["tokens_per_second"] for _, f in bars))
     axes.set_xlabel("tokens/s, batch 1 (orange: with drafts)")
     axes.set_title(f"{Path(reports[0]['checkpoint']).name}, {reports[0]['question_set']}, {reports[0]['device_name']}", fontsize=9)
     save(plt, figure, file)
