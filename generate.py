@@ -330,6 +330,9 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
         args.checkpoint = str(download_demo(log=say))
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template)
     shard = tp.Shard.world() if ranks.launched() else None
+    if shard is not None and device.type == "cuda":
+        from plan import check_memory
+        check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
     model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard)
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile

@@ -79,6 +79,15 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
+    """Say what a rank will hold; raise ValueError when a GPU of n_byte cannot hold even the weights."""
+    config, settings = describe(checkpoint)
+    weights = make_plan(config, world_size, settings=settings, context=1).weights / 1e9
+    if weights * 1e9 > n_byte:
+        raise ValueError(f"{weights:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, or a quantised checkpoint")
+    say(f"{world_size} ranks, {weights:.1f} GB of weights on each")
+
+
 def describe(name: str) -> tuple[ModelArgs, dict]:
     """Of a published shape's name, or of a folder or hub id: its config, and what its quantize.json says."""
     from scripts.bench import SHAPES

@@ -376,10 +376,10 @@ def torchrun(n, *argv, nodes=()):
 
 def test_the_demo_model_in_three_processes_says_what_it_says_in_one(demo_folder, tmp_path):
     argv = ["generate.py", "--eagle", "--prompt", "Name three birds.", "--max-new-tokens", "12", "--dtype", "float32"]
-    run = torchrun(3, *argv, "--json", tmp_path / "out.json")
+    run = torchrun(3, *argv, "--json", tmp_path / "out.json", nodes=["--standalone"])
+    alone = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
-    alone = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert out == alone.stdout
     assert len(err.splitlines()) == 2, err      # loaded, and the speed: only rank 0 speaks
     assert json.loads((tmp_path / "out.json").read_text())["text"][0] == out.rstrip("\n")
@@ -402,7 +402,8 @@ def test_two_nodes_say_what_one_process_says(zoo, tmp_path):
 
 def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "endless", ascii_only=True, context=100_000)
-    run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000")
+    run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000", "--temperature", "1",
+                   "--top-k", "5", nodes=["--standalone"])      # no --seed: the ranks agree on one, or the check would end them
     assert run.stdout.read(3)       # it talks
     agent_children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     victim = next(pid for pid in map(int, agent_children) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
@@ -415,13 +416,16 @@ def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
 
 
-@pytest.mark.parametrize("mishap, message", {
-    "os.kill(os.getpid(), signal.SIGSTOP)": "has not answered for 2 s",
-    "time.sleep(60)": "rank 1 did not join a collective",
-    "print('error: out of memory', file=sys.stderr); return 2": "error: rank 1: out of memory"}.items())
-def test_when_a_rank_hangs_or_fails_all_end_with_one_line(tmp_path, mishap, message):
-    script = tmp_path / "script.py"
-    script.write_text(f"""
+MISHAPS = {
+    "os.kill(os.getpid(), signal.SIGSTOP)": "has not answered for 2 s", "time.sleep(60)": "rank 1 did not join a collective",
+    "print('error: out of memory', file=sys.stderr); return 2": "error: rank 1: out of memory"}
+
+
+def test_when_a_rank_hangs_or_fails_all_end_with_one_line(tmp_path):
+    runs = []
+    for n, mishap in enumerate(MISHAPS):
+        script = tmp_path / f"script{n}.py"
+        script.write_text(f"""
 import os, signal, sys, time, types
 sys.path.insert(0, {str(ROOT)!r})
 import ranks
@@ -437,7 +441,16 @@ def main(args):
 
 sys.exit(ranks.run(main, types.SimpleNamespace(device="cpu")))
 """)
-    run = torchrun(2, script)
-    _, err = run.communicate(timeout=60)
-    lines = [line for line in err.splitlines() if line.startswith("error:")]
-    assert run.returncode != 0 and len(lines) == 1 and message in lines[0], err
+        runs.append(torchrun(2, script, nodes=["--standalone"]))     # each with a port of its own
+    for run, message in zip(runs, MISHAPS.values()):
+        _, err = run.communicate(timeout=60)
+        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        assert run.returncode != 0 and len(lines) == 1 and message in lines[0], err
+
+
+def test_what_does_not_fit_a_gpu_is_refused_before_loading(zoo, monkeypatch, capsys):
+    folder, _ = zoo("gqa")
+    plan.check_memory(folder, 2, 10 ** 6)
+    assert "weights" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="0.0 GB of weights a rank, the GPU has 0.0: more processes"):
+        plan.check_memory(folder, 2, 1000)
