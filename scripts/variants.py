@@ -89,7 +89,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=("eager", "packed", "block", "whole"),
                         default=["eager", "packed", "block"])
     parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="where compiled code is kept")
-    parser.set_defaults(command=shlex.join(["python", "scripts/variants.py", *argv]), dtype="bfloat16", compile=None)
+    parser.set_defaults(command=shlex.join(["python", "scripts/variants.py", *argv]), dtype="bfloat16", compile=None,
+                        mode=None)
     return parser.parse_args(argv)
 
 

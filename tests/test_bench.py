@@ -141,6 +141,19 @@ def test_the_eagle_step_is_timed_by_parts_and_as_a_whole(tmp_path, short, monkey
     assert by_part["chain:2: whole step"] == sum(by_part[f"chain:2: {part}"] for part in ("ingest", "grow", "verify"))
 
 
+def test_quantised_random_weights_are_timed_and_counted_as_they_are_stored(tmp_path, short, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = "--shape", "tiny", "--rows", 1, "--slots", 64, "--new-tokens", 4
+    plain = run(*options, file=tmp_path / "plain.json")
+    linears = 2 * (3 * 64 * 64 + 64 * 64 + 3 * 64 * 128)        # of two layers: wqkv, wo, w13 and w2
+    for mode, bits, group_bytes in (("int8", 8, 2), ("int4", 4, 4)):
+        report = run(*options, "--mode", mode, *(["--group-size", 64] if mode == "int4" else []), file=tmp_path / "report.json")
+        groups = 2 * (3 * 64 + 64 + 2 * 128 + 64 * (1 if mode == "int8" else 2))
+        saved = linears * (2 - bits / 8) - groups * group_bytes
+        assert report["mode"] == mode and report["parameters"] == plain["parameters"]
+        assert plain["steps"][0]["bytes"] - report["steps"][0]["bytes"] == saved
+
+
 def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
     tiny_moe = shapes.shape(32, 2, 4, 2, 56, 96, 128, model_type="mixtral", n_expert=8, n_expert_active=2)
     monkeypatch.setattr(bench, "TINY", tiny_moe)
