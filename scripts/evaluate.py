@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
 from eagle_head import load_tree
-from model import Transformer, prefill, read_json, resolve_checkpoint
+from model import Transformer, bucket, causal_mask, prefill, read_json, resolve_checkpoint
 from scripts import report
 from scripts.peers import Answer, find_peers
 from scripts.timing import environment
@@ -243,9 +243,15 @@ def last_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
     """[V] fp32, what the target says after these tokens."""
     for _ in prefill(model, [tokens]):
         pass
+    return logits_of(model, tokens, len(tokens) - 1)[0, -1].float()
+
+
+def logits_of(model: Transformer, tokens: list[int], begin: int, end: int | None = None) -> torch.Tensor:
+    """[1, T, V] of tokens[begin:end] in one pass, those before them being in the cache."""
     device = model.inv_freq.device
-    logits, _ = model(torch.tensor([tokens[-1:]], device=device), torch.tensor([[len(tokens) - 1]], device=device))
-    return logits[0, -1].float()
+    pos = torch.arange(begin, end or len(tokens), device=device)[None]
+    mask = causal_mask(pos, bucket(end or len(tokens), model.kv_cache.shape[4]))
+    return model(torch.tensor([tokens[begin:end]], device=device), pos, mask=mask)[0]
 
 
 def measure_rounding(model: Transformer, plain: Arm, tokenizer, questions: list[dict]) -> dict:
@@ -257,15 +263,14 @@ def measure_rounding(model: Transformer, plain: Arm, tokenizer, questions: list[
     for question in questions[:ROUNDING_ANSWERS]:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": question["turns"][0]}])
         tokens = prompt + plain(prompt, 0).tokens[:-1]
-        device, begin = model.inv_freq.device, len(prompt) - 1
-        ids, pos = torch.tensor([tokens[begin:]], device=device), torch.arange(begin, len(tokens), device=device)
+        begin = len(prompt) - 1
         for _ in prefill(model, [prompt]):
             pass
-        rows = torch.cat([model(ids[:, n:n + 1], pos[n:n + 1])[0] for n in range(len(pos))], dim=1)
-        block, _ = model(ids, pos)
+        rows = torch.cat([logits_of(model, tokens, n, n + 1) for n in range(begin, len(tokens))], dim=1)
+        block = logits_of(model, tokens, begin)
         top = block.topk(TOP_LOGITS).indices
         worst = max(worst, (rows.gather(-1, top).float() - block.gather(-1, top).float()).abs().max().item())
-        n_position += len(pos)
+        n_position += len(tokens) - begin
     return {"logit_error": worst, "gap_bound": 2 * worst, "positions": n_position}
 
 
