@@ -529,8 +529,6 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
             raise ValueError(f"{file}: unexpected key {key!r}: config.json describes no such weight")
         if tensor.shape != target.shape:
             raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, config.json makes it {list(target.shape)}")
-        if tensor.is_floating_point() != target.is_floating_point():
-            raise ValueError(f"{file}: {key} is {tensor.dtype}, to be loaded as {target.dtype}: quantize.json does not fit it")
         if key in targets:
             target.copy_(tensor)
             missing.discard(key)

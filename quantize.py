@@ -107,7 +107,7 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
     if not is_head:
         ModelArgs.from_config(config)
     settings = {"mode": args.mode, "group_size": args.group_size, "method": args.method, "act_order": args.act_order,
-                "lm_head": "int8" if args.lm_head else None, "source": str(args.checkpoint)}
+                "lm_head": args.lm_head, "source": str(args.checkpoint)}
     if args.data:
         settings["calibration"] = {"dialogues": args.dialogues, "max_length": args.max_length,
                                    "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
@@ -135,7 +135,7 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
                     for key, value in quantize_weight(name, tensors.pop(name), format, hessians, args.act_order).items()}
             if args.lm_head and not unit:
                 weight = done.pop(lm_head) if lm_head == "lm_head.weight" else done[lm_head]
-                done |= {f"lm_head.{kind}": tensor for kind, tensor in round_to_nearest(weight, Format("int8")).items()}
+                done |= {f"lm_head.{kind}": tensor for kind, tensor in round_to_nearest(weight, format.of_lm_head(args.lm_head)).items()}
             whole = file.with_suffix(".part")
             save_file(done, whole, metadata={"format": "pt"})
             whole.replace(file)
@@ -339,8 +339,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("int8", "int4"))
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale; int4 only (default: 32)")
-    parser.add_argument("--lm-head", action="store_true", help="also the LM head, to int8; a tied one is untied: more "
-                        "bytes on disk, fewer to read a step")
+    parser.add_argument("--lm-head", choices=("int8", "int4"), help="also the LM head, rounded to nearest; a tied one is "
+                        "untied: more bytes on disk, fewer to read a step")
     parser.add_argument("--method", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--data", type=Path, metavar="FILE", help="calibration dialogues of gptq, JSON lines")
     parser.add_argument("--dialogues", type=number(int, 1), default=128, metavar="N", help="of them, at most")

@@ -13,11 +13,12 @@ of columns of a row: w = q * scale + zero. A checkpoint stores it under the key 
     *.zeros     bfloat16 [N, G], int4 only
 
 Rows stay rows, so q, k, v and gate, up are fused on loading as in a 16-bit checkpoint. Embeddings, norms, biases and
-routers keep their 16 bits; the LM head is int8 where `quantize.json` says so.
+routers keep their 16 bits; the LM head is int8 or int4 (of 32 where the layers are int8) where `quantize.json` says so.
 
 Shapes: M rows of activations, N rows and K columns of a weight, G groups of a row, E experts.
 """
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -54,9 +55,12 @@ class Format(NamedTuple):
         if group_size not in ((None,) if mode == "int8" else GROUP_SIZES):
             raise ValueError(f"{file}: group_size {group_size!r} is not supported for {mode} "
                              "(int8 has none; int4 has 32, 64 or 128)")
-        if settings.get("lm_head") not in (None, "int8"):
-            raise ValueError(f"{file}: lm_head {settings['lm_head']!r} is not supported (int8 is)")
+        if settings.get("lm_head") not in (None, *LEVELS):
+            raise ValueError(f"{file}: lm_head {settings['lm_head']!r} is not supported (int8 and int4 are)")
         return cls(mode, group_size)
+
+    def of_lm_head(self, mode: str) -> "Format":
+        return Format(mode, None if mode == "int8" else self.group_size or GROUP_SIZES[0])
 
     def n_group(self, in_features: int) -> int:
         """Groups of a row. Raises ValueError when they do not fill it."""
@@ -221,6 +225,14 @@ class QuantLinear(nn.Module):
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
+    def lay_out(self, names: set[str]) -> None:
+        """Make ready for these kernels, and forget what others made: inside a compiled layer it would be too late."""
+        if self.q.device.type == "cpu":
+            wanted = list(itertools.product(names, [None] if self.q.dim() == 2 else range(self.q.shape[0])))
+            self.__dict__["packed"] = {key: made for key, made in self.packed.items() if key in wanted}
+            for key in wanted:
+                self._layout(*key)
+
     def _layout(self, name: str, expert: int | None):
         """The weight as a CPU kernel wants it, made once."""
         if (name, expert) not in self.packed:
@@ -281,7 +293,7 @@ def _replace(model: nn.Module, format: Format, lm_head: str | None,
             if type(child) is nn.Linear and name in LINEARS:
                 setattr(module, name, make(child.weight, child.bias, format))
             elif type(child) is nn.Linear and name == "output" and lm_head:
-                setattr(module, name, make(child.weight, child.bias, Format(lm_head)))
+                setattr(module, name, make(child.weight, child.bias, format.of_lm_head(lm_head)))
             elif type(child) is MoEFeedForward:
                 setattr(module, name, QuantMoEFeedForward(child.gate, child.n_expert_active, make(child.w13, None, format),
                                                           make(child.w2, None, format)))
@@ -293,7 +305,7 @@ def _replace(model: nn.Module, format: Format, lm_head: str | None,
 COLD = 1 << 28  # bytes of dense weights to go through in turn, so that no cache holds what is measured
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tune(model: nn.Module, cache: Path | None = None) -> None:
     """Find the fastest kernel for each number of rows and shape of weight, by measurement, and note it in the modules.
 
@@ -310,19 +322,15 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
             peers[module.format, module.shape, module.scales.dtype].append(module)
     for (format, shape, dtype), modules in peers.items():
         names = candidates(modules[0])
-        if len(names) == 1:
-            continue
         where = f"{device_name(modules[0].q.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-        for rows in ROWS:
+        for rows in ROWS if len(names) > 1 else ():
             key = f"{where}, {format.mode} {format.group_size} {dtype}, {rows} x {'x'.join(map(str, shape))}"
             if found.get(key) not in names:
                 found[key] = fastest(modules, names, rows)
             for module in modules:
                 module.kernels[rows] = found[key]
         for module in modules:
-            for name, expert in list(module.packed):
-                if name not in module.kernels.values():
-                    del module.packed[name, expert]
+            module.lay_out(set(module.kernels.values()) or {"dense"})
     if found != before:
         with contextlib.suppress(OSError):  # nowhere to keep it: the next run measures again
             cache.parent.mkdir(parents=True, exist_ok=True)
