@@ -47,7 +47,8 @@ class EagleHead(nn.Module):
     def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: "tp.Shard | None" = None) -> "EagleHead":
         """Load a head in the official format from a folder or hub id, to the target's device and dtype.
 
-        `shard` is the target's, if it has one (tp.py). Raises FileNotFoundError or ValueError, naming both sides, for a head that does not fit the target.
+        `shard` is the target's, if it has one (tp.py). Raises FileNotFoundError or ValueError, naming both
+        sides, for a head that does not fit the target.
         """
         folder = resolve_checkpoint(checkpoint)
         config = read_json(folder / "config.json")

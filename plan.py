@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     verdict = "" if args.gpu_memory is None else (f", of {args.gpu_memory:.0f}: "
                                                   + ("fits" if total <= args.gpu_memory else "does not fit"))
     print(f"  {'total':10}{total:8.2f} GB a rank{verdict}")
-    eagle = "" if plan.eagle is None else f", {plan.eagle:.0f} with EAGLE at {args.accept_length} tokens a pass ({args.tree} tree)"
+    eagle = "" if plan.eagle is None else f", {plan.eagle:.0f} with EAGLE ({args.tree} tree, {args.accept_length} tokens a pass)"
     print(f"at most {plan.plain:.0f} tokens/s{eagle}, if a GPU reads {args.bandwidth:.0f} GB/s, sends {args.link:.0f} GB/s, "
           f"and a collective takes {args.latency:.0f} us")
     return 0
@@ -84,7 +84,8 @@ def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
     config, settings = describe(checkpoint)
     weights = make_plan(config, world_size, settings=settings, context=1).weights / 1e9
     if weights * 1e9 > n_byte:
-        raise ValueError(f"{weights:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, or a quantised checkpoint")
+        raise ValueError(f"{weights:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, "
+                         "or a quantised checkpoint")
     say(f"{world_size} ranks, {weights:.1f} GB of weights on each")
 
 
@@ -153,8 +154,9 @@ def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = No
 
 def weight_bytes(module: nn.Module) -> int:
     """Of all weights, 16-bit ones and quantised, those that are tied counted once."""
-    quantised = sum(tensor.nbytes for part in module.modules() if isinstance(part, QuantLinear) for tensor in part.stored().values())
-    return quantised + sum(parameter.nbytes for parameter in module.parameters())
+    quantised = [part for part in module.modules() if isinstance(part, QuantLinear)]
+    return (sum(tensor.nbytes for part in quantised for tensor in part.stored().values())
+            + sum(parameter.nbytes for parameter in module.parameters()))
 
 
 def expert_bytes(module: nn.Module) -> int:
@@ -178,11 +180,11 @@ def workspace_bytes(local: ModelArgs, shard: Shard, context: int, batch: int, n_
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="tp.py", description="Whether a model fits on so many GPUs, and a bound on its speed.")
-    parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id, or a shape of scripts/bench.py")
+    parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id or a shape of bench.py")
     parser.add_argument("--world-size", type=number(int, 1), required=True, metavar="N")
     parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
-    parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="columns of an int4 scale (default 32)")
-    parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this EAGLE head (no value: of the target's shape)")
+    parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="of int4 (default 32)")
+    parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this head (no value: of the target's shape)")
     parser.add_argument("--tree", default="static", help="as in generate.py")
     parser.add_argument("--context", type=number(int, 1), default=4096, metavar="N")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N")
@@ -192,5 +194,5 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bandwidth", type=number(float, 0, open_low=True), default=1300.0, metavar="GB/s", help="of memory")
     parser.add_argument("--link", type=number(float, 0, open_low=True), default=100.0, metavar="GB/s", help="between GPUs")
     parser.add_argument("--latency", type=number(float, 0), default=20.0, metavar="US", help="of a collective")
-    parser.add_argument("--accept-length", type=number(float, 1), default=3.5, metavar="X", help="tokens a target pass with EAGLE")
+    parser.add_argument("--accept-length", type=number(float, 1), default=3.5, metavar="X", help="tokens a target pass")
     return parser.parse_args(argv)

@@ -54,7 +54,7 @@ class Shard:
     # Which slices
 
     def local(self, config: ModelArgs) -> ModelArgs:
-        """The config of one rank's part. vocab_size stays the whole, as dim does. Raises ValueError, naming the sizes that work."""
+        """The config of one rank's part; vocab_size and dim stay the whole's. Raises ValueError, naming the sizes that work."""
         check_divides(config, self.size)
         return replace(config, n_head=config.n_head // self.size, n_kv_head=max(config.n_kv_head // self.size, 1),
                        intermediate_size=config.intermediate_size // self.size)
@@ -278,7 +278,7 @@ class ShardedLogits:
         assert dim == -1, dim
         values, indices = self.part.max(-1, keepdim=True) if k == 1 else self.part.topk(min(k, self.part.shape[-1]))
         indices = indices + self.shard.rank * self.part.shape[-1]
-        # One message: the bits of both, as integers of the values' own order are not needed on the way.
+        # Both in one message: the values travel as the integers that their bits are.
         message = torch.stack((values.float().view(torch.int32), indices.int()), dim=-2)        # [..., 2, k]
         message = all_gather(message, self.shard)                                               # [..., 2, W * k]
         values, indices = message[..., 0, :].view(torch.float), message[..., 1, :].long()

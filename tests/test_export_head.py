@@ -18,7 +18,8 @@ from scripts import export_head
 from test_eagle import head_config, head_weights, write_head
 
 OFFICIAL = {"fc.weight", "layers.0.post_attention_layernorm.weight"} | {
-    f"layers.0.{name}_proj.weight" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+    f"layers.0.{name}_proj.weight"
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def export(target, tmp_path, capsys):
         err = capsys.readouterr().err
         if status:
             return status, None, None, weights, err
-        return (status, json.loads((tmp_path / "out/config.json").read_text()), read_safetensors(tmp_path / "out/model.safetensors"),
-                weights, err)
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        return status, config, read_safetensors(tmp_path / "out/model.safetensors"), weights, err
 
     return export
 

@@ -279,7 +279,8 @@ def test_a_rank_reads_only_its_slices(zoo, tmp_path, monkeypatch, binary):
 
     monkeypatch.setattr(model_file, "iterate_weights", spy)
     full = Transformer.from_pretrained(tmp_path, dtype=torch.float32)
-    model = Transformer.from_pretrained(tmp_path, dtype=torch.float32, shard=tp.Shard(3, 4))    # dim 64, 8 heads of 8 on 2, 56 hidden, 96 tokens
+    model = Transformer.from_pretrained(tmp_path, dtype=torch.float32, shard=tp.Shard(3, 4))
+    # dim 64, 8 heads of 8 on 2 key/value heads, 56 hidden, 96 tokens
     layer = "model.layers.1."
     assert read["model.embed_tokens.weight"] == read["lm_head.weight"] == (24, 64)
     assert read[layer + "self_attn.q_proj.weight"] == (16, 64) and read[layer + "self_attn.k_proj.weight"] == (8, 64)
@@ -314,7 +315,7 @@ def test_a_weight_of_the_wrong_size_is_refused(zoo, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
 
-@pytest.mark.parametrize("kind, world", [*((kind, world) for kind in KINDS for world in (1, 2, 4)), *((kind, 2) for kind in QUANTISED)])
+@pytest.mark.parametrize("kind, world", [(kind, world) for kind in KINDS for world in (1, 2, 4)] + [(kind, 2) for kind in QUANTISED])
 def test_the_plan_counts_what_a_rank_allocates(zoo, kind, world):
     folder, head_folder = zoo(kind)
     shard = tp.Shard(0, world)
@@ -356,7 +357,8 @@ def test_the_plan_of_llama_2_70b_recomputed_from_its_shape(capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--plan llama-2-70b --world-size 3", "1, 2, 4, 8, 16, 32, 64 do"), ("--plan nothing --world-size 2", "shapes are llama-2-7b"),
+    ("--plan llama-2-70b --world-size 3", "1, 2, 4, 8, 16, 32, 64 do"),
+    ("--plan nothing --world-size 2", "shapes are llama-2-7b"),
     ("--plan llama-2-7b --world-size 2 --context 5000", "beyond the model's context of 4096"),
     ("--plan smollm2-135m --world-size 3 --mode int4 --group-size 128", "group size 128 does not divide a row of 576")])
 def test_the_plan_refuses_in_one_line(capsys, argv, message):
@@ -402,8 +404,8 @@ def test_two_nodes_say_what_one_process_says(zoo, tmp_path):
 
 def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "endless", ascii_only=True, context=100_000)
-    run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000", "--temperature", "1",
-                   "--top-k", "5", nodes=["--standalone"])      # no --seed: the ranks agree on one, or the check would end them
+    run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000",
+                   "--temperature", "1", "--top-k", "5", nodes=["--standalone"])      # no --seed: the ranks agree on one, or the check would end them
     assert run.stdout.read(3)       # it talks
     agent_children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     victim = next(pid for pid in map(int, agent_children) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
