@@ -38,7 +38,7 @@ KINDS = {   # what the processes share out: heads, key/value heads and the rest 
 }
 QUANTISED = {   # kind, keys of its config.json, options of quantize.py; at four ranks a row of wo is 16 weights
     "gqa, int4": ("gqa", dict(intermediate_size=128), ["--mode", "int4", "--group-size", "32"]),
-    "gqa, int8": ("gqa", {}, ["--mode", "int8", "--lm-head"]),
+    "gqa, int8": ("gqa", {}, ["--mode", "int8", "--lm-head", "int8"]),
     "mixtral, int8": ("mixtral", {}, ["--mode", "int8"]),
     "mixtral, int4": ("mixtral", dict(hidden_size=64, intermediate_size=64), ["--mode", "int4", "--group-size", "32"]),
 }
