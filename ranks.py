@@ -178,6 +178,10 @@ class Watchdog(threading.Thread):
 
     def leave(self, status: int, line: str) -> None:
         self.left.set()
+        if threading.current_thread() is not self:
+            # Or its next beat could hide that this rank has left; and a thread that comes back from the store while the
+            # interpreter ends is cut off inside C++, which aborts the process.
+            self.join(timeout=SILENCE)
         with contextlib.suppress(RuntimeError):
             self.store.set(f"tp/{self.rank}", f"left {status} {line}")
 
