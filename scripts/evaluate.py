@@ -79,6 +79,8 @@ def evaluate(args: argparse.Namespace) -> None:
             "tree": trees or [args.tree], "arms": [*arms, *peers], "absent": absent}
     done = resume(args.out, run)
     run |= environment(model.inv_freq.device, args.command) | {"rounding": None, "label": args.out.name}
+    if done and (before := read_json(args.out / "run.json")["commit"]) != run["commit"]:
+        run["commit"] = f"{before}, then {run['commit']}"
     todo = [q for q in questions if q["question_id"] not in done]
     if todo:    # else what was measured, and when, stands
         if args.temperature == 0:
