@@ -271,14 +271,11 @@ def draw_report(report: dict, file: Path) -> None:
         axes.set_ylabel(ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
     depths.set_ylim(0, 1)
-    steps.margins(y=0.25)   # room for the legend
-    speeds.set_ylim(0, 1.25 * max(f[arm]["tokens_per_second"] for f in groups.values() for arm in arms))  # room for the legend
-    for axes in (speeds, ratios, depths, steps):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, ncols=2, loc="upper right" if axes is not depths else "lower left")
+    # One legend for all four: inside the axes it would lie over what is shown.
+    figure.legend(*speeds.get_legend_handles_labels(), loc="lower center", ncols=min(len(arms), 6), frameon=False)
     figure.suptitle(f"{Path(report['checkpoint']).name}, {report['question_set']}, {report['questions']} questions, temperature "
                     f"{report['temperature']:g}, {report['dtype']}, {report['device_name']}")
-    save(plt, figure, file)
+    save(plt, figure, file, bottom=0.07)
 
 
 def draw_waterfall(reports: list[dict], file: Path) -> None:
@@ -302,9 +299,10 @@ def draw_waterfall(reports: list[dict], file: Path) -> None:
     save(plt, figure, file)
 
 
-def save(plt, figure, file: Path) -> None:
+def save(plt, figure, file: Path, bottom: float = 0.0) -> None:
+    """bottom: share of the height that is left free for a legend."""
     part = file.with_name(f"{file.stem}.part.png")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(part, dpi=110)
     plt.close(figure)
     part.replace(file)
