@@ -402,7 +402,7 @@ def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
     node = torch.arange(N, device=parents.device).expand_as(parents)
     seen = torch.zeros(*parents.shape, N, dtype=torch.bool, device=parents.device)
     for _ in range(depth + 1):
-        seen = seen.scatter(2, node[:, :, None], True)
+        seen = seen.scatter(2, node[:, :, None], 1)
         node = parents.gather(1, node)
     return seen
 

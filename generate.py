@@ -30,6 +30,7 @@ import tp
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, read_json,
                    resolve_checkpoint)
+from replay import can_trace, capture, trace
 
 DEFAULT_PROMPT = "Why is the sky blue?"
 
@@ -128,6 +129,7 @@ class Decoder:
     Keeps what is compiled and captured from one `generate` to the next. The model's caches must be set up, and the
     head's with room for the nodes it expands (`setup_caches` below does both).
     """
+    TRACE_FROM = 64     # new tokens: for fewer a trace, a quarter of a second, does not pay
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
                  head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):
@@ -142,6 +144,8 @@ class Decoder:
         self.plain = PlainStep(model, tokens, pos, sampling)
         self.n_slot = model.kv_cache.shape[4]
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph | None] = {}  # (is EAGLE's, cache slots looked at)
+        self.traces: dict[bool, Callable[[int], None]] = {}     # is EAGLE's; for any number of slots
+        self.can_trace = not compile and can_trace(model)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # graphs never run side by side
         self.n_ingested = 0     # of row 0: pairs that the head's cache holds, for the next turn of a chat
         if compile:
@@ -199,29 +203,37 @@ class Decoder:
         return result
 
     def run(self, eagle: bool, length: int) -> Tensor:
-        """One step for rows of up to `length` tokens, the root among them: replayed where captured, else called."""
+        """One step for rows of up to `length` tokens, the root among them: replayed where recorded, else called."""
         step = self.eagle if eagle else self.plain
         n_slot = self._n_slot(eagle, length)
         graph = self.graphs.get((eagle, n_slot))
-        graph.replay() if graph is not None else step(n_slot)
+        if graph is not None:
+            graph.replay()
+        else:
+            self.traces.get(eagle, step)(n_slot)
         return step.produced
 
     def warm_up(self, length: int, max_new_tokens: int) -> None:
-        """Compile and capture what the coming steps need, and leave no trace: their slots will be written again."""
+        """Compile and record what the coming steps need. Nothing is left of the calls: their slots will be written again."""
         last = min(length + max_new_tokens, self.n_slot) if self.compile else length
         for length in range(length, last + 1):
             eagle = self._tree_fits(length)
             key = eagle, self._n_slot(eagle, length)
-            if key not in self.graphs:
-                self.graphs[key] = self._capture(*key)
+            tracing = self.can_trace and max_new_tokens >= self.TRACE_FROM and eagle not in self.traces
+            if tracing or key not in self.graphs:
+                self.graphs[key] = self._record(*key, tracing)
 
-    def _capture(self, eagle: bool, n_slot: int) -> "torch.cuda.CUDAGraph | None":
-        """The step as a graph on a GPU, compiled or not; None elsewhere. Its state is left as it was."""
+    def _record(self, eagle: bool, n_slot: int, tracing: bool) -> "torch.cuda.CUDAGraph | None":
+        """Call the step, capture or trace it; its state stays as it was. Returns the graph that a GPU replays."""
         step = self.eagle if eagle else self.plain
         before = [tensor.clone() for tensor in step.state]
         graph = None
         if self.compile and step.pos.is_cuda:
             graph = capture(lambda: step(n_slot), self.pool)
+        elif tracing:
+            modules = [self.model] if self.eagle is None else [self.model, self.eagle.head]
+            self.traces[eagle] = trace(step, modules, [*step.state, step.produced], n_slot)
+            self.traces[eagle](n_slot)  # what it has to prepare, it does at the first call
         else:
             step(n_slot)
         for tensor, value in zip(step.state, before):
@@ -238,20 +250,6 @@ class Decoder:
         if self.plain.pos.is_cuda:
             torch.cuda.synchronize()  # sync: between phases, to time them
         return time.perf_counter()
-
-
-def capture(step: Callable[[], None], pool: tuple | None = None) -> "torch.cuda.CUDAGraph":
-    """The kernels of one call as a graph, after two calls that compile and let cuBLAS and SDPA choose their kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
-    return graph
 
 
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:

@@ -10,6 +10,7 @@ draft costs nothing: its slots are written again. Checkpoints are Hugging Face f
 Shapes: B batch, T new tokens, S cache slots, H query heads, K key/value heads, G = H / K, D head dim, E experts,
 V vocabulary.
 """
+import functools
 import json
 import math
 import pickle
@@ -654,8 +655,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        # A plain attribute: an opaque mkldnn tensor cannot be a parameter that .to() or state_dict() may touch.
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -663,7 +663,18 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # the tracer cannot record the empty list, which has no type
+            return _scripted_linear()(x, self.packed, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+@functools.cache
+def _scripted_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return torch.jit.CompilationUnit("""
+def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    scalars = torch.jit.annotate(List[Optional[Union[complex, float, int]]], [])
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", scalars, "")
+""").packed_linear
 
 
 class PackedRMSNorm(nn.Module):

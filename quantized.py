@@ -18,7 +18,6 @@ routers keep their 16 bits; the LM head is int8 or int4 (of 32 where the layers 
 Shapes: M rows of activations, N rows and K columns of a weight, G groups of a row, E experts.
 """
 import contextlib
-import itertools
 import json
 import os
 import statistics
@@ -33,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generate import capture, device_name, write_atomically
+from generate import device_name, write_atomically
 from model import MoEFeedForward, PackedLinear, read_json
+from replay import capture
 
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
 GROUP_SIZES = (32, 64, 128)
@@ -148,8 +148,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", torch.empty(*lead, n_group) if halves else None)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
         self.kernels: dict[int, str] = {}       # rows -> the kernel that `tune` found; none: the dense product
-        # What kernels made of the weight in a layout of their own, by (kernel, expert). Not buffers: oneDNN's are opaque.
-        self.__dict__["packed"] = {}
+        self.layouts = nn.ModuleDict()          # what CPU kernels made of the weight, by kernel and expert
 
     @classmethod
     def from_weight(cls, weight: Tensor, format: Format, bias: Tensor | None = None) -> "QuantLinear":
@@ -213,46 +212,55 @@ class QuantLinear(nn.Module):
             y = quant_matmul(x.reshape(-1, self.in_features), *self.parts(expert), block_n, split_k)
         elif x.is_cuda:     # dequantised anew each time: compiled, at one row, inductor makes one reduction of it
             y = dense_product(x, *self.parts(expert))
-        elif name == "dense":
-            y = self._layout(name, expert)(x)
         else:
-            weight, scales = self._layout(name, expert)
-            rows = x.reshape(-1, self.in_features).contiguous()
-            if self.format.mode == "int8":
-                y = torch.ops.aten._weight_int8pack_mm(rows, weight, scales)
-            else:
-                y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, self.format.group_size, scales)
+            y = self._layout(name, expert)(x.reshape(-1, self.in_features))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def lay_out(self, names: set[str]) -> None:
         """Make ready for these kernels, and forget what others made: inside a compiled layer it would be too late."""
         if self.q.device.type == "cpu":
-            wanted = list(itertools.product(names, [None] if self.q.dim() == 2 else range(self.q.shape[0])))
-            self.__dict__["packed"] = {key: made for key, made in self.packed.items() if key in wanted}
-            for key in wanted:
-                self._layout(*key)
+            self.layouts = nn.ModuleDict({f"{name} {expert}": self._layout(name, expert) for name in names for expert in (
+                [None] if self.q.dim() == 2 else range(self.q.shape[0]))})
 
-    def _layout(self, name: str, expert: int | None):
-        """The weight as a CPU kernel wants it, made once."""
-        if (name, expert) not in self.packed:
-            q, scales, zeros = self.parts(expert)
-            if name == "dense":
+    def _layout(self, name: str, expert: int | None) -> nn.Module:
+        """The product over the weight as a CPU kernel wants it, made once."""
+        key = f"{name} {expert}"
+        if key not in self.layouts:
+            if name == "packed":
+                made = IntLinear(*self.parts(expert))
+            else:
                 made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-                made.weight = nn.Parameter(dequantize(q, scales, zeros), requires_grad=False)
+                made.weight = nn.Parameter(dequantize(*self.parts(expert)), requires_grad=False)
                 if made.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
                     made = PackedLinear(made)
-            elif self.format.mode == "int8":
-                made = q, scales.flatten()
-            else:
-                made = (torch.ops.aten._convert_weight_to_int4pack_for_cpu((unpack(q) + 8).int(), 1),
-                        torch.stack((scales, zeros), -1).transpose(0, 1).contiguous())  # [G, N, 2]
-            self.packed[name, expert] = made
-        return self.packed[name, expert]
+            self.layouts[key] = made
+        return self.layouts[key]
+
+
+class IntLinear(nn.Module):
+    """torch's product of bf16 rows [M, K] with int8 or int4 weights on a CPU, in the layout that it wants."""
+
+    def __init__(self, q: Tensor, scales: Tensor, zeros: Tensor | None):
+        super().__init__()
+        self.group_size = None if zeros is None else 2 * q.shape[1] // scales.shape[1]
+        if zeros is None:
+            scales = scales.flatten()
+        else:
+            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu((unpack(q) + 8).int(), 1)
+            scales = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous()  # [G, N, 2]
+        self.register_buffer("q", q, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group_size is None:
+            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.q, self.scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.q, self.group_size, self.scales)
 
 
 class QuantMoEFeedForward(MoEFeedForward):
     """Mixtral's experts over quantised weights; the router stays as it is."""
+    routes_on_host = True   # on a CPU, where it saves the gathering of weights
 
     def __init__(self, gate: nn.Linear, n_expert_active: int, w13: QuantLinear, w2: QuantLinear):
         nn.Module.__init__(self)    # not MoEFeedForward's: it would allocate the 16-bit experts

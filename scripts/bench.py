@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
-from generate import (Decoder, Generation, Parser, capture, common_prefix, compile_layers, number,  # noqa: E402
-                      pick_device, say, write_atomically)
+from generate import (Decoder, Generation, Parser, common_prefix, compile_layers, number, pick_device,  # noqa: E402
+                      say, write_atomically)
 from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
                    pack_for_cpu, prefill, read_json, resolve_checkpoint)
 from quantized import Format, quantize_in_place, tune  # noqa: E402
+from replay import can_trace, capture, trace  # noqa: E402
 from scripts.shapes import SHAPES, TINY, meta_model, random_head, random_model  # noqa: E402
 from scripts.simulate import accept_lengths, simulated_decoder  # noqa: E402
 from scripts.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,  # noqa: E402
@@ -144,7 +145,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     parts = list(target_parts(model, twin, args))
     for tree, n_used in itertools.product(trees, args.slots):
         parts += eagle_parts(model, head, twin, tree, n_used, args)
-    steps = time_parts(parts, args, bandwidth)
+    steps = time_parts(parts, [model, *([head] if head else [])], args, bandwidth)
     plain = measure_host_gap(model, None, twin, None, args)
     report = {
         "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
@@ -175,7 +176,7 @@ class Part(NamedTuple):
     n_row: int
     n_used: int | None      # None where the cache is not looked at
     n_byte: int
-    step: Callable[[], None]
+    step: Callable[[], object]
 
 
 def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace) -> Iterator[Part]:
@@ -205,17 +206,14 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], Non
     return step
 
 
-def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], None]:
+def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], list[torch.Tensor]]:
     """What all layers do over the cache, laid out as model.Attention does it: no product with a weight."""
     c, device = model.config, model.inv_freq.device
     n_slot, group = bucket(n_used, model.kv_cache.shape[4]), c.n_head // c.n_kv_head
     q = torch.randn(1, c.n_kv_head, group * n_row, c.head_dim, device=device, dtype=model.kv_cache.dtype)  # [1, K, G*T, D]
     bias = attention_bias(causal_mask(torch.arange(n_used - n_row, n_used, device=device)[None], n_slot), group, q.dtype)
 
-    def step() -> None:
-        for k, v in model.kv_cache[:, :, :, :, :n_slot]:
-            F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    return step
+    return lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for k, v in model.kv_cache[:, :, :, :, :n_slot]]
 
 
 def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
@@ -268,7 +266,7 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
 
 
-def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], None]:
+def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], torch.Tensor]:
     """The head over n_row nodes, and the draft logits of each."""
     weight = head.fc.weight if isinstance(head.fc, torch.nn.Linear) else head.target.norm.weight
     tokens = torch.zeros(1, n_row, dtype=torch.long, device=head.inv_freq.device)
@@ -292,12 +290,12 @@ def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
     return weights - unread + size * (n_row * c.dim + cache)
 
 
-def time_parts(parts: list[Part], args: argparse.Namespace, bandwidth: dict) -> list[dict]:
+def time_parts(parts: list[Part], modules: list[torch.nn.Module], args: argparse.Namespace, bandwidth: dict) -> list[dict]:
     """One row of the report for each part; parts take turns."""
     runs, warmup = {}, []
     for i, part in enumerate(tqdm(parts, "compile, warm up", leave=False, disable=None)):
         begin = clock(args.device)
-        runs[i] = ready(part.step, args)
+        runs[i] = ready(part.step, args, modules)
         warmup.append(clock(args.device) - begin)
     rows, one_row = [], {}
     for part, seconds, times in zip(parts, warmup, interleave(runs, args.repeats, args.device).values()):
@@ -314,12 +312,16 @@ def time_parts(parts: list[Part], args: argparse.Namespace, bandwidth: dict) -> 
     return rows
 
 
-def ready(step: Callable[[], None], args: argparse.Namespace) -> Callable[[], None]:
-    """Compile `step` by calling it; on a GPU return the replay of its captured graph, as Decoder runs its steps."""
+def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[torch.nn.Module]) -> Callable[[], None]:
+    """`step` as Decoder runs it: its captured graph on a GPU, its trace on a CPU, compiled by calling it."""
     if args.compile and args.device.type == "cuda":
         return capture(step).replay
     step()
-    return step
+    if args.compile or not can_trace(modules[0]):
+        return step
+    replay = trace(lambda _: step(), modules)
+    replay(0)
+    return lambda: replay(0)
 
 
 def eagerly(args: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -372,9 +374,10 @@ def measure_host_gap(model: Transformer, head: EagleHead | None, twin: Transform
     n_new = min(STEPS, n_used - room - 1)
     prompt = random_tokens(model, n_used - room - n_new)
     decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    decoder.TRACE_FROM = 1      # as in a longer answer
     *_, part = eagle_parts(model, head, twin, name, n_used, args) if tree else [
         Part("target pass", 1, n_used, 0, target_pass(model, 1, n_used))]
-    step = ready(part.step, args)
+    step = ready(part.step, args, [model, *([head] if head else [])])
     alone, wall = [], []
     for _ in tqdm(range(ROUNDS + 1), name or "plain", leave=False, disable=None):
         result = decoder.generate([prompt], n_new)

@@ -1,6 +1,6 @@
 """Which way of running the model is fastest here? A table on stdout, one JSON object in a file.
 
-    python scripts/variants.py --shape smollm2-135m --slots 128 --ways eager packed block whole
+    python scripts/variants.py --shape smollm2-135m --slots 128 --ways eager packed traced block whole
 
 The ways take turns, in bfloat16 and float32. Compilation starts from an empty cache; with --compile-cache FOLDER, the
 second run shows how long it takes from a filled one.
@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import compile_layers  # noqa: E402
 from model import PackedLinear, Transformer, pack_for_cpu  # noqa: E402
+from replay import can_trace  # noqa: E402
 from scripts.bench import check_model, load, model_parser, ready, run, setup_caches, target_pass  # noqa: E402
 from scripts.timing import clock, interleave, milliseconds, print_table  # noqa: E402
 
@@ -42,7 +43,9 @@ def compare_variants(args: argparse.Namespace) -> dict:
             for key, n_row in tqdm(list(itertools.product(models, args.rows)), "compile", leave=False, disable=None):
                 args.compile = key[0] in ("block", "whole")
                 begin = clock(args.device)
-                runs[*key, n_row] = ready(target_pass(models[key], n_row, args.slots[0]), args)
+                step = target_pass(models[key], n_row, args.slots[0])
+                step()
+                runs[*key, n_row] = ready(step, args, [models[key]]) if key[0] == "traced" or args.compile else step
                 compiling[*key, n_row] = clock(args.device) - begin
             times = interleave(runs, args.repeats, args.device)
     rows = [{"variant": key[0], "dtype": key[1], "rows": key[2], "used_slots": args.slots[0],
@@ -78,16 +81,18 @@ def variants(args: argparse.Namespace) -> Iterator[tuple[tuple[str, str], Transf
             elif name == "whole":
                 options = {"coordinate_descent_tuning": True} if twin.inv_freq.is_cuda else None  # as compile_layers
                 twin.compile(dynamic=False, options=options)
-            elif name == "packed" and not any(isinstance(m, PackedLinear) for m in pack_for_cpu(twin).modules()):
-                continue  # nothing to pack: another device, dtype or processor
+            elif name in ("packed", "traced"):
+                is_packed = any(isinstance(m, PackedLinear) for m in pack_for_cpu(twin).modules())
+                if (name == "packed" and not is_packed) or not can_trace(twin):
+                    continue  # nothing to pack, or another device
             yield (name, str(dtype).removeprefix("torch.")), twin
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = model_parser(__doc__.split("\n")[0], [1, 4, 16])
-    parser.add_argument("--ways", nargs="+", choices=("eager", "packed", "block", "whole"),
-                        default=["eager", "packed", "block"])
+    parser.add_argument("--ways", nargs="+", choices=("eager", "packed", "traced", "block", "whole"),
+                        default=["eager", "packed", "traced", "block"])
     parser.add_argument("--compile-cache", type=Path, metavar="FOLDER", help="where compiled code is kept")
     parser.set_defaults(command=shlex.join(["python", "scripts/variants.py", *argv]), dtype="bfloat16", compile=None,
                         mode=None)

@@ -1,0 +1,104 @@
+"""A step replayed from its trace does what the step itself does, for any number of cache slots."""
+import itertools
+
+import pytest
+import torch
+
+from eagle_head import DynamicTree, StaticTree
+from generate import Decoder, setup_caches
+from model import Sampling, Transformer, pack_for_cpu
+from quantized import Format, QuantLinear, quantize_in_place, tune
+from reference import naive_decode, tiny, tokens_of
+from test_eagle_lossless import head_of
+
+TREES = {"plain": None, "chain": StaticTree.chain(3), "paper": StaticTree.paper(), "dynamic": DynamicTree(3, 3, 8)}
+N_SLOT, N_NEW = 200, 16     # prompts end before slot 128, answers behind it: two sizes of the view of the cache
+
+
+@pytest.fixture(autouse=True)
+def always_traced(monkeypatch, tmp_path):
+    monkeypatch.setattr(Decoder, "TRACE_FROM", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def load(kind, tmp_path, dtype=torch.float32, **overrides):
+    overrides |= dict(max_position_embeddings=256)
+    return Transformer.from_pretrained(tiny(kind, tmp_path / kind, **overrides)[0], device="cpu", dtype=dtype)
+
+
+def answers(model, head, tree, prompts, *, traced, sampling=Sampling(), seed=None):
+    """Two generations of one decoder: the trace is made in the first, and only replayed in the second."""
+    setup_caches(model, head, len(prompts), N_SLOT)
+    decoder = Decoder(model, len(prompts), sampling, head=head if tree else None, tree=tree)
+    decoder.can_trace = traced and decoder.can_trace
+    results = [decoder.generate(prompts, N_NEW, seed=seed) for _ in range(2)]
+    assert list(decoder.traces) == ([tree is not None] if traced else [])
+    assert results[0].tokens == results[1].tokens or seed is None and sampling.temperature > 0
+    return results[1]
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
+@pytest.mark.parametrize("kind, n_row", [("gqa", 1), ("gqa", 3), ("qwen2", 1), ("mixtral", 3)])
+def test_traced_steps_decode_what_naive_decoding_does(tree, kind, n_row, tmp_path):
+    model = load(kind, tmp_path)
+    head = head_of(model)
+    prompts = [tokens_of(122 - row, seed=row) for row in range(n_row)]
+    wanted = [naive_decode(model, prompt, N_NEW) for prompt in prompts]
+    head.tell([p + w for p, w in zip(prompts, wanted)])
+    eager, traced = (answers(model, head, tree, prompts, traced=traced) for traced in (False, True))
+    assert traced.tokens == wanted
+    assert traced.accept_lengths == eager.accept_lengths
+    assert tree is None or traced.mean_accept_length > 1.2
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
+def test_traced_draws_follow_the_seed_and_are_not_the_same_every_time(tree, tmp_path):
+    model, prompts, warm = load("gqa", tmp_path), [tokens_of(122)], Sampling(1.0)
+    head = head_of(model)
+    eager, traced, other = (answers(model, head, tree, prompts, traced=traced, sampling=warm, seed=seed).tokens
+                            for traced, seed in ((False, 1), (True, 1), (True, 2)))
+    assert eager == traced != other
+    assert len({tuple(answers(model, head, tree, prompts, traced=True, sampling=warm).tokens[0]) for _ in range(3)}) == 3
+
+
+@pytest.mark.parametrize("format, kernel", [(None, "dense"), *itertools.product((Format("int8"), Format("int4", 32)),
+                                                                              ("dense", "packed"))], ids=str)
+@pytest.mark.parametrize("tree", [None, StaticTree.chain(2)], ids=["plain", "chain"])
+def test_every_kernel_of_a_cpu_can_be_traced(format, kernel, tree, tmp_path):
+    torch.manual_seed(0)
+    model = load("gqa", tmp_path, torch.bfloat16, hidden_size=64, intermediate_size=128, num_attention_heads=4,
+                 vocab_size=256)
+    head = head_of(model).to(torch.bfloat16)
+    if format is not None:
+        quantize_in_place(model, format, format.mode)
+        tune(model)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.kernels = dict.fromkeys(module.kernels, kernel)
+            module.lay_out({kernel})
+    pack_for_cpu(model), pack_for_cpu(head)
+    eager, traced = (answers(model, head, tree, [tokens_of(122)], traced=traced) for traced in (False, True))
+    assert traced.tokens == eager.tokens and traced.accept_lengths == eager.accept_lengths
+
+
+def test_what_decides_on_the_host_is_not_traced(tmp_path, monkeypatch):
+    model = load("mixtral", tmp_path, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    setup_caches(model, None, 1, N_SLOT)
+    assert Decoder(model, 1).can_trace
+    assert not Decoder(model, 1, compile=True).can_trace
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        assert not Decoder(model, 1).can_trace
+    quantize_in_place(model, Format("int4", 32))
+    assert not Decoder(model, 1).can_trace      # its experts are chosen by reading the routing
+
+
+def test_short_answers_are_not_worth_a_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr(Decoder, "TRACE_FROM", 9)
+    model = load("gqa", tmp_path)
+    setup_caches(model, None, 1, N_SLOT)
+    decoder = Decoder(model, 1)
+    decoder.generate([tokens_of(5)], 8)
+    assert not decoder.traces
+    decoder.generate([tokens_of(5)], 9)
+    assert decoder.traces
