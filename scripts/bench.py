@@ -176,7 +176,7 @@ class Part(NamedTuple):
     n_row: int
     n_used: int | None      # None where the cache is not looked at
     n_byte: int
-    step: Callable[[], object]
+    step: Callable[[], object]  # returns what it computes
 
 
 def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace) -> Iterator[Part]:
@@ -192,7 +192,7 @@ def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace
         yield Part("LM head", n_row, None, weight.nbytes, lambda features=features: model.output(features))
 
 
-def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], None]:
+def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], torch.Tensor]:
     """The target over the last n_row of n_used slots: a plain step at one row, the verification of a draft at more."""
     device = model.inv_freq.device
     tokens = torch.randint(model.config.vocab_size, (1, n_row), device=device)
@@ -200,9 +200,9 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], Non
     produced = torch.zeros_like(tokens)
     n_slot = bucket(n_used, model.kv_cache.shape[4])
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         logits, _ = model(tokens, pos, mask=causal_mask(pos, n_slot))
-        produced.copy_(next_tokens(logits, Sampling()))
+        return produced.copy_(next_tokens(logits, Sampling()))
     return step
 
 
@@ -239,11 +239,10 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     logits, features = step.verify(draft, n_slot)
     state = [tensor.clone() for tensor in step.state]
 
-    def restoring(run: Callable[[], object]) -> Callable[[], None]:
-        def restored() -> None:
+    def restoring(run: Callable[[], object]) -> Callable[[], list[torch.Tensor]]:
+        def restored() -> list[torch.Tensor]:
             run()
-            for tensor, value in zip(step.state, state):
-                tensor.copy_(value)
+            return [step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
         return restored
 
     # twin counts the target; a packed head has no parameters left to count
@@ -319,7 +318,7 @@ def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[to
     step()
     if args.compile or not can_trace(modules[0]):
         return step
-    replay = trace(lambda _: step(), modules)
+    replay = trace(lambda _: step(), modules)   # what a part does not return, a trace leaves out
     replay(0)
     return lambda: replay(0)
 

@@ -112,13 +112,12 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
     draft = flat.grow(flat_root, view)
     logits, features = flat.verify(draft, view)
 
-    def rest() -> None:
-        flat.ingest(view)
+    def rest() -> list[Tensor]:
+        hidden = flat.ingest(view)
         accepted = flat.accept(logits, draft)
         state = [tensor.clone() for tensor in flat.state]
         flat.commit(draft, features, accepted)
-        for tensor, value in zip(flat.state, state):
-            tensor.copy_(value)
+        return [hidden, *(tensor.copy_(value) for tensor, value in zip(flat.state, state))]
 
     jobs = {("target", n): target(n) for n in rows}
     jobs |= {("deep", 5): lambda: deep.grow(deep_root, view), ("flat", 1): lambda: flat.grow(flat_root, view),
