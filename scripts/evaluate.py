@@ -69,6 +69,10 @@ def evaluate(args: argparse.Namespace) -> None:
     n_slot = min(args.max_seq_length, model.config.block_size)
     args.out = args.out or Path("results") / f"{Path(args.checkpoint).name}-{Path(args.questions).stem}-T{args.temperature:g}"
     arms = our_arms(args, model, head, tokenizer, trees or [args.tree], n_slot)
+    also = {Path(folder).name.removeprefix(f"{Path(args.checkpoint).name}-"): folder for folder in args.also}
+    for label, folder in also.items():
+        twin, its_head, *_ = cli.load(argparse.Namespace(**vars(args) | {"checkpoint": folder, "tree": None}))
+        arms |= {f"{label}-{name}": arm for name, arm in our_arms(args, twin, its_head, tokenizer, trees or [args.tree], n_slot).items()}
     peers, absent = find_peers(resolve_checkpoint(args.checkpoint), model.inv_freq.device, getattr(torch, args.dtype), n_slot,
                                args.gguf) if args.peers else ({}, [])
     for line in absent:
@@ -76,7 +80,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for peer in peers.values():
         peer([1, 2, 3, 4], 4)   # warm up
     run |= {"question_set": Path(args.questions).stem, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot,
-            "tree": trees or [args.tree], "arms": [*arms, *peers], "absent": absent}
+            "tree": trees or [args.tree], "also": list(also) or None, "arms": [*arms, *peers], "absent": absent}
     done = resume(args.out, run)
     run |= environment(model.inv_freq.device, args.command) | {"rounding": None, "label": args.out.name}
     if done and (before := read_json(args.out / "run.json")["commit"]) != run["commit"]:
@@ -199,7 +203,7 @@ def ask(question: dict, n: int, args: argparse.Namespace, model: Transformer, to
         given |= {name: peer(prompt, max(2, len(given["plain"].tokens))) for name, peer in peers.items()}
         for name in (*arms, *peers):
             entry = turn_entry(given[name], prompt, tokenizer)
-            if name in arms and name != "plain" and args.temperature == 0:
+            if name.startswith("eagle-") and args.temperature == 0:
                 entry["divergence"] = divergence(model, prompt, given["plain"].tokens, given[name].tokens)
             for key, value in entry.items():
                 answers.setdefault(name, {}).setdefault(key, []).append(value)
@@ -288,7 +292,7 @@ def resume(out: Path, run: dict) -> set:
     if not (out / "run.json").exists():
         return set()
     before = read_json(out / "run.json")
-    for key in ("checkpoint", "eagle", "dtype", "device_name", "tree", "temperature", "top_k", "top_p", "question_set",
+    for key in ("checkpoint", "eagle", "dtype", "device_name", "tree", "also", "temperature", "top_k", "top_p", "question_set",
                 "max_new_tokens", "arms", "torch"):
         if before.get(key) != run[key]:
             raise ValueError(f"{out} holds answers with {key} {before.get(key)!r}, now it is {run[key]!r}: give another --out")
@@ -308,6 +312,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", nargs="+", metavar="TREE", help="an arm for each (default: the one beside the head, or static)")
     parser.add_argument("--draft-vocab", metavar="N|FILE|off")
+    parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT", help="the same model in other formats, such as int4: arms too")
     parser.add_argument("--limit", type=cli.number(int, 1), metavar="N", help="the first N questions only")
     parser.add_argument("--max-new-tokens", type=cli.number(int, 2), default=1024, metavar="N", help="of a turn")
     parser.add_argument("--max-seq-length", type=cli.number(int, 2), default=4096, metavar="N", help="cache slots, within the context")

@@ -12,6 +12,7 @@ some tree, a peer. Metrics are totals over totals, never means of ratios.
    first token to its last.
  - speedup: tokens/s of an arm over those of the plain arm, with the 95% interval of a bootstrap over the questions.
  - accepted length: tokens produced per target pass, the bonus token included.
+ - answers as plain: those equal to plain decoding's by the same target, of a peer to our plain arm's.
  - acceptance at depth d: how often the draft at depth d was right where the one above it was; n-alpha for a chain.
 """
 import argparse
@@ -100,9 +101,15 @@ def figures_of_arms(answers: Answers, run: dict) -> dict[str, dict]:
         lengths = [n for steps in all_of(lines, "accept_lengths") for n in steps]
         if max(lengths, default=0) > 1:
             out[arm] |= acceptance(lengths)
-        if arm != "plain" and run["temperature"] == 0:
-            out[arm] |= agreement(answers["plain"], lines, run["rounding"])
+        plain = plain_of(arm, run)
+        if arm != plain and run["temperature"] == 0:
+            out[arm] |= agreement(answers[plain], lines, run["rounding"])
     return out
+
+
+def plain_of(arm: str, run: dict) -> str:
+    """The plain arm of the same target: "int4-plain" of "int4-eagle-static"."""
+    return next((f"{label}-plain" for label in run.get("also") or [] if arm.startswith(f"{label}-")), "plain")
 
 
 def turns(line: dict) -> dict:
@@ -193,10 +200,11 @@ def fill_in(text: str, folder: Path, content: str) -> str:
 
 def conditions(r: dict) -> str:
     cores = f", {r['threads']} threads" if r["device"] == "cpu" else ""
+    also = f"also in {' and '.join(r['also'])}, " if r.get("also") else ""
     absent = "".join(f" {line}." for line in r.get("absent", []))
     return (f"{r['device_name']}{cores}, torch {r['torch']}, commit {r['commit']}, {r['date'][:10]}; {Path(r['checkpoint']).name} in "
             f"{r['dtype']}, temperature {r['temperature']:g}; {r['questions']} questions of {r['question_set']}, {r['turns']} turns of "
-            f"up to {r['max_new_tokens']} new tokens, batch 1, arms in turn question by question; speedups with 95% intervals.{absent}\n\n"
+            f"up to {r['max_new_tokens']} new tokens, batch 1, {also}arms in turn question by question; speedups with 95% intervals.{absent}\n\n"
             f"`{r['command']}`")
 
 

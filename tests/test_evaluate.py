@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import quantize
 from model import Transformer
 from reference import write_checkpoint
 from scripts import evaluate, peers, report
@@ -185,6 +186,22 @@ def test_rounding_is_the_largest_difference_between_one_row_and_a_block(pair):
         off = evaluate.measure_rounding(model, plain, Tokenizer.from_pretrained(pair[0]), QUESTIONS)
     assert exact["logit_error"] < 1e-4 and off["logit_error"] == pytest.approx(0.25, abs=1e-4)
     assert off["gap_bound"] == 2 * off["logit_error"] and off["positions"] == 3 * 4
+
+
+def test_another_format_of_the_model_is_compared_with_its_own_plain_decoding(run, pair, tmp_path):
+    out = tmp_path / f"{pair[0].name}-int8"
+    assert quantize.main(quantize.parse_args(["--checkpoint", str(pair[0]), "--out", str(out), "--mode", "int8", "--device", "cpu"])) == 0
+    status, text, err = run("--also", out)
+    assert status == 0, err
+    made = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert made["arms"] == [*ARMS, *(f"int8-{arm}" for arm in ARMS)] and "also in int8" in text
+    tokens = {arm: [line["choices"][0]["tokens"] for line in lines_of(tmp_path / "out", arm)] for arm in made["arms"]}
+    assert tokens["int8-plain"] != tokens["plain"] and tokens["int8-eagle-static"] == tokens["int8-plain"]
+    for arm in ARMS[1:]:
+        figures = made["overall"][f"int8-{arm}"]
+        assert figures["identical"] == figures["answers"] == 5      # equal to int8-plain, though not to plain
+        assert figures["speedup"] == figures["tokens_per_second"] / made["overall"]["plain"]["tokens_per_second"]
+    assert "identical" not in made["overall"]["int8-plain"]
 
 
 def test_at_a_temperature_seeds_repeat_and_texts_are_not_compared(run, tmp_path):
