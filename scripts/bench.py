@@ -33,7 +33,7 @@ from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
 from generate import (Decoder, Generation, Parser, common_prefix, compile_layers, number, pick_device,  # noqa: E402
                       say, write_atomically)
 from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
-                   pack_for_cpu, prefill, read_json, resolve_checkpoint)
+                   pack_for_cpu, prefill, read_json, resolve_checkpoint, stored)
 from quantized import Format, quantize_in_place, tune  # noqa: E402
 from replay import can_trace, capture, trace  # noqa: E402
 from scripts.shapes import SHAPES, TINY, meta_model, random_head, random_model  # noqa: E402
@@ -147,15 +147,16 @@ def measure_target(args: argparse.Namespace) -> dict:
         parts += eagle_parts(model, head, twin, tree, n_used, args)
     steps = time_parts(parts, [model, *([head] if head else [])], args, bandwidth)
     plain = measure_host_gap(model, None, twin, None, args)
+    sweep = step_bytes(twin, 1, 0) / bandwidth["bytes_per_second"]
     report = {
         "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
         "mode": args.mode, "group_size": args.group_size,
         "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
-        "prefill": measure_prefill(model, args), "decode": measure_decode(model, args),
+        "prefill": measure_prefill(model, args), "decode": measure_decode(model, sweep, args),
         "plain": plain, "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in trees],
-        "simulated": measure_simulated(model, head, args) if args.simulate_accept else [],
+        "simulated": measure_simulated(model, head, sweep, args) if args.simulate_accept else [],
     }
     print_target(report)
     return report
@@ -186,10 +187,14 @@ def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace
                    target_pass(model, n_row, n_used))
         yield Part("attention alone", n_row, n_used, step_bytes(twin, 0, bucket(n_used, allocated)) - step_bytes(twin, 0, 0),
                    attention(model, n_row, n_used))
-    weight = twin.output.weight
     for n_row in args.rows:
-        features = torch.randn(1, n_row, model.config.dim, device=args.device, dtype=weight.dtype)
-        yield Part("LM head", n_row, None, weight.nbytes, lambda features=features: model.output(features))
+        features = torch.randn(1, n_row, model.config.dim, device=args.device, dtype=args.dtype)
+        yield Part("LM head", n_row, None, lm_head_bytes(twin), lambda features=features: model.output(features))
+
+
+def lm_head_bytes(twin: Transformer) -> int:
+    """As it is stored, quantised or not."""
+    return sum(tensor.nbytes for tensor in stored(twin.output).values())
 
 
 def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], torch.Tensor]:
@@ -248,18 +253,18 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     # twin counts the target; a packed head has no parameters left to count
     c = head.config
     layer = c.dim * (1 + 2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
-    lm_head = c.dim * (c.vocab_size if head.draft_ids is None else len(head.draft_ids))
+    lm_head = lm_head_bytes(twin) * (c.vocab_size if head.draft_ids is None else len(head.draft_ids)) // c.vocab_size
     cache = 2 * c.n_kv_head * c.head_dim * n_slot
-    ingest, level = size * (layer + cache), size * (layer + lm_head + cache)
+    ingest, level = size * (layer + cache), size * (layer + cache) + lm_head
     target = step_bytes(twin, tree.n_node, n_slot)
-    grow = size * lm_head + (tree.depth - 1) * level
+    grow = lm_head + (tree.depth - 1) * level
     for part, n_row, n_byte, run in (
             ("ingest", tree.depth + 1, ingest, lambda: step.ingest(n_slot)),
             ("grow", tree.n_node - 1, grow, lambda: step.grow(root, n_slot)),
             ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
             ("accept + commit", tree.depth + 1, 0,
              restoring(lambda: step.commit(draft, features, step.accept(logits, draft)))),
-            ("draft LM head", 1, size * lm_head, lambda: head.draft_logits(root)),
+            ("draft LM head", 1, lm_head, lambda: head.draft_logits(root)),
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
             ("whole step", tree.n_node, ingest + grow + target, restoring(lambda: step(n_slot)))):
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
@@ -342,10 +347,10 @@ def measure_prefill(model: Transformer, args: argparse.Namespace) -> dict:
             "warmup_seconds": seconds[0]}
 
 
-def measure_decode(model: Transformer, args: argparse.Namespace) -> dict:
-    """Plain greedy decoding end to end: the host's part of each step is in it."""
+def measure_decode(model: Transformer, sweep: float, args: argparse.Namespace) -> dict:
+    """Plain greedy decoding end to end: the host's part of each step is in it. sweep: seconds to read all weights once."""
     first, *results = decode_in_turn({"plain": Decoder(model, 1, compile=args.compile)}, model, args)["plain"]
-    return {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(results),
+    return {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(results, sweep),
             "warmup_seconds": first.timings["compile_seconds"]}
 
 
@@ -360,8 +365,10 @@ def decode_in_turn(decoders: dict[str, Decoder], model: Transformer,
     return results
 
 
-def speeds(results: list[Generation]) -> dict:
-    return spread([result.tokens_per_second for result in results], "tokens_per_second")
+def speeds(results: list[Generation], sweep: float) -> dict:
+    """Tokens a second, and in the time that one sweep of the memory over the target's weights takes: 1 is the plain optimum."""
+    speed = spread([result.tokens_per_second for result in results], "tokens_per_second")
+    return speed | {"tokens_per_sweep": sweep * speed["tokens_per_second_median"]}
 
 
 def measure_host_gap(model: Transformer, head: EagleHead | None, twin: Transformer, name: str | None,
@@ -398,19 +405,19 @@ def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: 
                   "relative_to_plain_step": row["ms_whole_step"] / plain["ms_whole_step"]}
 
 
-def measure_simulated(model: Transformer, head: EagleHead, args: argparse.Namespace) -> list[dict]:
+def measure_simulated(model: Transformer, head: EagleHead, sweep: float, args: argparse.Namespace) -> list[dict]:
     """Whole generations, plain and by each tree with accepted lengths replayed, taking turns."""
     decoders = {"plain": Decoder(model, 1, compile=args.compile)}
     for name, lengths in zip(args.trees, args.lengths):
         decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
     results = {name: runs[1:] for name, runs in decode_in_turn(decoders, model, args).items()}
     plain = results.pop("plain")
-    rows = [{"arm": "plain", "simulated": False, **speeds(plain)}]
+    rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}]
     for (name, runs), spec in zip(results.items(), args.simulate_accept):
         steps = [n for run in runs for n in run.accept_lengths[0]]
         pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
         rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
-                     **speeds(runs), **spread(pairs, "speedup")})
+                     **speeds(runs, sweep), **spread(pairs, "speedup")})
     return rows
 
 
@@ -428,7 +435,8 @@ def print_target(report: dict) -> None:
                   100 * row["bandwidth_share"], row["warmup_seconds"]] for row in report["steps"]])
     print(f"\nprefill {prefilled['tokens_per_second']:.1f} tokens/s ({prefilled['tokens']} tokens), "
           f"decode {decoded['tokens_per_second_median']:.1f} tokens/s ({decoded['new_tokens']} tokens after "
-          f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second_median']:.3f} ms each)\n")
+          f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second_median']:.3f} ms each; "
+          f"{decoded['tokens_per_sweep']:.2f} in the time of a sweep over the weights)\n")
     print_table([f"step at {report['plain']['used_slots']} slots", "ms on the device", "ms with the host", "host gap ms",
                  "x plain", "% outside the models"],
                 [[row.get("tree", "plain"), row["ms_whole_step"], row["ms_wall_per_step"], row["ms_host_gap"],
@@ -436,9 +444,9 @@ def print_target(report: dict) -> None:
                  for row in [report["plain"], *report["eagle"]]])
     if report["simulated"]:
         print()
-        print_table(["whole generations", "tokens per pass", "tokens/s median", "min", "max", "speedup", "min", "max"],
+        print_table(["whole generations", "tokens per pass", "per sweep", "tokens/s median", "min", "max", "speedup", "min", "max"],
                     [[f"{row['arm']}, accepted lengths SIMULATED" if row["simulated"] else row["arm"],
-                      row.get("mean_accept_length"),
+                      row.get("mean_accept_length"), row["tokens_per_sweep"],
                       *(row[f"{name}_{which}"] if f"{name}_{which}" in row else None
                         for name in ("tokens_per_second", "speedup") for which in ("median", "min", "max"))]
                      for row in report["simulated"]])

@@ -118,6 +118,9 @@ def test_bench_of_a_checkpoint_writes_its_report(tmp_path, short):
     assert report["steps"][0]["relative_to_one_row"] == 1
     assert report["prefill"]["tokens"] == 40 and ordered(report["prefill"])
     assert report["decode"]["new_tokens"] == 4 and report["decode"]["tokens_per_second_median"] > 0
+    weights = report["steps"][0]["bytes"] - report["steps"][1]["bytes"]     # a pass without its cache
+    assert report["decode"]["tokens_per_sweep"] == pytest.approx(
+        report["decode"]["tokens_per_second_median"] * weights / bandwidth["bytes_per_second"])
     assert report["plain"]["ms_host_gap"] == report["plain"]["ms_wall_per_step"] - report["plain"]["ms_whole_step"]
 
 
@@ -152,6 +155,13 @@ def test_quantised_random_weights_are_timed_and_counted_as_they_are_stored(tmp_p
         saved = linears * (2 - bits / 8) - groups * group_bytes
         assert report["mode"] == mode and report["parameters"] == plain["parameters"]
         assert plain["steps"][0]["bytes"] - report["steps"][0]["bytes"] == saved
+
+
+def test_a_quantised_lm_head_is_counted_as_it_is_stored():
+    model = bench.meta_model(bench.TINY, torch.bfloat16, {"mode": "int4", "group_size": 32, "lm_head": "int8"})
+    c = model.config
+    assert bench.lm_head_bytes(model) == c.vocab_size * (c.dim + 2)     # and a scale for each row
+    assert bench.lm_head_bytes(bench.meta_model(c, torch.bfloat16)) == 2 * c.vocab_size * c.dim
 
 
 def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
