@@ -7,7 +7,7 @@
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3 --tree dynamic
 
 The answer streams to stdout, everything else goes to stderr. On a GPU each decode step is one captured CUDA graph
-over compiled layers; on a CPU it runs eagerly over weights packed for oneDNN, which starts at once.
+over compiled layers; on a CPU a trace over weights packed for oneDNN (replay.py), which is made in a fraction of a second.
 
 Shapes: B batch, T new tokens, S cache slots, V vocabulary.
 """

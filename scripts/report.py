@@ -253,22 +253,23 @@ def draw_report(report: dict, file: Path) -> None:
         return
     overall, groups = report["overall"], {"all": report["overall"], **report["categories"]}
     arms = list(overall)
+    colours = plt.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
     drafting = [arm for arm in arms if "acceptance_by_depth" in overall[arm]]
     figure, ((speeds, ratios), (depths, steps)) = plt.subplots(2, 2, figsize=(13, 8))
     for n, arm in enumerate(arms):
         at = [x + (n - (len(arms) - 1) / 2) * 0.8 / len(arms) for x in range(len(groups))]
-        speeds.bar(at, [f[arm]["tokens_per_second"] for f in groups.values()], 0.8 / len(arms), label=arm, color=f"C{n}")
+        speeds.bar(at, [f[arm]["tokens_per_second"] for f in groups.values()], 0.8 / len(arms), label=arm, color=colours[n % len(colours)])
         if arm != "plain":
             middle = [f[arm]["speedup"] for f in groups.values()]
             low, high = ([abs(f[arm]["speedup_interval"][i] - f[arm]["speedup"]) for f in groups.values()] for i in (0, 1))
-            ratios.errorbar(at, middle, (low, high), fmt="o", capsize=2, label=arm, color=f"C{n}")
+            ratios.errorbar(at, middle, (low, high), fmt="o", capsize=2, label=arm, color=colours[n % len(colours)])
         if arm in drafting:
             values = overall[arm]["acceptance_by_depth"]
-            depths.plot(range(1, len(values) + 1), values, "o-", label=arm, color=f"C{n}")
+            depths.plot(range(1, len(values) + 1), values, "o-", label=arm, color=colours[n % len(colours)])
             counts = overall[arm]["tokens_per_step"]
             shift = (drafting.index(arm) - (len(drafting) - 1) / 2) * 0.8 / len(drafting)
             steps.bar([int(k) + shift for k in counts], [v / sum(counts.values()) for v in counts.values()], 0.8 / len(drafting),
-                      label=arm, color=f"C{n}")
+                      label=arm, color=colours[n % len(colours)])
     ratios.axhline(1, color="grey", linewidth=0.8)
     for axes, ylabel in ((speeds, "tokens/s"), (ratios, "speedup over plain decoding")):
         axes.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
