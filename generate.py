@@ -70,7 +70,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     With a seed the draws are repeatable; None goes on with torch's generator as it is. `on_tokens(row, ids, n_draft)`
     is called with new tokens as they come, the first n_draft of them drafts that were accepted. Raises ValueError for
     an empty prompt or one that leaves no room in the context. To answer many prompts, make one Decoder and call its
-    `generate`: what is compiled is then kept.
+    `generate`: what is compiled or traced is then kept.
     """
     tree = load_tree(tree) if isinstance(tree, str) else tree
     if max_seq_length is None:
@@ -80,6 +80,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     setup_caches(model, head, len(prompts), max_seq_length)
     decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head, tree=tree,
                       draw_drafts=draw_drafts)
+    decoder.can_trace = False   # it hardly pays for one call, and torch keeps every trace for good
     return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, on_tokens=on_tokens)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eagle_head import DynamicTree, StaticTree
-from generate import Decoder, setup_caches
+from generate import Decoder, generate, setup_caches
 from model import Sampling, Transformer, pack_for_cpu
 from quantized import Format, QuantLinear, quantize_in_place, tune
 from reference import naive_decode, tiny, tokens_of
@@ -91,6 +91,11 @@ def test_what_decides_on_the_host_is_not_traced(tmp_path, monkeypatch):
         assert not Decoder(model, 1).can_trace
     quantize_in_place(model, Format("int4", 32))
     assert not Decoder(model, 1).can_trace      # its experts are chosen by reading the routing
+
+
+def test_a_call_of_generate_leaves_no_trace_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.jit, "trace", lambda *_, **__: pytest.fail("torch would keep it"))
+    generate(load("gqa", tmp_path), [tokens_of(5)], 64)
 
 
 def test_short_answers_are_not_worth_a_trace(tmp_path, monkeypatch):
