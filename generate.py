@@ -366,15 +366,27 @@ def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | No
     vocab = args.draft_vocab or str(folder / "draft_vocab.json")
     if args.draft_vocab not in (None, "off") or (args.draft_vocab is None and Path(vocab).exists()):
         head.set_draft_vocab(load_draft_vocab(vocab, folder))
-    tree = folder / "tree.json"
-    return head, args.tree or (str(tree) if tree.exists() else "static")
+    tree = next(filter(Path.exists, (folder / tree_name(args.checkpoint), folder / "tree.json")), "static")
+    return head, args.tree or str(tree)
+
+
+def tree_name(checkpoint: str) -> str:
+    """Of the file beside a head: a quantised target has a tree of its own, for it makes a block of rows dearer than one."""
+    mode = quantize_settings(checkpoint).get("mode")
+    return f"tree-{mode}.json" if mode else "tree.json"
+
+
+def quantize_settings(checkpoint: str) -> dict:
+    file = resolve_checkpoint(checkpoint) / "quantize.json"
+    return read_json(file) if file.exists() else {}
 
 
 def shipped_head(checkpoint: str) -> str:
-    """The folder under heads/ that was trained for this checkpoint, by the last part of its name."""
-    folders = sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json"))
-    for file in folders:
-        if str(read_json(file).get("target", "")).split("/")[-1] == Path(checkpoint).name:
+    """The folder under heads/ that was trained for this checkpoint, or for the one it was quantised from, by the last
+    part of its name."""
+    names = {Path(checkpoint).name, Path(str(quantize_settings(checkpoint).get("source", ""))).name}
+    for file in sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json")):
+        if str(read_json(file).get("target", "")).split("/")[-1] in names:
             return str(file.parent)
     raise FileNotFoundError(f"no head ships for {checkpoint}: name one, --eagle HEAD")
 
@@ -622,7 +634,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eagle", nargs="?", const="", metavar="HEAD",
                         help="decode with this EAGLE head, a folder or hub id (no value: the one that ships)")
     parser.add_argument("--tree", metavar="TREE", help="static, chain[:DEPTH], dynamic[:DEPTH,CHILDREN,NODES] or a JSON "
-                        "file of paths (default: tree.json beside the head, else static)")
+                        "file of paths (default: tree.json or tree-int4.json beside the head, else static)")
     parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
                         "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
     parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction,

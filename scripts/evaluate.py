@@ -68,11 +68,12 @@ def evaluate(args: argparse.Namespace) -> None:
     model, head, tokenizer, run = cli.load(args)
     n_slot = min(args.max_seq_length, model.config.block_size)
     args.out = args.out or Path("results") / f"{Path(args.checkpoint).name}-{Path(args.questions).stem}-T{args.temperature:g}"
-    arms = our_arms(args, model, head, tokenizer, trees or [args.tree], n_slot)
+    arms = our_arms(args, model, head, tokenizer, trees, n_slot)
     also = {Path(folder).name.removeprefix(f"{Path(args.checkpoint).name}-"): folder for folder in args.also}
     for label, folder in also.items():
-        twin, its_head, *_ = cli.load(argparse.Namespace(**vars(args) | {"checkpoint": folder, "tree": None}))
-        arms |= {f"{label}-{name}": arm for name, arm in our_arms(args, twin, its_head, tokenizer, trees or [args.tree], n_slot).items()}
+        its_args = argparse.Namespace(**vars(args) | {"checkpoint": folder, "tree": None})
+        twin, its_head, *_ = cli.load(its_args)
+        arms |= {f"{label}-{name}": arm for name, arm in our_arms(its_args, twin, its_head, tokenizer, trees, n_slot).items()}
     peers, absent = find_peers(resolve_checkpoint(args.checkpoint), model.inv_freq.device, getattr(torch, args.dtype), n_slot,
                                args.gguf) if args.peers else ({}, [])
     for line in absent:
@@ -80,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for peer in peers.values():
         peer([1, 2, 3, 4], 4)   # warm up
     run |= {"question_set": Path(args.questions).stem, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot,
-            "tree": trees or [args.tree], "also": list(also) or None, "arms": [*arms, *peers], "absent": absent}
+            "tree": trees, "also": list(also) or None, "arms": [*arms, *peers], "absent": absent}
     done = resume(args.out, run)
     run |= environment(model.inv_freq.device, args.command) | {"rounding": None, "label": args.out.name}
     if done and (before := read_json(args.out / "run.json")["commit"]) != run["commit"]:
@@ -167,12 +168,12 @@ def rows_of(file: Path) -> Iterator[dict]:
 
 
 def our_arms(args: argparse.Namespace, model: Transformer, head, tokenizer, trees: list[str], n_slot: int) -> dict[str, Arm]:
-    """Plain decoding, and EAGLE with each tree, over the same weights and caches."""
+    """Plain decoding, and EAGLE with each tree, over the same weights and caches. "tuned" is the tree beside the head."""
     cli.setup_caches(model, head, 1, n_slot)
     sampling = cli.Sampling(args.temperature, args.top_k, args.top_p)
     decoders = {"plain": cli.Decoder(model, 1, sampling, compile=args.compile)}
     for spec in trees:
-        label = "tuned" if Path(spec).name == "tree.json" else Path(spec).stem.replace(":", "-")
+        label, spec = Path(spec).stem.replace(":", "-"), args.tree if spec == "tuned" else spec
         decoders["eagle-" + label] = cli.Decoder(model, 1, sampling, compile=args.compile, head=head, tree=load_tree(spec))
 
     def arm(decoder: cli.Decoder) -> Arm:
@@ -310,7 +311,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="answers and report (default: below results/)")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
-    parser.add_argument("--tree", nargs="+", metavar="TREE", help="an arm for each (default: the one beside the head, or static)")
+    parser.add_argument("--tree", nargs="+", default=["tuned"], metavar="TREE",
+                        help="an arm for each; tuned, the default, is the one beside the head, or static")
     parser.add_argument("--draft-vocab", metavar="N|FILE|off")
     parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT", help="the same model in other formats, such as int4: arms too")
     parser.add_argument("--limit", type=cli.number(int, 1), metavar="N", help="the first N questions only")

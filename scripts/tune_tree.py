@@ -8,7 +8,7 @@ Two measurements and a search, as in Sequoia (arXiv 2402.12374):
  2. time a target pass over 1, 2, 4, ... rows and a draft level, on this device;
  3. a node is worth the product of a[d][r] along its path, so the best N nodes are the N most valuable ones, and they
     are connected because no child is worth more than its parent. Try every depth and N, keep the most tokens a second.
-The tree is written beside the head as tree.json, which generate.py picks up.
+The tree is written beside the head as tree.json, or tree-int4.json for a target in int4; generate.py picks it up.
 """
 import argparse
 import heapq
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    out = args.out or Path(args.eagle) / "tree.json"
+    out = args.out or Path(args.eagle) / cli.tree_name(args.checkpoint)
     report |= {"paths": tree, "device": cli.device_name(model.inv_freq.device), "torch": torch.__version__,
                "dtype": args.dtype, "costs_ms": costs, "accept_by_depth_and_rank": accept}
     cli.write_atomically(out, json.dumps(report) + "\n")
@@ -193,7 +193,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", nargs="?", const="", default="", metavar="HEAD", help="default: the one that ships")
     parser.add_argument("--questions", type=Path, metavar="FILE", help='JSON lines with "turns" to calibrate on')
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: tree.json beside the head")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: tree.json or tree-MODE.json beside the head")
     parser.add_argument("--max-new-tokens", type=cli.number(int, 16), default=128, metavar="N")
     parser.add_argument("--max-depth", type=cli.number(int, 1), default=7, metavar="N")
     parser.add_argument("--max-rank", type=cli.number(int, 1), default=8, metavar="N", help="children of a node")

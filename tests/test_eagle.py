@@ -4,6 +4,7 @@
 
 Shapes: B batch, N tree nodes including the root, R children of a node, S cache slots, V vocabulary.
 """
+import contextlib
 import functools
 import json
 import math
@@ -828,9 +829,25 @@ def test_the_tree_and_the_draft_vocabulary_beside_the_head_are_taken_up(shell, m
         run = shell(*options, max_new_tokens=3)
         assert run.status == 0, run.err
         assert seen.pop() == (tree, ids), options
+    (shell.head / "tree-int4.json").write_text("[[0]]")
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "quantize_settings", lambda checkpoint: {"mode": "int4"})
+        assert shell(max_new_tokens=3).status == 0 and seen.pop()[0] == StaticTree.chain(1)
+        patch.setattr(cli, "quantize_settings", lambda checkpoint: {"mode": "int8"})
+        assert shell(max_new_tokens=3).status == 0 and seen.pop()[0] == own
     (shell.head / "tree.json").unlink()
     (shell.head / "draft_vocab.json").unlink()
     assert shell(max_new_tokens=3).status == 0 and seen.pop() == (StaticTree.paper(), None)
+
+
+def test_a_head_ships_for_the_model_that_a_quantised_one_was_made_of(tmp_path):
+    for name, settings, found in (("SmolLM2-135M-Instruct", None, True), ("mine", None, False),
+                                  ("mine-int4", {"mode": "int4", "source": "some/SmolLM2-135M-Instruct"}, True)):
+        (tmp_path / name).mkdir()
+        if settings is not None:
+            write_json(tmp_path / name / "quantize.json", settings)
+        with contextlib.nullcontext() if found else pytest.raises(FileNotFoundError, match="no head ships"):
+            assert Path(cli.shipped_head(str(tmp_path / name))).name == "SmolLM2-135M-Instruct"
 
 
 def write_json(file, content):
