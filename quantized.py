@@ -330,8 +330,8 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
     """Find the fastest kernel for each number of rows and shape of weight, by measurement, and note it in the modules.
 
     The weights of one shape take turns. What was found is kept in `cache`, ~/.cache/eagle-kernels.json by default,
-    for this device, torch and number of threads: two runs then take the same kernels and give the same text. Of several
-    ranks the first writes it.
+    for this device, torch, and Triton or the number of threads: two runs then take the same kernels and give the same
+    text. Of several ranks the first writes it.
     """
     found, peers = {}, defaultdict(list)
     with contextlib.suppress(OSError, ValueError, RuntimeError):    # not there, not to be read, broken, no home: measured anew

@@ -166,6 +166,7 @@ def test_rows_of_a_linear_are_its_rows():
     assert torch.equal(linear.rows(index).weight, linear.weight[index])
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_compiled_linear_is_one_graph():
     """By each kernel, and without operators of oneDNN, which inductor knows in graphs of its own making only."""
     x, graphs = torch.randn(1, 3, 64), []
@@ -380,6 +381,9 @@ def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch,
     for stop in ("model.safetensors.index.json", "quantize.json", "config.json"):
         assert again() == 130 and not out.exists()
     stop = None
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", partial(raise_, KeyboardInterrupt))
+        assert again() == 130 and not out.exists()
     assert again() == 0 and not part.exists() and not (out / "settings.json").exists()
     shards = [name for name in written if name.endswith(".part")]
     assert sorted(shards) == sorted([*(file.stem + ".part" for file in whole.glob("*.safetensors")), "model-layer-002.part"])
