@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
             folders.append(args.out)
         for folder in folders if args.eval else folders[1:]:
             report(folder, args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:     # a full disk is a SafetensorError
         say(f"error: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
@@ -100,12 +100,19 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
         raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
     if out.exists():
         raise ValueError(f"{out} exists: give --out another folder")
-    keys = list_keys(folder)
-    is_head = "fc.weight" in keys
+    shapes = list_shapes(folder)
+    is_head = "fc.weight" in shapes
     if is_head and (args.lm_head or args.method == "gptq"):
         raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: no --lm-head, --method rtn")
     if not is_head:
         ModelArgs.from_config(config)
+    format = Format(args.mode, args.group_size)
+    lm_head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"   # a tied one is untied
+    for key, shape in shapes.items():
+        if linear_of(key):
+            format.n_group(shape[-1])
+        elif key == lm_head and args.lm_head:
+            format.of_lm_head(args.lm_head).n_group(shape[-1])
     settings = {"mode": args.mode, "group_size": args.group_size, "method": args.method, "act_order": args.act_order,
                 "lm_head": args.lm_head, "source": str(args.checkpoint)}
     if args.data:
@@ -113,17 +120,18 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
                                    "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
 
     part = out.with_name(out.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
     stamp = part / "settings.json"  # not quantize.json yet: no name that makes a folder loadable comes before the end
-    if not any(part.glob("*.safetensors")):
-        write_atomically(stamp, json.dumps(settings) + "\n")
-    elif read_json(stamp) != settings:
-        raise ValueError(f"{part} was begun with other settings: finish it with those, or delete it")
-
-    format = Format(args.mode, args.group_size)
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
+               for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
+    begun = any(part.glob("*.safetensors"))
+    if begun and read_json(stamp) != settings | {"weights": weights}:
+        raise ValueError(f"{part} was begun with other settings or other weights: finish it with those, or delete it")
     calibration = Calibration(folder, ModelArgs.from_config(config), settings, args) if args.method == "gptq" else None
-    lm_head = "lm_head.weight" if "lm_head.weight" in keys else "model.embed_tokens.weight"    # a tied one is untied
-    units = sorted({unit_of(key) for key in keys}, key=unit_order)
+    part.mkdir(parents=True, exist_ok=True)
+    if not begun:
+        write_atomically(stamp, json.dumps(settings | {"weights": weights}) + "\n")
+
+    units = sorted({unit_of(key) for key in shapes}, key=unit_order)
     weight_map = {}
     for unit in tqdm(units, "quantising", unit=" layers", disable=None):
         file = part / (f"model-layer-{unit_order(unit)[1]:03}.safetensors" if unit else "model-other.safetensors")
@@ -131,6 +139,9 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
             tensors = {key: tensor for key, tensor, _ in iterate_weights(folder, lambda key: unit_of(key) == unit)
                        if not key.endswith("rotary_emb.inv_freq")}
             hessians = calibration.hessians(unit, tensors) if calibration and unit else {}
+            idle = sorted({name for name in map(linear_of, tensors) if name and name not in hessians} if hessians else ())
+            if idle:
+                tqdm.write(f"{unit}: no token reached {', '.join(idle)}: rounded to nearest", file=sys.stderr)
             done = {key: value for name in list(tensors)
                     for key, value in quantize_weight(name, tensors.pop(name), format, hessians, args.act_order).items()}
             if args.lm_head and not unit:
@@ -152,15 +163,20 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
             shutil.copyfile(file, part / file.name)
     write_atomically(part / "quantize.json", json.dumps(settings, indent=1) + "\n")
     shutil.copyfile(folder / "config.json", part / "config.json")
-    stamp.unlink()
     part.rename(out)
+    (out / stamp.name).unlink()     # after the renaming: without it nothing could go on from the .part
 
 
-def list_keys(folder: Path) -> list[str]:
-    keys = []
-    for _ in iterate_weights(folder, keys.append):  # append returns None, which wants nothing read
+def list_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of every tensor, by its key; of the values none is read."""
+    shapes = {}
+
+    def nothing(key: str, shape: list[int]) -> tuple[slice]:
+        shapes[key] = shape
+        return (slice(0, 0),)
+    for _ in iterate_weights(folder, part=nothing):
         pass
-    return keys
+    return shapes
 
 
 def unit_of(key: str) -> str:
@@ -181,7 +197,13 @@ def quantize_weight(key: str, weight: Tensor, format: Format, hessians: dict[str
     if name is None:
         return {key: weight}
     hessian = hessians.get(name)    # none: nothing was calibrated, or no token went to this expert
-    stored = round_to_nearest(weight, format) if hessian is None else gptq(weight.to(hessian.device), hessian, format, act_order)
+    if hessian is None:
+        stored = round_to_nearest(weight, format)
+    else:
+        try:
+            stored = gptq(weight.to(hessian.device), hessian, format, act_order)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
     return {key.removesuffix("weight") + kind: tensor.cpu() for kind, tensor in stored.items()}
 
 
@@ -202,19 +224,18 @@ def gptq(weight: Tensor, hessian: Tensor, format: Format, act_order: bool = Fals
     """weight [N, K], hessian [K, K] of its inputs -> what a checkpoint stores of it [GPTQ, algorithm 1].
 
     In the dtype of the hessian. act_order takes the columns with the strongest activations first; the grids of the
-    groups are then fitted beforehand, because a group's columns come scattered.
+    groups are then fitted beforehand, because a group's columns come scattered. Raises ValueError for a hessian that no
+    damping helps.
     """
     weight, hessian = weight.to(hessian.dtype), hessian.clone()
     n_group, K = format.n_group(weight.shape[1]), weight.shape[1]
     size = K // n_group
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = diagonal.mean()       # a column that is never active: any value serves
-    diagonal += damping * diagonal.mean()
     scale, zero = fit_grid(weight.float().unflatten(1, (n_group, size)), format.mode)   # [N, G]
     order = diagonal.argsort(descending=True) if act_order else torch.arange(K, device=weight.device)
     w = weight[:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = inverse_factor(hessian[order][:, order], damping)
     q = torch.empty_like(weight)
     for begin in range(0, K, block):
         end = min(begin + block, K)
@@ -228,6 +249,20 @@ def gptq(weight: Tensor, hessian: Tensor, format: Format, act_order: bool = Fals
             w[:, j + 1:end] -= errors[:, j - begin, None] * upper[j, j + 1:end]
         w[:, end:] -= errors @ upper[begin:end, end:]
     return pack(q, scale, zero, format.mode)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of a hessian with `damping` of its mean diagonal added, or of more if need be."""
+    mean = hessian.diagonal().mean()
+    for share in (damping, 0.1, 1.0):
+        damped = hessian.clone()
+        damped.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and upper.isfinite().all():
+            return upper
+    raise ValueError("GPTQ cannot invert the second moments of the inputs, however damped; --method rtn needs none")
 
 
 class Calibration:
@@ -306,7 +341,7 @@ def report(folder: Path, args: argparse.Namespace) -> None:
             if not key.endswith((".scales", ".zeros")):
                 layer_weights += tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
     line = f"{folder}: {n_byte / 1e6:.1f} MB, {8 * layer_bytes / layer_weights:.2f} bits per weight in the layers"
-    if args.eval and "fc.weight" not in list_keys(folder):
+    if args.eval and "fc.weight" not in list_shapes(folder):
         model = Transformer.from_pretrained(folder, args.device, getattr(torch, args.dtype))
         tokenizer = Tokenizer.from_pretrained(folder)
         tokens = tokenizer.encode(args.eval.read_text(encoding="utf-8"), bos=tokenizer.adds_bos)

@@ -18,21 +18,22 @@ routers keep their 16 bits; the LM head is int8 or int4 (of 32 where the layers 
 Shapes: M rows of activations, N rows and K columns of a weight, G groups of a row, E experts.
 """
 import contextlib
+import functools
 import json
 import os
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from generate import device_name, write_atomically
+from generate import device_name, say, write_atomically
 from model import MoEFeedForward, PackedLinear, read_json
 from replay import capture
 
@@ -111,19 +112,26 @@ def unpack(weight: Tensor) -> Tensor:
     """As stored -> q [..., N, K] int8."""
     if weight.dtype == torch.int8:
         return weight
-    return torch.stack((weight & 15, weight >> 4), -1).flatten(-2).to(torch.int8) - 8
+    return torch.stack((weight & 15, weight >> 4), -1).flatten(-2).view(torch.int8) - 8
 
 
 def dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """As stored -> [..., N, K] in the dtype of the scales, computed in fp32."""
-    groups = unpack(weight).float().unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]
-    if zeros is not None:
-        groups = groups + zeros.float()[..., None]
+    groups, scale = unpack(weight).unflatten(-1, (scales.shape[-1], -1)), scales.float()[..., None]
+    groups = groups * scale if zeros is None else torch.addcmul(zeros.float()[..., None], groups, scale)
     return groups.flatten(-2).to(scales.dtype)
 
 
 def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     return F.linear(x, dequantize(q, scales, zeros))
+
+
+@functools.cache
+def reduction() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """`dense_product` of one row on a GPU, compiled: inductor makes one reduction of it, with no 16-bit weight in memory."""
+    # All shapes of a model and its head are compilations of one function.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    return torch.compile(dense_product, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
 # Modules
@@ -132,8 +140,9 @@ def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) ->
 class QuantLinear(nn.Module):
     """A linear, or a stack of n_expert of them, over quantised weights.
 
-    One row and a block of rows may take different kernels, which read the same q, scales and zeros. In fp32 there is
-    one, a plain product with the dequantised weight, so that EAGLE and plain decoding agree to the token.
+    One row and a block of rows may take different kernels, which read the same q, scales and zeros: "dense", a product
+    with the dequantised weight; on a GPU "reduction" for one row, and "triton N S" of N rows a block and S splits; on a
+    CPU "packed". In fp32 there is only "dense", so that EAGLE and plain decoding agree to the token.
     """
 
     def __init__(self, in_features: int, out_features: int, format: Format, bias: bool = False,
@@ -206,14 +215,17 @@ class QuantLinear(nn.Module):
 
     def product(self, name: str, x: Tensor, expert: int | None = None) -> Tensor:
         """`forward` by the kernel of this name."""
+        rows = x.reshape(-1, self.in_features)
         if name.startswith("triton"):
             from quantized_triton import quant_matmul
             block_n, split_k = map(int, name.split()[1:])
-            y = quant_matmul(x.reshape(-1, self.in_features), *self.parts(expert), block_n, split_k)
-        elif x.is_cuda:     # dequantised anew each time: compiled, at one row, inductor makes one reduction of it
-            y = dense_product(x, *self.parts(expert))
+            y = quant_matmul(rows, *self.parts(expert), block_n, split_k).sum(0).to(x.dtype)
+        elif name == "reduction":   # a compiled layer compiles it with all the rest
+            y = (dense_product if torch.compiler.is_compiling() else reduction())(rows, *self.parts(expert))
+        elif x.is_cuda or (name == "dense" and torch.compiler.is_compiling()):  # inductor fails on a PackedLinear
+            y = dense_product(rows, *self.parts(expert))    # dequantised anew each time
         else:
-            y = self._layout(name, expert)(x.reshape(-1, self.in_features))
+            y = self._layout(name, expert)(rows)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -296,8 +308,8 @@ def quantize_in_place(model: nn.Module, format: Format, lm_head: str | None = No
 
 def _replace(model: nn.Module, format: Format, lm_head: str | None,
              make: Callable[[Tensor, Tensor | None, Format], QuantLinear]) -> None:
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+    for module in model.modules():      # no list, which would hold the old weights of all until the end
+        for name, child in module.named_children():
             if type(child) is nn.Linear and name in LINEARS:
                 setattr(module, name, make(child.weight, child.bias, format))
             elif type(child) is nn.Linear and name == "output" and lm_head:
@@ -310,7 +322,7 @@ def _replace(model: nn.Module, format: Format, lm_head: str | None,
 # Kernels, by measurement
 
 
-COLD = 1 << 28  # bytes of dense weights to go through in turn, so that no cache holds what is measured
+COLD = 1 << 28  # bytes of quantised weights to go through in turn, so that no cache holds what is measured
 
 
 @torch.no_grad()
@@ -318,64 +330,81 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
     """Find the fastest kernel for each number of rows and shape of weight, by measurement, and note it in the modules.
 
     The weights of one shape take turns. What was found is kept in `cache`, ~/.cache/eagle-kernels.json by default,
-    for this device, torch and number of threads: two runs then take the same kernels and give the same text.
+    for this device, torch, and Triton or the number of threads: two runs then take the same kernels and give the same
+    text. Of several ranks the first writes it.
     """
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eagle-kernels.json"
     found, peers = {}, defaultdict(list)
-    with contextlib.suppress(FileNotFoundError, ValueError):    # none yet, or a broken one: measured anew
+    with contextlib.suppress(OSError, ValueError, RuntimeError):    # not there, not to be read, broken, no home: measured anew
+        cache = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eagle-kernels.json"
         found = read_json(cache)
     before = dict(found)
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     for module in model.modules():
         if isinstance(module, QuantLinear):
             peers[module.format, module.shape, module.scales.dtype].append(module)
-    for (format, shape, dtype), modules in peers.items():
-        names = candidates(modules[0])
-        where = f"{device_name(modules[0].q.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-        for rows in ROWS if len(names) > 1 else ():
-            key = f"{where}, {format.mode} {format.group_size} {dtype}, {rows} x {'x'.join(map(str, shape))}"
+    for (format, shape, dtype), modules in tqdm(peers.items(), "choosing kernels", delay=2, leave=False,
+                                                disable=None if is_first else True):
+        for rows in ROWS:
+            names = candidates(modules[0], rows)
+            if len(names) == 1:
+                continue
+            key = f"{place(modules[0])}, {format.mode} {format.group_size} {dtype}, {rows} x {'x'.join(map(str, shape))}"
             if found.get(key) not in names:
                 found[key] = fastest(modules, names, rows)
             for module in modules:
                 module.kernels[rows] = found[key]
         for module in modules:
             module.lay_out(set(module.kernels.values()) or {"dense"})
-    if found != before:
+    if found != before and is_first and cache is not None:
         with contextlib.suppress(OSError):  # nowhere to keep it: the next run measures again
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, json.dumps(found, indent=1) + "\n")
 
 
-def candidates(module: QuantLinear) -> list[str]:
+def candidates(module: QuantLinear, rows: int) -> list[str]:
     """Names of the kernels that can run this module as it is placed."""
     dtype, device = module.scales.dtype, module.q.device.type
     if device == "cuda" and dtype != torch.float32:
-        try:
+        with contextlib.suppress(ImportError):
             import triton  # noqa: F401
-        except ImportError:
-            return ["dense"]
-        return ["dense", *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
+            return ["reduction" if rows == 1 else "dense",
+                    *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
     if device == "cpu" and dtype == torch.bfloat16 and (module.format.mode == "int8" or module.out_features % 16 == 0):
         return ["dense", "packed"]  # torch packs int4 rows by sixteens
     return ["dense"]
 
 
+def place(module: QuantLinear) -> str:
+    """What a measurement holds for."""
+    where = f"{device_name(module.q.device)}, torch {torch.__version__}"
+    if module.q.is_cuda:
+        import triton
+        return f"{where}, triton {triton.__version__}"
+    return f"{where}, {torch.get_num_threads()} threads"
+
+
 def fastest(modules: list[QuantLinear], names: list[str], rows: int, repeats: int = 3) -> str:
-    """The kernel that takes these modules, all of one shape, through `rows` rows in the least time."""
+    """The kernel that takes these modules, all of one shape, through `rows` rows in the least time.
+
+    One that does not run here is left out, with a line on stderr; "dense" where none does.
+    """
     module, is_cuda = modules[0], modules[0].q.is_cuda
     expert = 0 if module.q.dim() == 3 else None
     x = torch.randn(rows, module.in_features, dtype=module.scales.dtype, device=module.q.device)
-    modules = modules[:max(2, COLD // (2 * module.in_features * module.out_features))]
-    runs = {name: partial(_run, modules, name, x, expert) for name in names}
-    if is_cuda:
-        if rows == 1:   # as it will be inside a compiled layer: one reduction, with no 16-bit weight in memory
-            product = torch.compile(dense_product, dynamic=False, options={"coordinate_descent_tuning": True})
-            runs["dense"] = lambda: [product(x, *m.parts(expert)) for m in modules]
-        runs = {name: capture(run).replay for name, run in runs.items()}    # device time alone, without launches
-    times = {name: [] for name in names}
+    modules = modules[:max(2, COLD // module.parts(expert)[0].nbytes)]
+    runs = {}
+    for name in names:
+        run = functools.partial(_run, modules, name, x, expert)
+        try:
+            run()   # compiles, and makes the layouts
+            runs[name] = capture(run).replay if is_cuda else run    # device time alone, without launches
+        except Exception as error:      # of a compiler or a driver, whatever its class: the others will do
+            say(f"kernel {name!r} does not run here ({rows} x {module.shape}): {' '.join(str(error).split())[:200]}")
+    times = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             times[name].append(_seconds(run, is_cuda))
-    return min(names, key=lambda name: statistics.median(times[name][1:]))  # the first round makes the layouts
+    return min(times, key=lambda name: statistics.median(times[name][1:]), default="dense")
 
 
 def _run(modules: list[QuantLinear], name: str, x: Tensor, expert: int | None) -> None:

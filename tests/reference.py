@@ -181,6 +181,17 @@ def naive_decode(model, prompt, n):
     return tokens[len(prompt):]
 
 
+def assert_near_greedy(model, prompt, tokens, share=0.03):
+    """Each token's logit is the largest, but for this share of it: what rounding to 16 bits may change."""
+    ids = torch.tensor([prompt + tokens], device=model.inv_freq.device)
+    cache, model.kv_cache = model.kv_cache, None
+    logits = model(ids[:, :-1], torch.arange(ids.shape[1] - 1, device=ids.device))[0][0, len(prompt) - 1:].float()
+    model.kv_cache = cache
+    gap = logits.amax(-1) - logits.gather(-1, ids[0, len(prompt):, None])[:, 0]
+    worst = (gap / logits.abs().amax(-1)).max()
+    assert worst <= share, f"a token is {worst:.3f} of the largest logit behind it"
+
+
 def assert_close(ours, theirs, tolerance=1e-4):
     """Max abs error within tolerance times the range of the expected values; NaN fails."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)

@@ -68,6 +68,18 @@ def test_what_does_not_fit_in_the_budget_is_skipped(tmp_path, monkeypatch, capsy
     assert "late: skipped, the 21 seconds are used up" in capsys.readouterr().err
 
 
+def test_the_tests_of_the_kernels_are_among_the_tests_and_both_group_sizes_are_measured():
+    parts = {part.name: part.argv for part in gpu_suite.all_parts(gpu_suite.parse_args([]))}
+    command = [sys.executable, *parts["tests"], "--collect-only"]
+    collected = subprocess.run(command, capture_output=True, text=True, cwd=REPO).stdout
+    for name in ("test_gpu.py::test_captured_steps_decode", "test_gpu.py::test_a_simulated_step",
+                 "test_quantize.py::test_the_triton_kernel_equals_float64_for_every_number_of_rows[cuda]"):
+        assert f"tests/{name}" in collected
+    assert "test_quantize.py::test_rounding" not in collected
+    for size in ("128", "32"):
+        assert parts[f"llama-2-7b, int4 of {size}"][-4:] == ["--mode", "int4", "--group-size", size]
+
+
 def test_figures_are_set_against_their_goals():
     def step(part, rows, times, share=0.9, bytes=100):
         return {"part": part, "rows": rows, "used_slots": 256, "relative_to_one_row": times, "bandwidth_share": share,
