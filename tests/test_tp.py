@@ -8,12 +8,14 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ import torch
 import model as model_file
 import plan
 import quantize
+import ranks
 import tp
 from eagle_head import DynamicTree, EagleHead, StaticTree, head_args
 from generate import generate, setup_caches
@@ -48,9 +51,7 @@ WORLDS = (2, 4)
 class Group:
     """`world` processes; group(function, *args) runs it on all and returns what each returned."""
 
-    def __init__(self, world, folder):
-        context = multiprocessing.get_context("forkserver")     # torch is imported once for all
-        context.set_forkserver_preload(["test_tp"])
+    def __init__(self, context, world, folder):
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -89,10 +90,18 @@ def serve(rank, world, store, pipe):
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """group(world) -> the Group of so many processes."""
+def forkserver():
+    """Starts processes that find torch imported."""
     os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    make = functools.cache(lambda world: Group(world, tmp_path_factory.mktemp("group")))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_tp"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def group(forkserver, tmp_path_factory):
+    """group(world) -> the Group of so many processes."""
+    make = functools.cache(lambda world: Group(forkserver, world, tmp_path_factory.mktemp("group")))
     made = {}
 
     def get(world):
@@ -370,9 +379,9 @@ def test_the_plan_refuses_in_one_line(capsys, argv, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Under torchrun
 
-def torchrun(n, *argv, nodes=()):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *nodes, *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def torchrun(n, *argv, nodes=(), **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *map(str, (*nodes, *argv))]
+    return subprocess.Popen(command, cwd=ROOT, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "EAGLE_TP_CHECK": "1"})
 
 
@@ -418,36 +427,86 @@ def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
 
 
-MISHAPS = {
-    "os.kill(os.getpid(), signal.SIGSTOP)": "has not answered for 2 s", "time.sleep(60)": "rank 1 did not join a collective",
-    "print('error: out of memory', file=sys.stderr); return 2": "error: rank 1: out of memory"}
+def test_ctrl_c_ends_all_ranks_without_a_traceback(tmp_path):
+    """torchrun's own stderr has one, of torchrun; what the ranks write goes to files of their own."""
+    checkpoint = write_checkpoint(tmp_path / "endless", ascii_only=True, context=100_000)
+    run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000",
+                   nodes=["--standalone", "--redirects", "3", "--log-dir", tmp_path / "logs"], start_new_session=True)
+    logs = lambda name: [file.read_text() for file in sorted((tmp_path / "logs").glob(f"*/*/*/{name}.log"))]
+    until = time.monotonic() + 60
+    while not any(map(len, logs("stdout"))):    # it talks
+        assert time.monotonic() < until and run.poll() is None, logs("stderr")
+        time.sleep(0.1)
+    agent_children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.killpg(run.pid, signal.SIGINT)           # as a terminal does
+    run.communicate(timeout=30)
+    assert run.returncode != 0 and len(logs("stderr")) == 2
+    assert [line for text in logs("stderr") for line in text.split("\n") if line][1:] == [], logs("stderr")   # "loaded"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
 
 
-def test_when_a_rank_hangs_or_fails_all_end_with_one_line(tmp_path):
-    runs = []
-    for n, mishap in enumerate(MISHAPS):
-        script = tmp_path / f"script{n}.py"
-        script.write_text(f"""
-import os, signal, sys, time, types
-sys.path.insert(0, {str(ROOT)!r})
-import ranks
-import torch.distributed as dist
-ranks.SILENCE, ranks.GRACE, ranks.COLLECTIVE = 2.0, 1.0, 3.0
-
-def main(args):
-    dist.barrier()
-    if dist.get_rank() == 1:
-        {mishap}
-    dist.barrier()
+def wait():
+    torch.distributed.barrier()
     return 0
 
-sys.exit(ranks.run(main, types.SimpleNamespace(device="cpu")))
-""")
-        runs.append(torchrun(2, script, nodes=["--standalone"]))     # each with a port of its own
-    for run, message in zip(runs, MISHAPS.values()):
-        _, err = run.communicate(timeout=60)
-        lines = [line for line in err.splitlines() if line.startswith("error:")]
-        assert run.returncode != 0 and len(lines) == 1 and message in lines[0], err
+
+def fail(line, status):
+    print(line, file=sys.stderr)
+    return status
+
+
+def mistake():
+    raise AssertionError("a mistake")
+
+
+def interrupted_while_the_other_leaves():
+    with pytest.raises(RuntimeError, match="gloo"):
+        wait()
+    signal.raise_signal(signal.SIGINT)
+
+
+MISHAPS = {     # what rank 0 does, and rank 1; exit statuses; what stderr says in all
+    "1 is stuck": (wait, lambda: time.sleep(60), [1, 1], "error: rank 1 did not join a collective: REASON\n"),
+    "nothing": (lambda: print("a word", end="") or wait(), wait, [0, 0], ""),
+    "1 is stopped": (wait, lambda: os.kill(os.getpid(), signal.SIGSTOP), [1, -9], "error: rank 1 (process PID on HOST) has not answered for 2 s\n"),
+    "1 fails": (wait, lambda: fail("error: out of memory", 2), [2, 2], "error: rank 1: out of memory\n"),
+    "0 fails": (lambda: fail("error: no space left", 2), wait, [2, 2], "error: no space left\n"),
+    "nobody reads 0": (lambda: 141, lambda: signal.raise_signal(signal.SIGTERM) or wait(), [141, 141], ""),
+    "1 is mistaken": (wait, mistake, [1, 1], "rank 1:\nTraceback\nAssertionError: a mistake\n"),
+    "both are mistaken": (mistake, mistake, [1, 1], "rank N:\nTraceback\nAssertionError: a mistake\n"),
+    "Ctrl-C": (interrupted_while_the_other_leaves, lambda: signal.raise_signal(signal.SIGINT), [130, 130], ""),
+}
+
+
+def suffer(mishap, rank, port, folder):
+    """A rank without torchrun, on the store at `port`."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                       TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout = open(1, "w", closefd=False)    # buffered, wherever the tests run
+    ranks.SILENCE, ranks.GRACE, ranks.COLLECTIVE = 2.0, 1.0, 4.0 if mishap == "1 is stuck" else 30.0
+    ranks.run(lambda args: wait() or MISHAPS[mishap][rank](), types.SimpleNamespace(device="cpu"))
+
+
+def test_when_a_rank_hangs_or_fails_all_end_and_one_says_why(forkserver, tmp_path):
+    runs, stores = {}, []
+    for n, mishap in enumerate(MISHAPS):        # all at once
+        (tmp_path / str(n)).mkdir()
+        stores.append(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+        runs[mishap] = [forkserver.Process(target=suffer, args=(mishap, rank, stores[-1].port, str(tmp_path / str(n))))
+                        for rank in range(2)]
+        for process in runs[mishap]:
+            process.start()
+    for n, (mishap, (*_, statuses, message)) in enumerate(MISHAPS.items()):
+        for process in runs[mishap]:
+            process.join(30)
+        err = (tmp_path / f"{n}/err").read_text()
+        err = re.sub(r"(?s)\(most recent call last\).*(?=^AssertionError)", "\n", err, flags=re.M).replace("Traceback \n", "Traceback\n")
+        assert [process.exitcode for process in runs[mishap]] == statuses, (mishap, err)
+        pattern = re.escape(message).replace("PID", r"\d+").replace("HOST", socket.gethostname()).replace("REASON", ".*").replace("N", r"\d")
+        assert re.fullmatch(pattern, err), (mishap, err)
+    assert (tmp_path / "1/out").read_text() == "a word"
 
 
 def test_what_does_not_fit_a_gpu_is_refused_before_loading(zoo, monkeypatch, capsys):
