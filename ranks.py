@@ -100,7 +100,7 @@ def place(args: argparse.Namespace, use_cuda: bool) -> None:
 
 
 def interrupt(*_) -> None:
-    """Ctrl-C, once: torchrun passes it on to processes that may have it already, and the second would hit the first's end."""
+    """Ctrl-C, once: a second one would interrupt the end that the first asks for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
