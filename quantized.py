@@ -339,7 +339,7 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
                 module.kernels[rows] = found[key]
         for module in modules:
             module.lay_out(set(module.kernels.values()) or {"dense"})
-    if found != before:
+    if found != before and os.environ.get("RANK", "0") == "0":   # of torchrun's processes the first
         with contextlib.suppress(OSError):  # nowhere to keep it: the next run measures again
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, json.dumps(found, indent=1) + "\n")
