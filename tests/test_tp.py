@@ -352,6 +352,8 @@ def test_a_weight_of_the_wrong_size_is_refused(zoo, tmp_path):
         config["intermediate_size"] = 40
     with pytest.raises(ValueError, match=r"down_proj.weight has shape \[64, 56\], config.json makes it 40 columns wide"):
         Transformer.from_pretrained(tmp_path / "broken", shard=tp.Shard(0, 2))
+    config, _ = plan.describe(str(tmp_path / "broken"))     # what the loader then refuses as unexpected
+    assert tp.Shard(1, 2).part(config)("model.layers.0.self_attn.o_proj.bias", [64]) == (slice(None),)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +444,7 @@ def test_the_plans_workspace_is_enough_and_not_far_too_much(group, zoo):
     config, _ = plan.describe(folder)
     planned = plan.make_plan(config, 2, head=plan.describe_head(head_folder, config, folder), context=256, batch=3)
     for n_byte in group(2)(peak, folder, head_folder):
-        assert n_byte <= planned.workspace <= 3 * n_byte
+        assert n_byte <= planned.workspace <= 1.5 * n_byte
 
 
 def test_a_plan_fetches_no_weights(zoo, monkeypatch):
@@ -590,7 +592,7 @@ def test_when_a_rank_hangs_or_fails_all_end_and_one_says_why(forkserver, tmp_pat
         for process in runs[mishap]:
             process.join(30)
         err = (tmp_path / f"{n}/err").read_text()
-        err = re.sub(r"(?s)\(most recent call last\).*(?=^AssertionError)", "\n", err, flags=re.M).replace("Traceback \n", "Traceback\n")
+        err = re.sub(r"(?s)\(most recent call last\).*?(?=^AssertionError)", "\n", err, flags=re.M).replace("Traceback \n", "Traceback\n")
         assert [process.exitcode for process in runs[mishap]] == statuses, (mishap, err)
         pattern = re.escape(message).replace("PID", r"\d+").replace("HOST", socket.gethostname()).replace("REASON", ".*").replace("N", r"\d")
         assert re.fullmatch(pattern, err), (mishap, err)
