@@ -469,8 +469,8 @@ def next_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
 # Loading
 
 
-def resolve_checkpoint(checkpoint: str | Path) -> Path:
-    """The local folder of a checkpoint: itself, or the hub's copy fetched into huggingface-hub's cache.
+def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
+    """The local folder of a checkpoint: itself, or the hub's copy fetched into huggingface-hub's cache, with or without weights.
 
     Raises FileNotFoundError or ValueError in one line for a repository that is missing, gated or out of reach.
     """
@@ -484,8 +484,9 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     patterns = ["*.json", "tokenizer.model", "*.jinja"]
     try:
-        local = snapshot_download(name, allow_patterns=[*patterns, "model*.safetensors"], ignore_patterns=["*/*"])
-        if not any(Path(local).glob("model*.safetensors")):
+        wanted = [*patterns, "model*.safetensors"] if weights else patterns
+        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
+        if weights and not any(Path(local).glob("model*.safetensors")):
             local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except GatedRepoError:
         raise ValueError(f"{name} is gated: accept its licence on its hub page, then `hf auth login`") from None

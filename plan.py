@@ -8,7 +8,7 @@ is an upper estimate, the reserve an allowance. The speed is a bound from what a
 figures you give for the machine; compute and launches are not in it.
 """
 import argparse
-from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from eagle_head import Tree, head_args, load_tree
 from generate import Parser, number, say
 from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, read_json, resolve_checkpoint
 from quantized import QuantLinear, install
-from tp import Shard
+from scripts.shapes import SHAPES, head_shape
+from tp import Shard, divides
 
 ITEM = 2    # bytes of a 16-bit number
 
@@ -37,6 +38,12 @@ class Plan(NamedTuple):
         return self.weights + self.head + self.caches + self.workspace
 
 
+class Head(NamedTuple):
+    config: ModelArgs   # of the whole
+    bias: bool          # of fc
+    settings: dict      # of its quantize.json
+
+
 class Machine(NamedTuple):
     bandwidth: float    # bytes a second that a GPU reads
     link: float         # bytes a second between two GPUs
@@ -52,10 +59,7 @@ def main(args: argparse.Namespace) -> int:
         if settings.get("mode") == "int4":
             settings.setdefault("group_size", args.group_size)
         tree = load_tree(args.tree)
-        head = None
-        if args.head is not None:
-            head = random_head_args(config) if args.head == "" else head_args(
-                read_json(resolve_checkpoint(args.head) / "config.json"), config)
+        head = None if args.head is None else describe_head(args.head, config, args.plan)
         if args.context > config.block_size:
             raise ValueError(f"--context {args.context} is beyond the model's context of {config.block_size} tokens")
         machine = Machine(args.bandwidth * 1e9, args.link * 1e9, args.latency * 1e-6)
@@ -68,7 +72,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"{args.plan}: {args.world_size} ranks, {mode}, context {args.context}, batch {args.batch}")
     for name, n_byte in (*plan._asdict().items(), ("reserve", int(args.reserve * 1e9))):
         if name not in ("plain", "eagle"):
-            print(f"  {name:10}{n_byte / 1e9:8.2f} GB a rank")
+            whole = name == "head" and head is not None and not divides(head.config, args.world_size)
+            print(f"  {name:10}{n_byte / 1e9:8.2f} GB a rank" + (", whole: it does not divide" if whole else ""))
     total = plan.total / 1e9 + args.reserve
     verdict = "" if args.gpu_memory is None else (f", of {args.gpu_memory:.0f}: "
                                                   + ("fits" if total <= args.gpu_memory else "does not fit"))
@@ -91,23 +96,30 @@ def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
 
 def describe(name: str) -> tuple[ModelArgs, dict]:
     """Of a published shape's name, or of a folder or hub id: its config, and what its quantize.json says."""
-    from scripts.bench import SHAPES
     if name in SHAPES:
         return SHAPES[name], {}
     try:
-        folder = resolve_checkpoint(name)
+        folder = resolve_checkpoint(name, weights=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; shapes are {', '.join(SHAPES)}") from None
+    return ModelArgs.from_config(read_json(folder / "config.json")), read_settings(folder)
+
+
+def describe_head(name: str, target: ModelArgs, target_name: str) -> Head:
+    """Of a folder or hub id; without a name, the head published for a shape, or else a dense layer of the target's."""
+    if name == "":
+        return Head(*head_shape(target, target_name), {})
+    folder = resolve_checkpoint(name, weights=False)
+    config = read_json(folder / "config.json")
+    return Head(head_args(config, target), config.get("bias", True), read_settings(folder))
+
+
+def read_settings(folder: Path) -> dict:
     file = folder / "quantize.json"
-    return ModelArgs.from_config(read_json(folder / "config.json")), read_json(file) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
-def random_head_args(config: ModelArgs) -> ModelArgs:
-    """A head of the target's shape, as the published ones are."""
-    return replace(config, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None)
-
-
-def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = None, settings: dict = {},
+def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, settings: dict | None = None,
               tree: Tree | None = None, context: int = 4096, batch: int = 1,
               machine: Machine = Machine(1.3e12, 1e11, 2e-5), accept_length: float = 3.5) -> Plan:
     """For rank 0, which holds most: vocabulary rows that are left over are missing on the last one.
@@ -118,13 +130,15 @@ def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = No
     shard = Shard(0, world_size)
     with torch.device("meta"):
         target = shard.build_target(config).bfloat16()
-        draft = None if head is None else shard.build_head(head, target).bfloat16()
-        if settings:
-            install(target, settings)
-            target.bfloat16()   # of the new modules the scales
+        draft = None if head is None else shard.build_head(head.config, target, head.bias).bfloat16()
+        for module, how in ((target, settings), (draft, head and head.settings)):
+            if how:
+                install(module, how)
+                module.bfloat16()   # of the new modules the scales
     n_node = 1 if head is None else tree.n_node
     weights, head_weights = weight_bytes(target), 0 if draft is None else weight_bytes(draft)
-    caches = [cache_bytes(module.config, context, batch) for module in (target, draft) if module is not None]
+    parts = [module.config for module in (target, draft) if module is not None]
+    caches = [cache_bytes(part, context, batch) for part in parts]
 
     tied = isinstance(target.output, nn.Linear) and target.output.weight is target.tok_embeddings.weight
     embedding, experts = 0 if tied else target.tok_embeddings.weight.nbytes, expert_bytes(target)
@@ -145,11 +159,12 @@ def make_plan(config: ModelArgs, world_size: int, *, head: ModelArgs | None = No
     eagle = None
     if draft is not None:
         lm_head = weight_bytes(target.output)
-        level = (head_weights + caches[1] + lm_head) / machine.bandwidth + exchange(tree.n_child, 4) + exchange(0, 2)
+        sums = 4 if divides(head.config, world_size) else 1     # a head held whole exchanges embeddings only
+        level = (head_weights + caches[1] + lm_head) / machine.bandwidth + exchange(tree.n_child, sums) + exchange(0, 2)
         step = pass_seconds(tree.n_node, tree.depth + 1) + tree.depth * level   # the first level is the ingest
         eagle = batch * accept_length / step
-    return Plan(weights, head_weights, sum(caches), workspace_bytes(target.config, shard, context, batch, n_node),
-                batch / pass_seconds(1, 1), eagle)
+    workspace = max(workspace_bytes(part, shard, context, batch, n_node) for part in parts)
+    return Plan(weights, head_weights, sum(caches), workspace, batch / pass_seconds(1, 1), eagle)
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -180,11 +195,13 @@ def workspace_bytes(local: ModelArgs, shard: Shard, context: int, batch: int, n_
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="tp.py", description="Whether a model fits on so many GPUs, and a bound on its speed.")
-    parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id or a shape of bench.py")
+    parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id (only its JSON files are "
+                        "fetched) or a shape of scripts/shapes.py")
     parser.add_argument("--world-size", type=number(int, 1), required=True, metavar="N")
     parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
     parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="of int4 (default 32)")
-    parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this head (no value: of the target's shape)")
+    parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this head (no value: the one published "
+                        "for a shape, else a layer of the target's shape)")
     parser.add_argument("--tree", default="static", help="as in generate.py")
     parser.add_argument("--context", type=number(int, 1), default=4096, metavar="N")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N")

@@ -8,6 +8,7 @@ with them, and `connect` then adds the communication (Megatron-LM, arXiv 1909.08
 attention, one after the feed-forward, one after the embedding. Heads are dealt out to the ranks; where there are more
 ranks than key/value heads, several hold the same one. The LM head gives each rank the logits of its part of the
 vocabulary, and `ShardedLogits` answers what decoding asks of logits by exchanging candidates instead of all of them.
+An EAGLE head that does not divide (13 key/value heads of Vicuna-33B's) is held whole by every rank.
 
 Every rank walks through the same program on the same numbers: features are whole everywhere, and draws come from
 generators seeded alike. EAGLE_TP_CHECK=1 compares the tokens of all ranks after each step.
@@ -70,8 +71,9 @@ class Shard:
     def part(self, config: ModelArgs) -> Callable[[str, list[int]], tuple[slice, ...]]:
         """A function from a checkpoint's key and the shape stored under it to the slice this rank reads.
 
-        config describes the whole model. Of quantised weights, scales and zero points are cut like the weights. The
-        function raises ValueError for a size that cannot be its.
+        config describes the whole model. Of quantised weights, scales and zero points are cut like the weights; of a
+        head that does not divide, only the target's embedding is cut. The function raises ValueError for a size that
+        cannot be its.
         """
         first_kv = self.rank * config.n_kv_head // self.size        # with fewer heads than ranks some share one
         n_kv = max(config.n_kv_head // self.size, 1)
@@ -80,10 +82,12 @@ class Shard:
         whole = {"q_proj": q_rows, "o_proj": q_rows, "fc": config.dim}
         whole |= dict.fromkeys(KV, config.n_kv_head * config.head_dim) | dict.fromkeys(VOCAB, config.vocab_size)
         whole |= dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), hidden)
+        if not divides(config, self.size):
+            whole = dict.fromkeys(VOCAB, config.vocab_size)
 
         def part(key: str, shape: list[int]) -> tuple[slice, ...]:
             *_, name, kind = "", *key.split(".")
-            if name not in whole:
+            if name not in whole or len(shape) <= (name in COLUMNS):    # too few axes, such as a bias of o_proj: refused later
                 return (slice(None),)
             if name in COLUMNS:     # two columns of int4 share a byte, a group of them a scale; int8 has one scale a row
                 if kind == "weight" and shape[1:] not in ([whole[name]], [whole[name] // 2]):
@@ -104,6 +108,9 @@ class Shard:
         return model
 
     def build_head(self, config: ModelArgs, target: Transformer, bias: bool = True) -> EagleHead:
+        """This rank's part of a head, or the whole of one that does not divide."""
+        if not divides(config, self.size):
+            return EagleHead(config, target, bias=bias)
         head = EagleHead(self.local(config), target, bias=bias)
         head.fc = nn.Linear(2 * config.dim, config.dim // self.size, bias=bias).requires_grad_(False)
         return head
@@ -111,8 +118,9 @@ class Shard:
     def connect(self, module: Transformer | EagleHead) -> Transformer | EagleHead:
         """Add the communication to a part, once its weights are there. In place."""
         if isinstance(module, EagleHead):
-            module.fc = nn.Sequential(module.fc, AllGather(self))
-            self.connect_block(module.layer)
+            if module.fc.out_features < module.config.dim:      # else every rank has the whole
+                module.fc = nn.Sequential(module.fc, AllGather(self))
+                self.connect_block(module.layer)
             return module
         module.tok_embeddings = ShardedEmbedding(module.tok_embeddings, self, module.config.vocab_size)
         module.output = ShardedOutput(module.output, self, module.config.vocab_size)

@@ -227,14 +227,14 @@ def evaluate(learner: Learner, features: Features, held_out: list[int], rank: in
 # Training
 
 
-def head_config(target: dict, name: str) -> dict:
+def head_config(target: dict, name: str, bias: bool = True) -> dict:
     """config.json of a head in the official format, from its target's config.json and name."""
     keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
             "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     rope = target.get("rope_parameters") or {}
     theta = target.get("rope_theta") or rope.get("rope_theta") or 10000.0
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1,
-            **{key: target[key] for key in keys if target.get(key) is not None}, "rope_theta": theta, "bias": True,
+            **{key: target[key] for key in keys if target.get(key) is not None}, "rope_theta": theta, "bias": bias,
             "qkv_bias": target.get("model_type") == "qwen2", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
             "eagle_version": 1, "target": name}
 
@@ -244,6 +244,9 @@ def new_head(config: dict, model: Transformer, init: str | None, seed: int) -> E
     head = EagleHead(head_args(config, model.config), model, bias=config["bias"])
     if init is not None:
         other = EagleHead.from_pretrained(init, model)
+        if (other.fc.bias is None) == config["bias"]:
+            raise ValueError(f"--init {init}: its fc has {'no' if config['bias'] else 'a'} bias: train with "
+                             f"{'--no-bias' if config['bias'] else '--bias'}")
         head.load_state_dict(other.float().state_dict())
     else:
         generator = torch.Generator().manual_seed(seed)
@@ -341,7 +344,7 @@ def train(args: argparse.Namespace) -> int:
     shuffled = random.Random(args.seed).sample(range(len(dialogues)), len(dialogues))
     n_held = min(args.eval_dialogues, len(dialogues) // 10)
     held_out, learnt = sorted(shuffled[:n_held]), sorted(shuffled[n_held:])
-    config = head_config(target, Path(args.checkpoint).name)
+    config = head_config(target, Path(args.checkpoint).name, args.bias)
     head = new_head(config, model, args.init, args.seed)
     trained = dict(head.named_parameters())
     if args.draft_vocab:
@@ -512,6 +515,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines of dialogues")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the head, its log and its checkpoint")
     parser.add_argument("--init", metavar="HEAD", help="begin with this head's weights instead of random ones")
+    parser.add_argument("--bias", action=argparse.BooleanOptionalAction, default=True, help="of fc; vLLM loads heads without")
     parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="classify among the N commonest tokens of "
                         "the answers only, and write them as draft_vocab.json (default: the whole vocabulary)")
     parser.add_argument("--epochs", type=number(int, 1), default=20, metavar="N")

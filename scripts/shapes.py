@@ -65,11 +65,15 @@ def random_model(config: ModelArgs, device: torch.device, dtype: torch.dtype) ->
     return model.eval()
 
 
-def random_head(target: Transformer, name: str | None = None) -> EagleHead:
-    """The head published for the target of this name, or else one dense layer of the target's own shape."""
+def head_shape(target: ModelArgs, name: str | None = None) -> tuple[ModelArgs, bool]:
+    """Config and bias of the head published for the target of this name, or else of one dense layer of the target's own shape."""
     others = {"bias": True} | HEADS.get(name, {})
     bias = others.pop("bias")
-    config = replace(target.config, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None, **others)
+    return replace(target, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None, **others), bias
+
+
+def random_head(target: Transformer, name: str | None = None) -> EagleHead:
+    config, bias = head_shape(target.config, name)
     weight = target.norm.weight
     with default_dtype(weight.dtype), weight.device:
         return EagleHead(config, target, bias).eval()

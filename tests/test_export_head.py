@@ -67,7 +67,7 @@ def test_sglang_gets_a_bias_of_fc_whatever_the_head_has(export):
 
 def test_vllm_takes_no_bias_of_fc(export):
     status, _, _, _, err = export("vllm")
-    assert status == 2 and "no fc.bias" in err and err.count("\n") == 1
+    assert status == 2 and "no fc.bias" in err and "--no-bias" in err and err.count("\n") == 1
 
 
 def test_biases_of_q_k_and_v(export):

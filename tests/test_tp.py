@@ -4,17 +4,22 @@
 
 The processes of a group are started once and run functions of this file, the same on every rank, as torchrun would.
 """
+import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,26 +27,32 @@ import torch
 import model as model_file
 import plan
 import quantize
+import ranks
 import tp
-from eagle_head import DynamicTree, EagleHead, StaticTree, head_args
+from eagle_head import DynamicTree, EagleHead, EagleStep, StaticTree, load_tree
 from generate import generate, setup_caches
-from model import Transformer, read_json
+from model import Transformer
 from quantized import QuantLinear
 from reference import edited_json, tiny, tokens_of, write_checkpoint
 from test_eagle import head_config, head_weights, write_head
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {   # what the processes share out: heads, key/value heads and the rest must divide
-    "gqa": {},                                              # 8 heads on 2: four ranks share two key/value heads
-    "llama2_tied": dict(num_key_value_heads=1, vocab_size=97),  # the last rank has fewer rows
-    "mixtral": {},
-    "qwen2": {},
+KINDS = {   # kind of reference.py, and keys of its config.json: heads, key/value heads and the rest must divide
+    "gqa": ("gqa", {}),                                             # 8 heads on 2: four ranks share two key/value heads
+    "tied": ("llama2_tied", dict(num_key_value_heads=1, vocab_size=97)),    # the last rank has fewer rows
+    "mixtral": ("mixtral", {}),
+    "qwen2": ("qwen2", {}),
+    "head held whole": ("llama2", dict(hidden_size=96, num_attention_heads=12, num_key_value_heads=12)),
 }
-QUANTISED = {   # kind, keys of its config.json, options of quantize.py; at four ranks a row of wo is 16 weights
+QUANTISED = {   # the same, options of quantize.py, and more of them for the target; at four ranks a row of wo is 16 weights
     "gqa, int4": ("gqa", dict(intermediate_size=128), ["--mode", "int4", "--group-size", "32"]),
-    "gqa, int8": ("gqa", {}, ["--mode", "int8", "--lm-head", "int8"]),
+    "gqa, int8": ("gqa", {}, ["--mode", "int8"], ["--lm-head", "int8"]),
     "mixtral, int8": ("mixtral", {}, ["--mode", "int8"]),
     "mixtral, int4": ("mixtral", dict(hidden_size=64, intermediate_size=64), ["--mode", "int4", "--group-size", "32"]),
+}
+HEADS = {   # keys of a head's config.json; those of quantised targets are quantised alike
+    "head held whole": dict(num_key_value_heads=3),                 # neither divides nor is divided
+    "qwen2": dict(qkv_bias=True, bias=False), "gqa, int4": dict(intermediate_size=64), "mixtral, int4": dict(intermediate_size=64),
 }
 WORLDS = (2, 4)
 
@@ -49,9 +60,7 @@ WORLDS = (2, 4)
 class Group:
     """`world` processes; group(function, *args) runs it on all and returns what each returned."""
 
-    def __init__(self, world, folder):
-        context = multiprocessing.get_context("forkserver")     # torch is imported once for all
-        context.set_forkserver_preload(["test_tp"])
+    def __init__(self, context, world, folder):
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -90,10 +99,18 @@ def serve(rank, world, store, pipe):
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    """group(world) -> the Group of so many processes."""
+def forkserver():
+    """Starts processes that find torch imported."""
     os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    make = functools.cache(lambda world: Group(world, tmp_path_factory.mktemp("group")))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_tp"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def group(forkserver, tmp_path_factory):
+    """group(world) -> the Group of so many processes."""
+    make = functools.cache(lambda world: Group(forkserver, world, tmp_path_factory.mktemp("group")))
     made = {}
 
     def get(world):
@@ -110,20 +127,20 @@ def zoo(tmp_path_factory):
     """zoo(kind) -> folders of a tiny target and a head for it."""
 
     @functools.cache
-    def make(kind, **overrides):
-        folder = tmp_path_factory.mktemp(kind.split(",")[0])
+    def make(kind):
+        folder = tmp_path_factory.mktemp("zoo")
         torch.manual_seed(1)
-        if kind in QUANTISED:
-            base, keys, options = QUANTISED[kind]
-            tiny(base, folder / "whole", **keys)
-            argv = ["--checkpoint", folder / "whole", "--out", folder / "target", "--device", "cpu", *options]
-            assert quantize.main(quantize.parse_args(list(map(str, argv)))) == 0
-        else:
-            tiny(kind, folder / "target", **(KINDS[kind] | overrides))
+        base, keys, *options = (KINDS | QUANTISED)[kind]
+        tiny(base, folder / "target", **keys)
         target = Transformer.from_pretrained(folder / "target", dtype=torch.float32)
-        config = head_config(target)
-        write_head(folder / "head", config, head_weights(config, None))
-        return str(folder / "target"), str(folder / "head")
+        config = head_config(target, **HEADS.get(kind, {}))
+        write_head(folder / "head", config, head_weights(config, target.tok_embeddings.weight))
+        if not options:
+            return str(folder / "target"), str(folder / "head")
+        for name, own in (("target", sum(options, [])), ("head", options[0])):
+            argv = ["--checkpoint", folder / name, "--out", folder / f"{name}-q", "--device", "cpu", *own]
+            assert quantize.main(quantize.parse_args(list(map(str, argv)))) == 0
+        return str(folder / "target-q"), str(folder / "head-q")
 
     return make
 
@@ -155,15 +172,22 @@ def passes(folder, head_folder):
     return outs
 
 
-def answers(folder, head_folder, cases):
-    """Of each case (tree, draft vocabulary, options of generate), new tokens for a batch of one and of three."""
+def answers(folder, head_folder, cases, batches=(1, 3)):
+    """Of each case (tree, draft vocabulary, options of generate), new tokens for batches of these sizes. Greedy cases
+    never put all logits together."""
     model, head = load(folder, head_folder)
     found = []
     for tree, draft_vocab, options in cases:
         head.set_draft_vocab(draft_vocab)
-        found += [generate(model, [tokens_of(5 + seed, seed) for seed in range(B)], 6, tree=tree or "static",
-                           head=None if tree is None else head, **options).tokens for B in (1, 3)]
+        greedy = "temperature" not in options
+        with mock.patch.object(tp.ShardedLogits, "full", forbidden) if greedy else contextlib.nullcontext():
+            found += [generate(model, [tokens_of(5 + seed, seed) for seed in range(B)], 6, tree=tree or "static",
+                               head=None if tree is None else head, **options).tokens for B in batches]
     return found
+
+
+def forbidden(logits):
+    raise AssertionError("all logits are put together")
 
 
 FEW = StaticTree.from_paths([[0], [1], [0, 0], [0, 1]])
@@ -189,7 +213,7 @@ def test_logits_and_features_equal_one_process(group, zoo, kind, world):
     expected = passes(*zoo(kind))
     for outs in group(world)(passes, *zoo(kind)):
         for ours, theirs in zip(outs, expected, strict=True):
-            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+            assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,7 +229,7 @@ def test_quantised_logits_and_text_equal_one_process(group, zoo, kind, world):
     expected = passes(*zoo(kind))
     for outs in group(world)(passes, *zoo(kind)):
         for ours, theirs in zip(outs, expected, strict=True):
-            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+            assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()
 
 
 def test_a_group_that_two_ranks_would_share_is_refused(zoo):
@@ -214,17 +238,23 @@ def test_a_group_that_two_ranks_would_share_is_refused(zoo):
 
 
 @pytest.mark.parametrize("kind, names", {
-    "gqa": ["plain, drawn", "static, drawn from a draft vocabulary", "dynamic"], "llama2_tied": ["draft vocabulary"],
-    "mixtral": ["static"], "qwen2": ["static, drawn drafts"]}.items())
+    "gqa": ["plain", "plain, drawn", "static", "static, drawn from a draft vocabulary", "dynamic"],
+    "tied": ["draft vocabulary"],
+    "mixtral": ["plain", "plain, drawn", "static", "dynamic, drawn"],
+    "qwen2": ["plain", "plain, drawn", "draft vocabulary", "static, drawn drafts"],
+    "head held whole": ["static, drawn from a draft vocabulary"]}.items())
 def test_text_of_four_equals_one_process(group, zoo, kind, names):
     cases = [CASES[name] for name in names]
-    assert group(4)(answers, *zoo(kind), cases) == [answers(*zoo(kind), cases)] * 4
+    assert group(4)(answers, *zoo(kind), cases, (2,)) == [answers(*zoo(kind), cases, (2,))] * 4
 
 
-def test_compiled_text_equals_one_process(group, zoo):
-    expected = answers(*zoo("gqa"), [CASES["static"]])
-    compiled = *CASES["static"][:2], dict(compile=True)
-    assert group(2)(answers, *zoo("gqa"), [compiled]) == [expected] * 2
+@pytest.mark.parametrize("kind, names", {
+    "mixtral": ["plain, drawn", "static"], "gqa, int4": ["static, drawn drafts"]}.items())
+def test_compiled_text_equals_one_process(group, zoo, kind, names):
+    """After the others: the layers stay compiled."""
+    cases = [CASES[name] for name in names]
+    compiled = [(tree, draft_vocab, options | dict(compile=True)) for tree, draft_vocab, options in cases]
+    assert group(2)(answers, *zoo(kind), compiled, (1,)) == [answers(*zoo(kind), cases, (1,))] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,9 +289,15 @@ def disagree():
     tp.check_ranks(torch.tensor([[5, tp.Shard.world().rank]]))
 
 
-def test_ranks_with_different_tokens_are_noticed(group):
+def draw_apart(folder, head_folder):
+    generate(load(folder, head_folder)[0], [tokens_of(5)], 6, temperature=1.0, seed=tp.Shard.world().rank)
+
+
+def test_ranks_with_different_tokens_are_noticed(group, zoo):
     with pytest.raises(RuntimeError, match=r"ranks disagree: \[\[5, 0\], \[5, 1\]\]"):
         group(2)(disagree)
+    with pytest.raises(RuntimeError, match="the ranks disagree"):
+        group(2)(draw_apart, *zoo("gqa"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,12 +341,19 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do(zoo, size, mess
         Transformer.from_pretrained(zoo("gqa")[0], shard=tp.Shard(0, size))
 
 
+def test_the_demo_model_in_two_processes_is_refused_with_the_numbers_that_work(demo_folder):
+    with pytest.raises(ValueError, match="9 heads, 3 key/value heads .* over 2 processes; 1, 3 do"):
+        Transformer.from_pretrained(demo_folder, shard=tp.Shard(0, 2))
+
+
 def test_a_weight_of_the_wrong_size_is_refused(zoo, tmp_path):
     shutil.copytree(zoo("gqa")[0], tmp_path / "broken")
     with edited_json(tmp_path / "broken/config.json") as config:
         config["intermediate_size"] = 40
     with pytest.raises(ValueError, match=r"down_proj.weight has shape \[64, 56\], config.json makes it 40 columns wide"):
         Transformer.from_pretrained(tmp_path / "broken", shard=tp.Shard(0, 2))
+    config, _ = plan.describe(str(tmp_path / "broken"))     # what the loader then refuses as unexpected
+    assert tp.Shard(1, 2).part(config)("model.layers.0.self_attn.o_proj.bias", [64]) == (slice(None),)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,19 +367,21 @@ def test_the_plan_counts_what_a_rank_allocates(zoo, kind, world):
     head = EagleHead.from_pretrained(head_folder, model, shard=shard)
     setup_caches(model, head, 3, 64)
     config, settings = plan.describe(folder)
-    planned = plan.make_plan(config, world, head=head_args(read_json(Path(head_folder) / "config.json"), config),
-                             settings=settings, context=64, batch=3)
+    planned = plan.make_plan(config, world, head=plan.describe_head(head_folder, config, folder), settings=settings,
+                             context=64, batch=3)
 
     def size(tensors):
         """In 16 bits."""
         return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)
 
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.layouts.clear()  # of a CPU's kernels, which the plan of GPUs does not count
-    buffers = [tensor for name, tensor in model.named_buffers() if name not in ("inv_freq", "kv_cache")]
-    assert bool(buffers) == (kind in QUANTISED)
-    assert planned.weights == size(model.parameters()) + size(buffers) and planned.head == size(head.parameters())
+    def stored(module):
+        """Without the copies that a CPU's kernels made."""
+        return size(tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())
+                    if name not in ("inv_freq", "kv_cache") and ".layouts." not in name)
+
+    quantised = [module for module in (model, head) if any(isinstance(part, QuantLinear) for part in module.modules())]
+    assert len(quantised) == (2 if kind in QUANTISED else 0)
+    assert (planned.weights, planned.head) == (stored(model), stored(head))
     assert planned.caches == size([model.kv_cache, head.kv_cache])
 
 
@@ -360,6 +405,56 @@ def test_the_plan_of_llama_2_70b_recomputed_from_its_shape(capsys):
     assert f"at most {1 / seconds:.0f} tokens/s" in out
 
 
+@pytest.mark.parametrize("name, n_kv_head, hidden, split", [("vicuna-33b", 13, 17920, False), ("mixtral-8x7b", 32, 14336, True)])
+def test_a_shapes_head_is_the_published_one(capsys, name, n_kv_head, hidden, split):
+    assert plan.main(plan.parse_args(f"--plan {name} --world-size 2 --head --context 2048".split())) == 0
+    out, dim = capsys.readouterr().out, plan.SHAPES[name].dim
+    matrices = dim * (4 * dim + 2 * n_kv_head * 128 + 3 * hidden) + dim      # fc, q, o; k, v; the feed-forward; fc's bias
+    n_byte = 2 * (matrices / (2 if split else 1) + dim)
+    assert f" {n_byte / 1e9:.2f} GB a rank{'' if split else ', whole'}" in next(l for l in out.splitlines() if "head" in l)
+
+
+def test_the_plans_speed_with_eagle_is_the_papers_bound():
+    """accepted length / (1 + levels * (head + LM head) / target), eagle.md section 8, one process and nothing else to read."""
+    config = plan.SHAPES["llama-2-7b"]
+    target, lm_head = 2 * 6_607_343_616, 2 * 32000 * 4096       # without the embedding table
+    head = 2 * 235_937_792
+    for accept_length in (1.0, 3.6):
+        planned = plan.make_plan(config, 1, head=plan.describe_head("", config, "llama-2-7b"), context=1, accept_length=accept_length)
+        bound = accept_length / (1 + 5 * (head + lm_head) / target)
+        assert planned.eagle / planned.plain == pytest.approx(bound, rel=1e-3)
+
+
+def peak(folder, head_folder):
+    """Bytes that a prefill of 200 tokens and a step take beside weights and caches, in 16 bits, by torch's allocator."""
+    shard = tp.Shard.world()
+    model = Transformer.from_pretrained(folder, dtype=torch.bfloat16, shard=shard)
+    head = EagleHead.from_pretrained(head_folder, model, shard=shard)
+    setup_caches(model, head, 3, 256)
+    step = EagleStep(model, head, load_tree("static"), 3)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step.prefill([tokens_of(200)] * 3)
+        step(256)
+    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(n for _, n in sorted(events)))
+
+
+def test_the_plans_workspace_is_enough_and_not_far_too_much(group, zoo):
+    folder, head_folder = zoo("gqa")
+    config, _ = plan.describe(folder)
+    planned = plan.make_plan(config, 2, head=plan.describe_head(head_folder, config, folder), context=256, batch=3)
+    for n_byte in group(2)(peak, folder, head_folder):
+        assert n_byte <= planned.workspace <= 1.5 * n_byte
+
+
+def test_a_plan_fetches_no_weights(zoo, monkeypatch):
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append(options) or zoo("gqa")[0])
+    assert plan.describe("someone/tiny")[0].n_head == 8
+    assert len(asked) == 1 and not any("safetensors" in p or "bin" in p for p in asked[0]["allow_patterns"])
+
+
 @pytest.mark.parametrize("argv, message", [
     ("--plan llama-2-70b --world-size 3", "1, 2, 4, 8, 16, 32, 64 do"),
     ("--plan nothing --world-size 2", "shapes are llama-2-7b"),
@@ -374,9 +469,9 @@ def test_the_plan_refuses_in_one_line(capsys, argv, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Under torchrun
 
-def torchrun(n, *argv, nodes=()):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *nodes, *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def torchrun(n, *argv, nodes=(), **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *map(str, (*nodes, *argv))]
+    return subprocess.Popen(command, cwd=ROOT, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "EAGLE_TP_CHECK": "1"})
 
 
@@ -422,36 +517,101 @@ def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
 
 
-MISHAPS = {
-    "os.kill(os.getpid(), signal.SIGSTOP)": "has not answered for 2 s", "time.sleep(60)": "rank 1 did not join a collective",
-    "print('error: out of memory', file=sys.stderr); return 2": "error: rank 1: out of memory"}
+def test_ctrl_c_ends_all_ranks_without_a_traceback(tmp_path):
+    """torchrun's own stderr has one, of torchrun; what the ranks write goes to files of their own."""
+    checkpoint = write_checkpoint(tmp_path / "endless", ascii_only=True, context=100_000)
+    run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000",
+                   nodes=["--standalone", "--redirects", "3", "--log-dir", tmp_path / "logs"], start_new_session=True)
+    logs = lambda name: [file.read_text() for file in sorted((tmp_path / "logs").glob(f"*/*/*/{name}.log"))]
+    until = time.monotonic() + 60
+    while not any(map(len, logs("stdout"))):    # it talks
+        assert time.monotonic() < until and run.poll() is None, logs("stderr")
+        time.sleep(0.1)
+    agent_children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.killpg(run.pid, signal.SIGINT)           # as a terminal does
+    run.communicate(timeout=30)
+    assert run.returncode != 0 and len(logs("stderr")) == 2
+    assert [line for text in logs("stderr") for line in text.split("\n") if line][1:] == [], logs("stderr")   # "loaded"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
 
 
-def test_when_a_rank_hangs_or_fails_all_end_with_one_line(tmp_path):
-    runs = []
-    for n, mishap in enumerate(MISHAPS):
-        script = tmp_path / f"script{n}.py"
-        script.write_text(f"""
-import os, signal, sys, time, types
-sys.path.insert(0, {str(ROOT)!r})
-import ranks
-import torch.distributed as dist
-ranks.SILENCE, ranks.GRACE, ranks.COLLECTIVE = 2.0, 1.0, 3.0
-
-def main(args):
-    dist.barrier()
-    if dist.get_rank() == 1:
-        {mishap}
-    dist.barrier()
+def wait():
+    torch.distributed.barrier()
     return 0
 
-sys.exit(ranks.run(main, types.SimpleNamespace(device="cpu")))
-""")
-        runs.append(torchrun(2, script, nodes=["--standalone"]))     # each with a port of its own
-    for run, message in zip(runs, MISHAPS.values()):
-        _, err = run.communicate(timeout=60)
-        lines = [line for line in err.splitlines() if line.startswith("error:")]
-        assert run.returncode != 0 and len(lines) == 1 and message in lines[0], err
+
+def fail(line, status):
+    print(line, file=sys.stderr)
+    return status
+
+
+def mistake():
+    raise AssertionError("a mistake")
+
+
+def interrupted_while_the_other_leaves():
+    with pytest.raises(RuntimeError, match="gloo"):
+        wait()
+    signal.raise_signal(signal.SIGINT)
+
+
+MISHAPS = {     # what rank 0 does, and rank 1; exit statuses; what stderr says in all
+    "1 is stuck": (wait, lambda: time.sleep(60), [1, 1], "error: rank 1 did not join a collective: REASON\n"),
+    "nothing": (lambda: print("a word", end="") or wait(), wait, [0, 0], ""),
+    "1 is stopped": (wait, lambda: os.kill(os.getpid(), signal.SIGSTOP), [1, -9], "error: rank 1 (process PID on HOST) has not answered for 2 s\n"),
+    "1 fails": (wait, lambda: fail("error: out of memory", 2), [2, 2], "error: rank 1: out of memory\n"),
+    "0 fails": (lambda: fail("error: no space left", 2), wait, [2, 2], "error: no space left\n"),
+    "nobody reads 0": (lambda: 141, lambda: signal.raise_signal(signal.SIGTERM) or wait(), [141, 141], ""),
+    "1 is mistaken": (wait, mistake, [1, 1], "rank 1:\nTraceback\nAssertionError: a mistake\n"),
+    "both are mistaken": (mistake, mistake, [1, 1], "rank N:\nTraceback\nAssertionError: a mistake\n"),
+    "Ctrl-C": (interrupted_while_the_other_leaves, lambda: signal.raise_signal(signal.SIGINT), [130, 130], ""),
+}
+
+
+def suffer(mishap, rank, port, folder):
+    """A rank without torchrun, on the store at `port`."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                       TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout = open(1, "w", closefd=False)    # buffered, wherever the tests run
+    ranks.SILENCE, ranks.GRACE, ranks.COLLECTIVE = 2.0, 1.0, 4.0 if mishap == "1 is stuck" else 30.0
+    ranks.run(lambda args: wait() or MISHAPS[mishap][rank](), types.SimpleNamespace(device="cpu"))
+
+
+def test_when_a_rank_hangs_or_fails_all_end_and_one_says_why(forkserver, tmp_path):
+    runs, stores = {}, []
+    for n, mishap in enumerate(MISHAPS):        # all at once
+        (tmp_path / str(n)).mkdir()
+        stores.append(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+        runs[mishap] = [forkserver.Process(target=suffer, args=(mishap, rank, stores[-1].port, str(tmp_path / str(n))))
+                        for rank in range(2)]
+        for process in runs[mishap]:
+            process.start()
+    for n, (mishap, (*_, statuses, message)) in enumerate(MISHAPS.items()):
+        for process in runs[mishap]:
+            process.join(30)
+        err = (tmp_path / f"{n}/err").read_text()
+        err = re.sub(r"(?s)\(most recent call last\).*?(?=^AssertionError)", "\n", err, flags=re.M).replace("Traceback \n", "Traceback\n")
+        assert [process.exitcode for process in runs[mishap]] == statuses, (mishap, err)
+        pattern = re.escape(message).replace("PID", r"\d+").replace("HOST", socket.gethostname()).replace("REASON", ".*").replace("N", r"\d")
+        assert re.fullmatch(pattern, err), (mishap, err)
+    assert (tmp_path / "1/out").read_text() == "a word"
+
+
+@pytest.mark.parametrize("device, message", [
+    ("cuda:1", "--device cuda:1: under torchrun each process takes a GPU of its own"),
+    (None, "4 processes on a machine with 2 GPUs: --nproc-per-node 2")])
+def test_processes_that_cannot_be_placed_are_refused_in_one_line(monkeypatch, capsys, device, message):
+    for key, value in dict(RANK=4, LOCAL_RANK=0, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4).items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ranks.run(None, types.SimpleNamespace(device=device)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ranks.run(None, types.SimpleNamespace(device=device)) == 2 and capsys.readouterr().err == ""
 
 
 def test_what_does_not_fit_a_gpu_is_refused_before_loading(zoo, monkeypatch, capsys):

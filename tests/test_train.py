@@ -26,6 +26,7 @@ from eagle_head import EagleHead
 from generate import generate
 from model import Transformer, read_json
 from reference import assert_close, edited_json, read_safetensors, write_checkpoint
+from scripts import export_head
 from test_eagle import written_out_head
 from tokenizer import Tokenizer
 from train_data import Batch, Dialogue, Features, encode_dialogue, make_batches, read_dialogues
@@ -372,6 +373,18 @@ def test_a_draft_vocabulary_is_the_answers_commonest_tokens_and_the_head_holds_n
     assert all(tokenizer.decode([i]) in said for i in ids if i not in tokenizer.stop_ids)
 
 
+def test_a_head_without_bias_is_what_vllm_takes(train, model, capsys):
+    status, err, out = train("--epochs", 1, "--no-bias")
+    assert status == 0, err
+    assert read_json(out / "config.json")["bias"] is False
+    argv = ["--head", str(out), "--for", "vllm", "--out", str(out / "vllm")]
+    assert export_head.main(export_head.parse_args(argv)) == 0, capsys.readouterr().err
+    ours, theirs = read_safetensors(out / "vllm/model.safetensors"), read_safetensors(out / "model.safetensors")
+    assert set(ours) == OFFICIAL_KEYS - {"fc.bias"} and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    status, err, _ = train("--init", out, out="other")
+    assert status == 2 and "its fc has no bias: train with --no-bias" in one_error_line(err)
+
+
 def test_init_goes_on_from_another_head(train):
     _, _, first = train("--epochs", 3, "--lr", 3e-3, out="first")
     status, err, out = train("--epochs", 1, "--lr", 1e-9, "--init", first)
@@ -379,6 +392,8 @@ def test_init_goes_on_from_another_head(train):
     ours, theirs = read_safetensors(out / "model.safetensors"), read_safetensors(first / "model.safetensors")
     for key in theirs:
         assert_close(ours[key], theirs[key], 1e-5)
+    status, err, _ = train("--init", first, "--no-bias", out="other")
+    assert status == 2 and "its fc has a bias: train with --bias" in one_error_line(err)
 
 
 @torch.no_grad()
