@@ -342,18 +342,26 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             peers[module.format, module.shape, module.scales.dtype].append(module)
-    for (format, shape, dtype), modules in tqdm(peers.items(), "choosing kernels", delay=2, leave=False,
-                                                disable=None if is_first else True):
+    keys = defaultdict(dict)    # of the modules of a shape: rows -> the key of what was found
+    for peer, modules in tqdm(peers.items(), "choosing kernels", delay=2, leave=False, disable=None if is_first else True):
+        format, shape, dtype = peer
         for rows in ROWS:
             names = candidates(modules[0], rows)
             if len(names) == 1:
                 continue
             key = f"{place(modules[0])}, {format.mode} {format.group_size} {dtype}, {rows} x {'x'.join(map(str, shape))}"
+            keys[peer][rows] = key
             if found.get(key) not in names:
                 found[key] = fastest(modules, names, rows)
-            for module in modules:
-                module.kernels[rows] = found[key]
         for module in modules:
+            module.lay_out(set())   # one shape's copies at a time
+    if torch.distributed.is_initialized():  # what several ranks compute alike must be the same to the bit
+        chosen = [found]
+        torch.distributed.broadcast_object_list(chosen)
+        found |= chosen[0]
+    for peer, modules in peers.items():
+        for module in modules:
+            module.kernels = {rows: found[key] for rows, key in keys[peer].items()}
             module.lay_out(set(module.kernels.values()) or {"dense"})
     if found != before and is_first and cache is not None:
         with contextlib.suppress(OSError):  # nowhere to keep it: the next run measures again
