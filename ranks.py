@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
     """main(args) in the process group of torchrun.
 
     Returns 2 for what cannot be placed. Else it ends the process itself, with main's exit status or because another
-    rank has failed: at the interpreter's own end a thread that waits in C++ code would be cut off, which aborts.
+    rank has failed.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     use_cuda = torch.cuda.is_available() and args.device in (None, "cuda")
@@ -80,6 +80,11 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
             os.write(real_stderr, f"{text}\n".encode())
         if watchdog is not None:
             watchdog.leave(status)
+    end_process(status)
+
+
+def end_process(status: int) -> NoReturn:
+    """Not by way of the interpreter's end, which would cut off threads that wait in C++ code for its lock: that aborts."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # whoever read it has gone
             stream.flush()

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from eagle_head import EagleHead, head_args
 from generate import Parser, number, pick_device, say, write_atomically
 from model import Transformer, pack_for_cpu, read_json, resolve_checkpoint
+from ranks import end_process, launched
 from tokenizer import Tokenizer
 from train_data import Batch, Features, common_tokens, make_batches, read_dialogues
 
@@ -545,4 +546,5 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    status = main(parse_args())
+    end_process(status) if launched() else sys.exit(status)

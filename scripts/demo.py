@@ -42,6 +42,7 @@ def compare(args: argparse.Namespace) -> None:
     cli.say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
             f"{report['device_name']}")
     for decoder in (plain, eagle):  # warm up
+        decoder.TRACE_FROM = 1      # one trace for all the answers
         decoder.generate(prompts[:1], min(8, args.max_new_tokens))
     results = []
     for text, prompt in zip(args.prompt, prompts):
