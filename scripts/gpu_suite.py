@@ -46,7 +46,7 @@ class Part(NamedTuple):
 def all_parts(args: argparse.Namespace) -> Iterator[Part]:
     """The most telling first: what does not fit in the budget is left out from the end."""
     device, (shape, *shapes) = ["--device", args.device], args.shapes
-    tests = ["tests/test_gpu.py", "tests/test_quantize.py", "-k", "test_gpu or triton"]
+    tests = ["tests/test_gpu.py", "tests/test_quantize.py", "-k", "test_gpu or (triton and cuda)"]
     yield Part("tests", "tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], 210)
     yield bench_part(shape, args)
     # The first finds nothing compiled, the second what the first left behind.
