@@ -4,7 +4,8 @@
     replay = trace(step, [model, head], step.state)     # replay(n_slot), of any size
 
 A small model spends a fifth to a third of a step in Python (dev/log.md). Both recordings ask the same of a step: its
-tensors stay where they are, and the host decides nothing by their values.
+tensors stay where they are, and the host decides nothing by their values. PYTORCH_JIT=0 runs every step as it is
+written, with its prints and breakpoints.
 """
 import warnings
 from collections.abc import Callable, Iterable
