@@ -245,7 +245,7 @@ def test_a_group_that_two_ranks_would_share_is_refused(zoo):
     "head held whole": ["static, drawn from a draft vocabulary"]}.items())
 def test_text_of_four_equals_one_process(group, zoo, kind, names):
     cases = [CASES[name] for name in names]
-    assert group(4)(answers, *zoo(kind), cases, (2,)) == [answers(*zoo(kind), cases, (2,))] * 4
+    assert group(4)(answers, *zoo(kind), cases, (3,)) == [answers(*zoo(kind), cases, (3,))] * 4
 
 
 @pytest.mark.parametrize("kind, names", {
