@@ -28,8 +28,8 @@ from torch import Tensor
 import ranks
 import tp
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
-from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, read_json,
-                   resolve_checkpoint)
+from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
+                   read_json, resolve_checkpoint)
 from replay import can_trace, capture, trace
 
 DEFAULT_PROMPT = "Why is the sky blue?"
@@ -372,19 +372,15 @@ def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | No
 
 def tree_name(checkpoint: str) -> str:
     """Of the file beside a head: a quantised target has a tree of its own, for it makes a block of rows dearer than one."""
-    mode = quantize_settings(checkpoint).get("mode")
+    mode = quantize_settings(resolve_checkpoint(checkpoint, weights=False)).get("mode")
     return f"tree-{mode}.json" if mode else "tree.json"
-
-
-def quantize_settings(checkpoint: str) -> dict:
-    file = resolve_checkpoint(checkpoint) / "quantize.json"
-    return read_json(file) if file.exists() else {}
 
 
 def shipped_head(checkpoint: str) -> str:
     """The folder under heads/ that was trained for this checkpoint, or for the one it was quantised from, by the last
     part of its name."""
-    names = {Path(checkpoint).name, Path(str(quantize_settings(checkpoint).get("source", ""))).name}
+    source = quantize_settings(resolve_checkpoint(checkpoint, weights=False)).get("source", "")
+    names = {Path(checkpoint).name, Path(str(source)).name}
     for file in sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json")):
         if str(read_json(file).get("target", "")).split("/")[-1] in names:
             return str(file.parent)

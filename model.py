@@ -510,6 +510,12 @@ def install_quantized(model: nn.Module, folder: Path) -> bool:
     return True
 
 
+def quantize_settings(folder: Path) -> dict:
+    """What quantize.json says; empty where there is none."""
+    file = folder / "quantize.json"
+    return read_json(file) if file.exists() else {}
+
+
 Part = Callable[[str, list[int]], tuple[slice, ...]]  # a key and the shape stored under it -> the slice to read
 
 

@@ -8,7 +8,6 @@ is an upper estimate, the reserve an allowance. The speed is a bound from what a
 figures you give for the machine; compute and launches are not in it.
 """
 import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from eagle_head import Tree, head_args, load_tree
 from generate import Parser, number, say
-from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, read_json, resolve_checkpoint
+from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, quantize_settings, read_json, resolve_checkpoint
 from quantized import QuantLinear, install
 from scripts.shapes import SHAPES, head_shape
 from tp import Shard, divides
@@ -102,7 +101,7 @@ def describe(name: str) -> tuple[ModelArgs, dict]:
         folder = resolve_checkpoint(name, weights=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; shapes are {', '.join(SHAPES)}") from None
-    return ModelArgs.from_config(read_json(folder / "config.json")), read_settings(folder)
+    return ModelArgs.from_config(read_json(folder / "config.json")), quantize_settings(folder)
 
 
 def describe_head(name: str, target: ModelArgs, target_name: str) -> Head:
@@ -111,12 +110,7 @@ def describe_head(name: str, target: ModelArgs, target_name: str) -> Head:
         return Head(*head_shape(target, target_name), {})
     folder = resolve_checkpoint(name, weights=False)
     config = read_json(folder / "config.json")
-    return Head(head_args(config, target), config.get("bias", True), read_settings(folder))
-
-
-def read_settings(folder: Path) -> dict:
-    file = folder / "quantize.json"
-    return read_json(file) if file.exists() else {}
+    return Head(head_args(config, target), config.get("bias", True), quantize_settings(folder))
 
 
 def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, settings: dict | None = None,

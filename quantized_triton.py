@@ -9,7 +9,7 @@ Shapes as in quantized.py. Runs on a CPU, slowly, under TRITON_INTERPRET=1.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 
 @triton.jit(do_not_specialize=["M", "split_k"])
@@ -43,7 +43,7 @@ def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, split_k, GROUP: t
     tl.store(out + (split * M + rows[:, None]) * N + n[None, :], total, mask=has_row & has_n)
 
 
-@torch.library.custom_op("eagle::quant_matmul", mutates_args=())
+@library.custom_op("eagle::quant_matmul", mutates_args=())
 def quant_matmul(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None, block_n: int, split_k: int) -> Tensor:
     """x [M, K] of up to 64 rows by a weight as quantized.py stores it -> [split_k, M, N] fp32, to be added up."""
     M, K = x.shape

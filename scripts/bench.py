@@ -33,13 +33,13 @@ from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
 from generate import (Decoder, Generation, Parser, common_prefix, compile_layers, number, pick_device,  # noqa: E402
                       say, write_atomically)
 from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
-                   pack_for_cpu, prefill, read_json, resolve_checkpoint, stored)
+                   pack_for_cpu, prefill, quantize_settings, read_json, resolve_checkpoint, stored)
 from quantized import Format, quantize_in_place, tune  # noqa: E402
-from replay import can_trace, capture, trace  # noqa: E402
+from replay import can_trace, capture  # noqa: E402
 from scripts.shapes import SHAPES, TINY, meta_model, random_head, random_model  # noqa: E402
 from scripts.simulate import accept_lengths, simulated_decoder  # noqa: E402
 from scripts.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,  # noqa: E402
-                            print_table, spread)
+                            print_table, spread, traced)
 
 SLOTS = [128, 1024, 4096]
 LONG_PROMPT = 2048          # tokens of the prefill run
@@ -323,9 +323,7 @@ def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[to
     step()
     if args.compile or not can_trace(modules[0]):
         return step
-    replay = trace(lambda _: step(), modules)   # what a part does not return, a trace leaves out
-    replay(0)
-    return lambda: replay(0)
+    return traced(step, modules)
 
 
 def eagerly(args: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -526,8 +524,7 @@ def load(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
 def quantised(args: argparse.Namespace) -> dict | None:
     """What quantize.json says of the target: that of the checkpoint, or of --mode."""
     if args.checkpoint:
-        file = resolve_checkpoint(args.checkpoint) / "quantize.json"
-        return read_json(file) if file.exists() else None
+        return quantize_settings(resolve_checkpoint(args.checkpoint)) or None
     return {"mode": args.mode, "group_size": args.group_size} if args.mode else None
 
 

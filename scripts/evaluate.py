@@ -3,6 +3,7 @@
     python scripts/evaluate.py --questions mt_bench --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3
     python scripts/evaluate.py --questions questions.jsonl --limit 10 --out results/demo     # the demo model, its own head
     python scripts/evaluate.py ... --tree chain:4 static dynamic     # an arm for each tree
+    python scripts/evaluate.py ... --also FOLDER-int8 FOLDER-int4    # the same model quantised, in turn with the rest
     python scripts/evaluate.py ... --temperature 1 --seed 0
     python scripts/evaluate.py ... --peers --gguf model.gguf         # transformers, its prompt lookup, llama.cpp as arms too
 

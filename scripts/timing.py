@@ -18,6 +18,7 @@ from tqdm import tqdm
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 from generate import device_name  # noqa: E402
+from replay import trace  # noqa: E402
 
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 
@@ -35,6 +36,13 @@ def interleave(runs: dict, repeats: int, device: torch.device) -> dict:
         for name, run in runs.items():
             times[name].append(elapsed(run, device))
     return {name: values[1:] for name, values in times.items()}
+
+
+def traced(job: Callable[[], object], modules: list[torch.nn.Module]) -> Callable[[], None]:
+    """The trace of a job on a CPU, ready to run. What the job does not return, a trace leaves out."""
+    replay = trace(lambda _: job(), modules)
+    replay(0)
+    return lambda: replay(0)
 
 
 def elapsed(run: Callable[[], None], device: torch.device) -> float:

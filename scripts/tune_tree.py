@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
 from eagle_head import EagleHead, EagleStep, StaticTree
 from model import Sampling, Transformer, bucket, causal_mask
-from replay import can_trace, trace
+from replay import can_trace
+from scripts.timing import traced
 from train_head import draft_ranks
 
 QUESTIONS = [
@@ -123,7 +124,7 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
     jobs |= {("deep", 5): lambda: deep.grow(deep_root, view), ("flat", 1): lambda: flat.grow(flat_root, view),
              ("rest", 0): rest}
     if can_trace(model):    # as decoding runs them
-        jobs = {key: traced(job, model, head) for key, job in jobs.items()}
+        jobs = {key: traced(job, [model, head]) for key, job in jobs.items()}
     seconds = {key: [] for key in jobs}
     for _ in tqdm(range(repeats + 2), desc="timing", unit="round"):
         for key, job in jobs.items():
@@ -133,11 +134,6 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
     ms = {key: statistics.median(times[2:]) * 1e3 for key, times in seconds.items()}
     return {"target_by_rows": {n: ms["target", n] for n in rows}, "draft_level": (ms["deep", 5] - ms["flat", 1]) / 4,
             "first_level": ms["flat", 1], "rest": ms["rest", 0]}
-
-
-def traced(job: Callable[[], object], model: Transformer, head: EagleHead) -> Callable[[], object]:
-    replay = trace(lambda _: job(), [model, head])
-    return lambda: replay(0)
 
 
 def synchronized_clock(model: Transformer) -> float:

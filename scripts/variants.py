@@ -44,8 +44,11 @@ def compare_variants(args: argparse.Namespace) -> dict:
                 args.compile = key[0] in ("block", "whole")
                 begin = clock(args.device)
                 step = target_pass(models[key], n_row, args.slots[0])
-                step()
-                runs[*key, n_row] = ready(step, args, [models[key]]) if key[0] == "traced" or args.compile else step
+                if args.compile or key[0] == "traced":
+                    step = ready(step, args, [models[key]])
+                else:
+                    step()
+                runs[*key, n_row] = step
                 compiling[*key, n_row] = clock(args.device) - begin
             times = interleave(runs, args.repeats, args.device)
     rows = [{"variant": key[0], "dtype": key[1], "rows": key[2], "used_slots": args.slots[0],

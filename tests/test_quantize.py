@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import library
 
 import quantize
 import quantized
@@ -145,7 +146,7 @@ def check_triton(device):
         ours = linear.product("triton 32 2", x[None])
         assert ours.dtype == dtype
         assert_close(ours[0].double(), x.double() @ exact, 1e-2)
-    torch.library.opcheck(quant_matmul, (x, *linear.parts(), 32, 2))
+    library.opcheck(quant_matmul, (x, *linear.parts(), 32, 2))
 
 
 def multiply_bfloat16_in_triton_s_interpreter():
