@@ -542,7 +542,6 @@ class EagleStep:
 
         The first n_cached tokens are in both caches. The feature before them is not kept, so one is computed again.
         """
-        device = self.tokens.device
         self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
         self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
         self.n_pair.fill_(1)

@@ -14,8 +14,6 @@ Shapes: B batch, T new tokens, S cache slots, V vocabulary.
 import argparse
 import contextlib
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +25,7 @@ from torch import Tensor
 
 import ranks
 import tp
+from console import Parser, command, device_name, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
                    read_json, resolve_checkpoint)
@@ -272,33 +271,12 @@ def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_
 # Command line
 
 
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
-    try:
-        check_options(args)
-        args.texts = None if args.interactive else read_prompts(args)
-        model, head, tokenizer, report = load(args)
-        run = chat if args.interactive else answer
-        run(args, model, head, tokenizer, report)
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        say("error: out of memory: a smaller --max-seq-length, batch or --dtype takes less")
-        return 2
-    except KeyboardInterrupt:
-        say("")
-        return 130
-    return 0
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+@command()
+def main(args: argparse.Namespace) -> None:
+    check_options(args)
+    args.texts = None if args.interactive else read_prompts(args)
+    model, head, tokenizer, report = load(args)
+    (chat if args.interactive else answer)(args, model, head, tokenizer, report)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -399,31 +377,6 @@ def load_draft_vocab(spec: str, folder: Path) -> list[int]:
 
 def say_loaded(report: dict) -> None:
     say("loaded {checkpoint} in {load_seconds:.1f} s ({device}, {dtype})".format(**report))
-
-
-def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no values")
-        torch.empty(0, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and graphs belong to the current device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead | None, batch_size: int,
@@ -589,39 +542,12 @@ def profiler(file: Path | None):
     say(f"wrote {file}")
 
 
-def write_atomically(file: Path, text: str) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-
-
 def peak_memory(model: Transformer) -> int:
     """Bytes: the GPU allocator's peak, or the process's peak resident memory on a CPU."""
     if model.inv_freq.is_cuda:
         return torch.cuda.max_memory_allocated()
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        say(f"error: {message}")
-        sys.exit(2)
-
-
-def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
-    """An argparse type that names the range it accepts."""
-    def parse(text: str):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if value == float("inf"):
-                raise ValueError
-            if (low < value if open_low else low <= value) and value <= high:
-                return value
-        above = f"above {low}" if open_low else f"of {low} or more"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number {above}"
-                                         + ("" if high == float("inf") else f", up to {high}"))
-    return parse
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -502,12 +502,11 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
 
 def install_quantized(model: nn.Module, folder: Path) -> bool:
     """Where the folder holds quantize.json, put empty quantised modules into a model on the meta device."""
-    file = folder / "quantize.json"
-    if not file.exists():
-        return False
-    from quantized import install
-    install(model, read_json(file), file)
-    return True
+    settings = quantize_settings(folder)
+    if settings:
+        from quantized import install
+        install(model, settings, folder / "quantize.json")
+    return bool(settings)
 
 
 def quantize_settings(folder: Path) -> dict:

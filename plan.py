@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from console import Parser, command, number, say
 from eagle_head import Tree, head_args, load_tree
-from generate import Parser, number, say
 from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, quantize_settings, read_json, resolve_checkpoint
 from quantized import QuantLinear, install
 from scripts.shapes import SHAPES, head_shape
@@ -49,24 +49,20 @@ class Machine(NamedTuple):
     latency: float      # seconds a collective takes however small it is
 
 
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend."""
-    try:
-        config, settings = describe(args.plan)
-        if args.mode is not None:
-            settings = {} if args.mode == "bf16" else {"mode": args.mode}
-        if settings.get("mode") == "int4":
-            settings.setdefault("group_size", args.group_size)
-        tree = load_tree(args.tree)
-        head = None if args.head is None else describe_head(args.head, config, args.plan)
-        if args.context > config.block_size:
-            raise ValueError(f"--context {args.context} is beyond the model's context of {config.block_size} tokens")
-        machine = Machine(args.bandwidth * 1e9, args.link * 1e9, args.latency * 1e-6)
-        plan = make_plan(config, args.world_size, head=head, settings=settings, tree=tree, context=args.context, batch=args.batch,
-                         machine=machine, accept_length=args.accept_length)
-    except (ValueError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
+@command()
+def main(args: argparse.Namespace) -> None:
+    config, settings = describe(args.plan)
+    if args.mode is not None:
+        settings = {} if args.mode == "bf16" else {"mode": args.mode}
+    if settings.get("mode") == "int4":
+        settings.setdefault("group_size", args.group_size)
+    tree = load_tree(args.tree)
+    head = None if args.head is None else describe_head(args.head, config, args.plan)
+    if args.context > config.block_size:
+        raise ValueError(f"--context {args.context} is beyond the model's context of {config.block_size} tokens")
+    machine = Machine(args.bandwidth * 1e9, args.link * 1e9, args.latency * 1e-6)
+    plan = make_plan(config, args.world_size, head=head, settings=settings, tree=tree, context=args.context, batch=args.batch,
+                     machine=machine, accept_length=args.accept_length)
     mode = settings.get("mode", "bf16") + (f" in groups of {settings['group_size']}" if settings.get("group_size") else "")
     print(f"{args.plan}: {args.world_size} ranks, {mode}, context {args.context}, batch {args.batch}")
     for name, n_byte in (*plan._asdict().items(), ("reserve", int(args.reserve * 1e9))):
@@ -80,7 +76,6 @@ def main(args: argparse.Namespace) -> int:
     eagle = "" if plan.eagle is None else f", {plan.eagle:.0f} with EAGLE ({args.tree} tree, {args.accept_length} tokens a pass)"
     print(f"at most {plan.plain:.0f} tokens/s{eagle}, if a GPU reads {args.bandwidth:.0f} GB/s, sends {args.link:.0f} GB/s, "
           f"and a collective takes {args.latency:.0f} us")
-    return 0
 
 
 def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:

@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from generate import Parser, number, pick_device, say, write_atomically
+from console import Parser, command, number, pick_device, write_atomically
 from model import (ModelArgs, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    iterate_weights, read_json, resolve_checkpoint, rope_cos_sin, rope_inv_freq)
 from quantized import GROUP_SIZES, Format, fit_grid, install, pack, round_to_nearest, to_grid
@@ -45,23 +45,15 @@ INPUT = {"q": "wqkv", "k": "wqkv", "v": "wqkv", "o": "wo", "gate": "w13", "up": 
 LAYER = re.compile(r"(?:model\.)?layers\.\d+\.")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
-    try:
-        check(args)
-        folders = [resolve_checkpoint(args.checkpoint)]
-        if args.out:
-            quantize_folder(folders[0], args.out, args)
-            folders.append(args.out)
-        for folder in folders if args.eval else folders[1:]:
-            report(folder, args)
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:     # a full disk is a SafetensorError
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on from here")
-        return 130
-    return 0
+@command(stopped="stopped; the same command goes on from here")
+def main(args: argparse.Namespace) -> None:
+    check(args)
+    folders = [resolve_checkpoint(args.checkpoint)]
+    if args.out:
+        quantize_folder(folders[0], args.out, args)
+        folders.append(args.out)
+    for folder in folders if args.eval else folders[1:]:
+        report(folder, args)
 
 
 def check(args: argparse.Namespace) -> None:

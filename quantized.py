@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from generate import device_name, say, write_atomically
+from console import device_name, say, write_atomically
 from model import MoEFeedForward, PackedLinear, read_json
 from replay import capture
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from generate import say, write_atomically
+from console import say, write_atomically
 from model import Transformer, read_json
 from tokenizer import Tokenizer
 

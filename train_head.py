@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from console import Parser, command, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, head_args
-from generate import Parser, number, pick_device, say, write_atomically
 from model import Transformer, pack_for_cpu, read_json, resolve_checkpoint
 from ranks import end_process, launched
 from tokenizer import Tokenizer
@@ -462,8 +462,8 @@ class Stop:
 
     def __init__(self):
         self.seen = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        for interruption in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(interruption, self._note)
 
     def _note(self, *_) -> None:
         self.seen = True
@@ -496,15 +496,11 @@ def draw_curves(log: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
+@command()
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend; 130 when stopped, with everything saved."""
+    """Exit status 130 when stopped, with everything saved."""
     try:
         return train(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:   # before the first step
-        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from console import Parser, command, number, pick_device, say, write_atomically  # noqa: E402
 from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
-from generate import (Decoder, Generation, Parser, common_prefix, compile_layers, number, pick_device,  # noqa: E402
-                      say, write_atomically)
+from generate import Decoder, Generation, common_prefix, compile_layers  # noqa: E402
 from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
                    pack_for_cpu, prefill, quantize_settings, read_json, resolve_checkpoint, stored)
 from quantized import Format, quantize_in_place, tune  # noqa: E402
@@ -47,30 +47,22 @@ ROUNDS = 5                  # runs of what takes long: prefill, decoding
 STEPS = 16                  # EAGLE steps in each of them, all within the same bucket of cache slots
 
 
-def main(args: argparse.Namespace) -> int:
-    return run(args, check, compare_peer if args.peer else measure_target)
+@command()
+def main(args: argparse.Namespace) -> None:
+    run(args, check, compare_peer if args.peer else measure_target)
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace, check: Callable[[argparse.Namespace], None],
-        measure: Callable[[argparse.Namespace], dict]) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
-    try:
-        check(args)
-        report = environment(args.device, args.command) | {
-            "model": args.checkpoint or args.shape, "random_weights": args.checkpoint is None,
-            "dtype": str(args.dtype).removeprefix("torch."), "compiled": args.compile, "repeats": args.repeats}
-        say(f"{report['device_name']}, torch {report['torch']}, commit {report['commit']}")
-        report |= measure(args)
-        if args.json:
-            write_atomically(args.json, json.dumps(report, indent=1) + "\n")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:
-        say("")
-        return 130
-    return 0
+        measure: Callable[[argparse.Namespace], dict]) -> None:
+    check(args)
+    report = environment(args.device, args.command) | {
+        "model": args.checkpoint or args.shape, "random_weights": args.checkpoint is None,
+        "dtype": str(args.dtype).removeprefix("torch."), "compiled": args.compile, "repeats": args.repeats}
+    say(f"{report['device_name']}, torch {report['torch']}, commit {report['commit']}")
+    report |= measure(args)
+    if args.json:
+        write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -18,27 +18,20 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from console import Parser, command, number, pick_device, write_atomically  # noqa: E402
 from eagle_head import load_tree  # noqa: E402
-from generate import Decoder, Parser, number, pick_device, say, setup_caches, write_atomically  # noqa: E402
+from generate import Decoder, setup_caches  # noqa: E402
 from model import pack_for_cpu  # noqa: E402
 from scripts.shapes import SHAPES, TINY, random_head, random_model  # noqa: E402
 from scripts.timing import clock, environment, print_table  # noqa: E402
 
 
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C."""
-    try:
-        report = measure(args)
-        print_table([args.shape, "seconds"], [[name, value] for name, value in report.items() if name.endswith("seconds")])
-        if args.json:
-            write_atomically(args.json, json.dumps(report, indent=1) + "\n")
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:
-        say("")
-        return 130
-    return 0
+@command()
+def main(args: argparse.Namespace) -> None:
+    report = measure(args)
+    print_table([args.shape, "seconds"], [[name, value] for name, value in report.items() if name.endswith("seconds")])
+    if args.json:
+        write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
 @torch.inference_mode()

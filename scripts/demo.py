@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
+from console import Parser, command, number, say
 from eagle_head import load_tree
 
 PROMPTS = [
@@ -19,18 +20,8 @@ PROMPTS = [
 ]
 
 
-def main(args: argparse.Namespace) -> int:
-    try:
-        compare(args)
-    except (ValueError, OSError) as error:
-        cli.say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def compare(args: argparse.Namespace) -> None:
+@command()
+def main(args: argparse.Namespace) -> None:
     model, head, tokenizer, report = cli.load(args)
     prompts = [cli.encode(text, tokenizer, raw=False) for text in args.prompt]
     tree = load_tree(args.tree)
@@ -39,7 +30,7 @@ def compare(args: argparse.Namespace) -> None:
     cli.setup_caches(model, head, 1, n_slot)
     plain = cli.Decoder(model, 1, compile=args.compile)
     eagle = cli.Decoder(model, 1, compile=args.compile, head=head, tree=tree)
-    cli.say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
+    say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
             f"{report['device_name']}")
     for decoder in (plain, eagle):  # warm up
         decoder.TRACE_FROM = 1      # one trace for all the answers
@@ -73,9 +64,9 @@ def line(plain: cli.Generation, eagle: cli.Generation) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Compare plain and EAGLE decoding.")
+    parser = Parser(description="Compare plain and EAGLE decoding.")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS)
-    parser.add_argument("--max-new-tokens", type=cli.number(int, 1), default=128, metavar="N")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=128, metavar="N")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", help="default: the one beside the head, or static")

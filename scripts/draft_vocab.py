@@ -16,32 +16,27 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
+from console import Parser, command, number, say, write_atomically
 from tokenizer import Tokenizer
 
 
-def main(args: argparse.Namespace) -> int:
-    try:
-        if args.checkpoint is None:
-            from scripts.download import download_demo
-            args.checkpoint = str(download_demo(log=cli.say))
-        tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-        out = args.out or Path(args.eagle or cli.shipped_head(args.checkpoint)) / "draft_vocab.json"
-        counts = collections.Counter()
-        for text in tqdm(texts_of(args.data), desc="counting", unit=" texts"):
-            counts.update(tokenizer.encode(text))
-        # A chat ends its turns with tokens that the text itself does not hold.
-        ids = list(dict.fromkeys([*tokenizer.stop_ids, *(i for i, _ in counts.most_common())]))[:args.size]
-        if not counts:
-            raise ValueError(f"{args.data} holds no text")
-        covered = sum(counts[i] for i in ids) / counts.total()
-        cli.write_atomically(out, json.dumps({"ids": ids, "covered": covered, "tokens_counted": counts.total()}) + "\n")
-    except (ValueError, OSError) as error:
-        cli.say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    cli.say(f"{len(ids)} tokens cover {covered:.1%} of {counts.total()}; wrote {out}")
-    return 0
+@command()
+def main(args: argparse.Namespace) -> None:
+    if args.checkpoint is None:
+        from scripts.download import download_demo
+        args.checkpoint = str(download_demo(log=say))
+    tokenizer = Tokenizer.from_pretrained(args.checkpoint)
+    out = args.out or Path(args.eagle or cli.shipped_head(args.checkpoint)) / "draft_vocab.json"
+    counts = collections.Counter()
+    for text in tqdm(texts_of(args.data), desc="counting", unit=" texts"):
+        counts.update(tokenizer.encode(text))
+    # A chat ends its turns with tokens that the text itself does not hold.
+    ids = list(dict.fromkeys([*tokenizer.stop_ids, *(i for i, _ in counts.most_common())]))[:args.size]
+    if not counts:
+        raise ValueError(f"{args.data} holds no text")
+    covered = sum(counts[i] for i in ids) / counts.total()
+    write_atomically(out, json.dumps({"ids": ids, "covered": covered, "tokens_counted": counts.total()}) + "\n")
+    say(f"{len(ids)} tokens cover {covered:.1%} of {counts.total()}; wrote {out}")
 
 
 def texts_of(file: Path) -> Iterator[str]:
@@ -69,10 +64,10 @@ def strings_in(value: object) -> Iterator[str]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Count tokens and write the commonest as a draft vocabulary.")
+    parser = Parser(description="Count tokens and write the commonest as a draft vocabulary.")
     parser.add_argument("--checkpoint", help="whose tokenizer (default: the demo model)")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="text, or JSON lines (.jsonl)")
-    parser.add_argument("--size", type=cli.number(int, 1), default=8192, metavar="N")
+    parser.add_argument("--size", type=number(int, 1), default=8192, metavar="N")
     parser.add_argument("--eagle", metavar="HEAD", help="the head's folder (default: the one that ships)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: draft_vocab.json beside the head")
     return parser.parse_args(argv)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
+from console import Parser, command, number, say, write_atomically
 from eagle_head import load_tree
 from model import Transformer, bucket, causal_mask, prefill, read_json, resolve_checkpoint
 from scripts import report
@@ -47,21 +48,9 @@ TOP_LOGITS = 10
 Arm = Callable[[list[int], int], Answer]    # (prompt ids, seed)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend; 130 on Ctrl-C, with what is answered kept."""
-    try:
-        with torch.inference_mode():
-            evaluate(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        cli.say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:
-        cli.say("\nstopped; the same command goes on from here")
-        return 130
-    return 0
-
-
-def evaluate(args: argparse.Namespace) -> None:
+@command(stopped="stopped; the same command goes on from here")
+@torch.inference_mode()
+def main(args: argparse.Namespace) -> None:
     questions = read_questions(args.questions)[:args.limit]
     if args.peers and args.temperature > 0:
         raise ValueError("--peers decode greedily: they need --temperature 0")
@@ -78,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> None:
     peers, absent = find_peers(resolve_checkpoint(args.checkpoint), model.inv_freq.device, getattr(torch, args.dtype), n_slot,
                                args.gguf) if args.peers else ({}, [])
     for line in absent:
-        cli.say(line)
+        say(line)
     for peer in peers.values():
         peer([1, 2, 3, 4], 4)   # warm up
     run |= {"question_set": Path(args.questions).stem, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot,
@@ -91,7 +80,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if todo:    # else what was measured, and when, stands
         if args.temperature == 0:
             run["rounding"] = measure_rounding(model, arms["plain"], tokenizer, questions)
-        cli.write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
+        write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
 
     totals = {name: [0, 0.0] for name in run["arms"]}
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
@@ -105,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> None:
             bar.set_postfix_str(progress(totals, answers))
     made = report.write_report(args.out)
     print((args.out / "report.md").read_text())
-    cli.say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
+    say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
 
 
 # Questions
@@ -301,13 +290,13 @@ def resume(out: Path, run: dict) -> set:
     answers = report.read_answers(out, run["arms"])
     for arm, lines in answers.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        cli.write_atomically(report.answers_file(out, arm), text)
+        write_atomically(report.answers_file(out, arm), text)
     return {line["question_id"] for line in answers["plain"]}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    parser = cli.Parser(description="Evaluate EAGLE beside plain decoding on a set of questions.")
+    parser = Parser(description="Evaluate EAGLE beside plain decoding on a set of questions.")
     parser.add_argument("--questions", required=True, metavar="SET", help=f"{', '.join(HUB_SETS)}, or a file in MT-bench's form")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="answers and report (default: below results/)")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
@@ -316,13 +305,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="an arm for each; tuned, the default, is the one beside the head, or static")
     parser.add_argument("--draft-vocab", metavar="N|FILE|off")
     parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT", help="the same model in other formats, such as int4: arms too")
-    parser.add_argument("--limit", type=cli.number(int, 1), metavar="N", help="the first N questions only")
-    parser.add_argument("--max-new-tokens", type=cli.number(int, 2), default=1024, metavar="N", help="of a turn")
-    parser.add_argument("--max-seq-length", type=cli.number(int, 2), default=4096, metavar="N", help="cache slots, within the context")
-    parser.add_argument("--temperature", type=cli.number(float, 0), default=0.0, metavar="X")
-    parser.add_argument("--top-k", type=cli.number(int, 1), metavar="N")
-    parser.add_argument("--top-p", type=cli.number(float, 0, 1, open_low=True), metavar="X")
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0, metavar="N")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N questions only")
+    parser.add_argument("--max-new-tokens", type=number(int, 2), default=1024, metavar="N", help="of a turn")
+    parser.add_argument("--max-seq-length", type=number(int, 2), default=4096, metavar="N", help="cache slots, within the context")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X")
+    parser.add_argument("--top-k", type=number(int, 1), metavar="N")
+    parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts and token counts")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from console import Parser, command, say, write_atomically  # noqa: E402
 from eagle_head import EagleHead  # noqa: E402
-from generate import Parser, load_draft_vocab, say, write_atomically  # noqa: E402
+from generate import load_draft_vocab  # noqa: E402
 from model import ModelArgs, load_weights, read_json, resolve_checkpoint  # noqa: E402
 
 ARCHITECTURE = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
@@ -34,22 +35,17 @@ KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_v
           dtype""".split()
 
 
-def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 2 with one line for what the user can mend."""
-    try:
-        folder = resolve_checkpoint(args.head)
-        config = read_json(folder / "config.json")
-        weights = read_weights(folder, config)
-        config, weights = CONVERT[args.engine](config, weights)
-        write(args.out, config, weights)
-        if args.engine == "sglang" and (folder / "draft_vocab.json").exists():
-            # A plain list: SGLang makes a tensor of what it loads.
-            torch.save(load_draft_vocab(str(folder / "draft_vocab.json"), folder), args.out / "token_map.pt")
-    except (ValueError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
+@command()
+def main(args: argparse.Namespace) -> None:
+    folder = resolve_checkpoint(args.head)
+    config = read_json(folder / "config.json")
+    weights = read_weights(folder, config)
+    config, weights = CONVERT[args.engine](config, weights)
+    write(args.out, config, weights)
+    if args.engine == "sglang" and (folder / "draft_vocab.json").exists():
+        # A plain list: SGLang makes a tensor of what it loads.
+        torch.save(load_draft_vocab(str(folder / "draft_vocab.json"), folder), args.out / "token_map.pt")
     say(f"wrote {args.out}")
-    return 0
 
 
 def read_weights(folder: Path, config: dict) -> dict[str, Tensor]:

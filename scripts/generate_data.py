@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
-from model import Sampling, Transformer
+from console import Parser, command, number, say, write_atomically
+from model import Sampling
 from tokenizer import Tokenizer
 
 OPENINGS = """A|Act as|An|Analyze|Answer|Are|Arrange|As a|Assume|Brainstorm|Calculate|Can you|Can you explain|Classify|
@@ -49,19 +50,8 @@ famous people|inventions|money|weather|transport|fashion|etiquette""".replace("\
 MARK = "\u241f"  # stands where the user's text goes in a template
 
 
-def main(args: argparse.Namespace) -> int:
-    try:
-        write_dialogues(args)
-    except (ValueError, OSError) as error:
-        cli.say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:
-        cli.say("stopped; the same command goes on from here")
-        return 130
-    return 0
-
-
-def write_dialogues(args: argparse.Namespace) -> None:
+@command(stopped="stopped; the same command goes on from here")
+def main(args: argparse.Namespace) -> None:
     settings = {"seed": args.seed, "temperature": args.temperature, "top_p": args.top_p,
                 "max_new_tokens": args.max_new_tokens, "self_prompted": args.prompts is None}
     seen, n_round = resume(args.out, settings)
@@ -110,7 +100,7 @@ def write_dialogues(args: argparse.Namespace) -> None:
             out.flush()
             bar.update(len(seen) - n_before)
             bar.set_postfix_str(", ".join(f"{n} {what} dropped" for what, n in dropped.items()), refresh=False)
-    cli.say(f"{len(seen)} dialogues in {args.out}" + "".join(f"; {n} {what} dropped" for what, n in dropped.items()))
+    say(f"{len(seen)} dialogues in {args.out}" + "".join(f"; {n} {what} dropped" for what, n in dropped.items()))
 
 
 def resume(out: Path, settings: dict) -> tuple[set[str], int]:
@@ -119,15 +109,15 @@ def resume(out: Path, settings: dict) -> tuple[set[str], int]:
         return set(), 0
     lines = out.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
-        cli.write_atomically(out, "".join(lines := lines[:-1]))
+        write_atomically(out, "".join(lines := lines[:-1]))
     seen, n_round = set(), 0
-    for number, line in enumerate(lines, start=1):
+    for n, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             seen.add(entry["messages"][0]["content"])
             n_round = entry["round"]
         except (ValueError, KeyError, TypeError, IndexError):
-            raise ValueError(f"{out}, line {number}: not written by this script; give another --out") from None
+            raise ValueError(f"{out}, line {n}: not written by this script; give another --out") from None
         for key, value in settings.items():
             if entry.get(key) != value:
                 raise ValueError(f"{out} was made with {key} {entry.get(key)!r}, not {value!r}; give another --out")
@@ -137,7 +127,7 @@ def resume(out: Path, settings: dict) -> tuple[set[str], int]:
 def read_questions(file: Path) -> Iterator[str]:
     """First user turns of a JSON-lines file of dialogues or questions, or the lines of a text file."""
     with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+        for n, line in enumerate(lines, start=1):
             try:
                 if file.suffix != ".jsonl":
                     text = line
@@ -151,7 +141,7 @@ def read_questions(file: Path) -> Iterator[str]:
             except UnicodeDecodeError:
                 raise
             except (ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration):
-                raise ValueError(f"{file}, line {number}: no question: give JSON lines with \"messages\", "
+                raise ValueError(f"{file}, line {n}: no question: give JSON lines with \"messages\", "
                                  "\"conversations\" or \"turns\", or a text file with one a line") from None
             if isinstance(text, str) and text.strip():
                 yield text.strip()
@@ -198,18 +188,18 @@ def loops(ids: list[int], n: int = 8, times: int = 3) -> bool:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Let the target write dialogues to train a head on.")
+    parser = Parser(description="Let the target write dialogues to train a head on.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; appended to when it exists")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions to answer (default: the target asks itself)")
-    parser.add_argument("--dialogues", type=cli.number(int, 1), default=10000, metavar="N", help="without --prompts")
-    parser.add_argument("--max-new-tokens", type=cli.number(int, 1), default=256, metavar="N", help="of an answer")
-    parser.add_argument("--max-user-tokens", type=cli.number(int, 1), default=64, metavar="N", help="of a question")
-    parser.add_argument("--max-prompt-tokens", type=cli.number(int, 1), default=512, metavar="N", help="longer is dropped")
-    parser.add_argument("--temperature", type=cli.number(float, 0), default=0.0, metavar="X", help="of answers; 0 is greedy")
-    parser.add_argument("--top-p", type=cli.number(float, 0, 1, open_low=True), metavar="X")
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0, metavar="N")
-    parser.add_argument("--batch-size", type=cli.number(int, 1), default=64, metavar="N")
+    parser.add_argument("--dialogues", type=number(int, 1), default=10000, metavar="N", help="without --prompts")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="of an answer")
+    parser.add_argument("--max-user-tokens", type=number(int, 1), default=64, metavar="N", help="of a question")
+    parser.add_argument("--max-prompt-tokens", type=number(int, 1), default=512, metavar="N", help="longer is dropped")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="of answers; 0 is greedy")
+    parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
+    parser.add_argument("--batch-size", type=number(int, 1), default=64, metavar="N")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")

@@ -26,7 +26,7 @@ import torch
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from generate import Parser, number, pick_device, say, write_atomically  # noqa: E402
+from console import Parser, command, number, pick_device, say, write_atomically  # noqa: E402
 from model import read_json  # noqa: E402
 from scripts.shapes import SHAPES  # noqa: E402
 from scripts.timing import environment, print_table  # noqa: E402
@@ -78,17 +78,11 @@ def bench_part(shape: str, args: argparse.Namespace, mode: str | None = None, gr
     return Part(f"{shape}, {mode} of {group_size}", "quantised", [*command, "--group-size", str(group_size)], 150)
 
 
+@command()
 def main(args: argparse.Namespace) -> int:
-    try:
-        check(args)
-        report = environment(torch.device(args.device), args.command) | {"budget_seconds": args.budget}
-        report["parts"] = run_parts([part for part in all_parts(args) if part.kind in args.parts], args, report)
-    except (ValueError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    except KeyboardInterrupt:
-        say("")
-        return 130
+    check(args)
+    report = environment(torch.device(args.device), args.command) | {"budget_seconds": args.budget}
+    report["parts"] = run_parts([part for part in all_parts(args) if part.kind in args.parts], args, report)
     print_summary(report["parts"])
     say(f"wrote {args.json}")
     return int(any(part["status"] in ("failed", "stopped") for part in report["parts"]))

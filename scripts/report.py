@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from generate import Parser, say, write_atomically
+from console import Parser, command, say, write_atomically
 from model import read_json
 
 DRAWS = 2000    # of the bootstrap
@@ -31,20 +31,16 @@ DRAWS = 2000    # of the bootstrap
 Answers = dict[str, list[dict]]     # arm -> its lines, the same questions in the same order in each
 
 
-def main(args: argparse.Namespace) -> int:
-    try:
-        reports = [write_report(folder) for folder in args.folders]
-        if args.waterfall:
-            draw_waterfall(reports, args.waterfall)
-        if args.readme:
-            text = args.readme.read_text(encoding="utf-8")
-            for folder, report in zip(args.folders, reports):
-                text = fill_in(text, folder, summary(report))
-            write_atomically(args.readme, text)
-    except (ValueError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}")
-        return 2
-    return 0
+@command()
+def main(args: argparse.Namespace) -> None:
+    reports = [write_report(folder) for folder in args.folders]
+    if args.waterfall:
+        draw_waterfall(reports, args.waterfall)
+    if args.readme:
+        text = args.readme.read_text(encoding="utf-8")
+        for folder, report in zip(args.folders, reports):
+            text = fill_in(text, folder, summary(report))
+        write_atomically(args.readme, text)
 
 
 def write_report(folder: Path) -> dict:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
+from console import Parser, command, device_name, number, say, write_atomically
 from eagle_head import EagleHead, EagleStep, StaticTree
-from model import Sampling, Transformer, bucket, causal_mask
+from model import Transformer, bucket, causal_mask
 from replay import can_trace
 from scripts.timing import traced
 from train_head import draft_ranks
@@ -39,29 +40,23 @@ QUESTIONS = [
 ]
 
 
-def main(args: argparse.Namespace) -> int:
-    try:
-        args.tree = "static"
-        model, head, tokenizer, _ = cli.load(args)
-        texts = QUESTIONS if args.questions is None else read_questions(args.questions)
-        prompts = [cli.encode(text, tokenizer, raw=False) for text in texts]
-        with torch.inference_mode():
-            ranks = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
-            costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
-        accept = rank_frequencies(ranks, args.max_rank)
-        tree, report = search(accept, costs, args.max_nodes)
-    except (ValueError, OSError) as error:
-        cli.say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+@command()
+def main(args: argparse.Namespace) -> None:
+    args.tree = "static"
+    model, head, tokenizer, _ = cli.load(args)
+    texts = QUESTIONS if args.questions is None else read_questions(args.questions)
+    prompts = [cli.encode(text, tokenizer, raw=False) for text in texts]
+    with torch.inference_mode():
+        ranks = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
+        costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
+    accept = rank_frequencies(ranks, args.max_rank)
+    tree, report = search(accept, costs, args.max_nodes)
     out = args.out or Path(args.eagle) / cli.tree_name(args.checkpoint)
-    report |= {"paths": tree, "device": cli.device_name(model.inv_freq.device), "torch": torch.__version__,
+    report |= {"paths": tree, "device": device_name(model.inv_freq.device), "torch": torch.__version__,
                "dtype": args.dtype, "costs_ms": costs, "accept_by_depth_and_rank": accept}
-    cli.write_atomically(out, json.dumps(report) + "\n")
-    cli.say(f"{len(tree)} nodes below the root, depth {max(map(len, tree))}: expected {report['expected_accept_length']:.2f} "
+    write_atomically(out, json.dumps(report) + "\n")
+    say(f"{len(tree)} nodes below the root, depth {max(map(len, tree))}: expected {report['expected_accept_length']:.2f} "
             f"tokens a step, {report['expected_speedup']:.2f}x plain decoding on this device; wrote {out}")
-    return 0
 
 
 def read_questions(file: Path) -> list[str]:
@@ -185,17 +180,17 @@ def interpolate(table: dict[int, float], x: int) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Choose the draft tree that is fastest here, and save it beside the head.")
+    parser = Parser(description="Choose the draft tree that is fastest here, and save it beside the head.")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", nargs="?", const="", default="", metavar="HEAD", help="default: the one that ships")
     parser.add_argument("--questions", type=Path, metavar="FILE", help='JSON lines with "turns" to calibrate on')
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: tree.json or tree-MODE.json beside the head")
-    parser.add_argument("--max-new-tokens", type=cli.number(int, 16), default=128, metavar="N")
-    parser.add_argument("--max-depth", type=cli.number(int, 1), default=7, metavar="N")
-    parser.add_argument("--max-rank", type=cli.number(int, 1), default=8, metavar="N", help="children of a node")
-    parser.add_argument("--max-nodes", type=cli.number(int, 1), default=40, metavar="N", help="below the root")
-    parser.add_argument("--used-slots", type=cli.number(int, 16), default=192, metavar="N", help="context to time at")
-    parser.add_argument("--repeats", type=cli.number(int, 3), default=15, metavar="N")
+    parser.add_argument("--max-new-tokens", type=number(int, 16), default=128, metavar="N")
+    parser.add_argument("--max-depth", type=number(int, 1), default=7, metavar="N")
+    parser.add_argument("--max-rank", type=number(int, 1), default=8, metavar="N", help="children of a node")
+    parser.add_argument("--max-nodes", type=number(int, 1), default=40, metavar="N", help="below the root")
+    parser.add_argument("--used-slots", type=number(int, 16), default=192, metavar="N", help="context to time at")
+    parser.add_argument("--repeats", type=number(int, 3), default=15, metavar="N")
     parser.add_argument("--draft-vocab", metavar="N|FILE|off")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

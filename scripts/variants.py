@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import compile_layers  # noqa: E402
 from model import PackedLinear, Transformer, pack_for_cpu  # noqa: E402
 from replay import can_trace  # noqa: E402
+from console import command  # noqa: E402
 from scripts.bench import check_model, load, model_parser, ready, run, setup_caches, target_pass  # noqa: E402
 from scripts.timing import clock, interleave, milliseconds, print_table  # noqa: E402
 
 
-def main(args: argparse.Namespace) -> int:
-    return run(args, check_model, compare_variants)
+@command()
+def main(args: argparse.Namespace) -> None:
+    run(args, check_model, compare_variants)
 
 
 def compare_variants(args: argparse.Namespace) -> dict:
