@@ -58,12 +58,13 @@ def main(args: argparse.Namespace) -> None:
     model, head, tokenizer, run = cli.load(args)
     n_slot = min(args.max_seq_length, model.config.block_size)
     args.out = args.out or Path("results") / f"{Path(args.checkpoint).name}-{Path(args.questions).stem}-T{args.temperature:g}"
-    arms = our_arms(args, model, head, tokenizer, trees, n_slot)
+    arms, targets = our_arms(args, model, head, tokenizer, trees, n_slot), {"plain": model}
     also = {Path(folder).name.removeprefix(f"{Path(args.checkpoint).name}-"): folder for folder in args.also}
     for label, folder in also.items():
         its_args = argparse.Namespace(**vars(args) | {"checkpoint": folder, "tree": None})
         twin, its_head, *_ = cli.load(its_args)
         arms |= {f"{label}-{name}": arm for name, arm in our_arms(its_args, twin, its_head, tokenizer, trees, n_slot).items()}
+        targets[f"{label}-plain"] = twin
     peers, absent = find_peers(resolve_checkpoint(args.checkpoint), model.inv_freq.device, getattr(torch, args.dtype), n_slot,
                                args.gguf) if args.peers else ({}, [])
     for line in absent:
@@ -79,13 +80,14 @@ def main(args: argparse.Namespace) -> None:
     todo = [q for q in questions if q["question_id"] not in done]
     if todo:    # else what was measured, and when, stands
         if args.temperature == 0:
-            run["rounding"] = measure_rounding(model, arms["plain"], tokenizer, questions)
+            run["rounding"] = {plain: measure_rounding(target, arms[plain], tokenizer, questions)
+                               for plain, target in targets.items()}
         write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
 
     totals = {name: [0, 0.0] for name in run["arms"]}
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
         for n, question in enumerate(bar):
-            answers = ask(question, n, args, model, tokenizer, arms, peers, n_slot)
+            answers = ask(question, n, args, targets, tokenizer, arms, peers, n_slot)
             for name, lines in answers.items():
                 with open(report.answers_file(args.out, name), "a", encoding="utf-8") as file:
                     file.write(json.dumps(answer_line(question, f"{run['label']}-{name}", lines), ensure_ascii=False) + "\n")
@@ -177,9 +179,12 @@ def our_arms(args: argparse.Namespace, model: Transformer, head, tokenizer, tree
     return {name: arm(decoder) for name, decoder in decoders.items()}
 
 
-def ask(question: dict, n: int, args: argparse.Namespace, model: Transformer, tokenizer, arms: dict[str, Arm], peers: dict,
-        n_slot: int) -> dict[str, dict]:
-    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn."""
+def ask(question: dict, n: int, args: argparse.Namespace, targets: dict[str, Transformer], tokenizer, arms: dict[str, Arm],
+        peers: dict, n_slot: int) -> dict[str, dict]:
+    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn.
+
+    targets: the plain arm of each format of the model -> the model
+    """
     answers, messages = {}, []
     for turn, text in enumerate(question["turns"]):
         messages.append({"role": "user", "content": text})
@@ -194,8 +199,9 @@ def ask(question: dict, n: int, args: argparse.Namespace, model: Transformer, to
         given |= {name: peer(prompt, max(2, len(given["plain"].tokens))) for name, peer in peers.items()}
         for name in (*arms, *peers):
             entry = turn_entry(given[name], prompt, tokenizer)
-            if name.startswith("eagle-") and args.temperature == 0:
-                entry["divergence"] = divergence(model, prompt, given["plain"].tokens, given[name].tokens)
+            if name in arms and name not in targets and args.temperature == 0:
+                plain = report.plain_of(name, targets)
+                entry["divergence"] = divergence(targets[plain], prompt, given[plain].tokens, given[name].tokens)
             for key, value in entry.items():
                 answers.setdefault(name, {}).setdefault(key, []).append(value)
         messages.append({"role": "assistant", "content": tokenizer.decode(given["plain"].tokens)})

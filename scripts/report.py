@@ -20,6 +20,7 @@ import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -97,15 +98,15 @@ def figures_of_arms(answers: Answers, run: dict) -> dict[str, dict]:
         lengths = [n for steps in all_of(lines, "accept_lengths") for n in steps]
         if max(lengths, default=0) > 1:
             out[arm] |= acceptance(lengths)
-        plain = plain_of(arm, run)
+        plain = plain_of(arm, answers)
         if arm != plain and run["temperature"] == 0:
-            out[arm] |= agreement(answers[plain], lines, run["rounding"])
+            out[arm] |= agreement(answers[plain], lines, run["rounding"][plain])
     return out
 
 
-def plain_of(arm: str, run: dict) -> str:
+def plain_of(arm: str, arms: Iterable[str]) -> str:
     """The plain arm of the same target: "int4-plain" of "int4-eagle-static"."""
-    return next((f"{label}-plain" for label in run.get("also") or [] if arm.startswith(f"{label}-")), "plain")
+    return next((plain for plain in arms if plain.endswith("-plain") and arm.startswith(plain.removesuffix("plain"))), "plain")
 
 
 def turns(line: dict) -> dict:
@@ -144,11 +145,11 @@ def acceptance(lengths: list[int]) -> dict:
             "tokens_per_step": {str(n): count for n, count in sorted(Counter(lengths).items())}}
 
 
-def agreement(plain: list[dict], lines: list[dict], rounding: dict | None) -> dict:
+def agreement(plain: list[dict], lines: list[dict], rounding: dict) -> dict:
     """How many answers are plain decoding's, and how near the two tokens were where the others first part."""
     same = [a == b for base, line in zip(plain, lines) for a, b in zip(turns(base)["tokens"], turns(line)["tokens"])]
     out = {"answers": len(same), "identical": sum(same)}
-    if "divergence" in turns(lines[0]) and rounding is not None:
+    if "divergence" in turns(lines[0]):
         parted = [{"question_id": line["question_id"], "turn": n} | divergence for line in lines
                   for n, divergence in enumerate(turns(line)["divergence"]) if divergence is not None]
         out |= {"divergences": parted, "unexplained": sum(d["gap"] is None or d["gap"] > rounding["gap_bound"] for d in parted)}
@@ -165,7 +166,7 @@ def summary(report: dict) -> str:
     rows = [[arm, f"{f['tokens_per_second']:.1f}", speedup_text(f), number_text(f.get("mean_accept_length"))]
             + [f"{f['identical']} of {f['answers']}" if "identical" in f else ""] * greedy for arm, f in overall.items()]
     return "\n\n".join([conditions(report), table(header, rows), *(
-        explanation(arm, f, report["rounding"]) for arm, f in overall.items() if f.get("divergences"))]) + "\n"
+        explanation(arm, plain_of(arm, overall), f, report["rounding"]) for arm, f in overall.items() if f.get("divergences"))]) + "\n"
 
 
 def markdown(report: dict) -> str:
@@ -204,9 +205,9 @@ def conditions(r: dict) -> str:
             f"`{r['command']}`")
 
 
-def explanation(arm: str, figures: dict, rounding: dict) -> str:
-    gaps = [d["gap"] for d in figures["divergences"] if d["gap"] is not None] or [0.0]
-    return (f"{arm}: {len(figures['divergences'])} answers part from plain decoding; where they do, the token chosen lies at most {max(gaps):.3g} below the "
+def explanation(arm: str, plain: str, figures: dict, rounding: dict) -> str:
+    gaps, rounding = [d["gap"] for d in figures["divergences"] if d["gap"] is not None] or [0.0], rounding[plain]
+    return (f"{arm}: {len(figures['divergences'])} answers part from {plain.replace('-', ' ')} decoding; where they do, the token chosen lies at most {max(gaps):.3g} below the "
             f"largest logit (median {sorted(gaps)[len(gaps) // 2]:.3g}). A block of rows and a single row give logits that differ by up "
             f"to {rounding['logit_error']:.3g} here, so gaps up to {rounding['gap_bound']:.3g} are rounding; "
             f"{figures['unexplained']} are larger.")

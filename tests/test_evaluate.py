@@ -188,7 +188,10 @@ def test_rounding_is_the_largest_difference_between_one_row_and_a_block(pair):
     assert off["gap_bound"] == 2 * off["logit_error"] and off["positions"] == 3 * 4
 
 
-def test_another_format_of_the_model_is_compared_with_its_own_plain_decoding(run, pair, tmp_path):
+def test_another_format_of_the_model_is_compared_with_its_own_plain_decoding(run, pair, tmp_path, monkeypatch):
+    compared = set()
+    monkeypatch.setattr(evaluate, "divergence", lambda model, prompt, plain, other: compared.add(
+        (type(model.layers[0].feed_forward.w2).__name__, tuple(plain))))
     out = tmp_path / f"{pair[0].name}-int8"
     assert quantize.main(quantize.parse_args(["--checkpoint", str(pair[0]), "--out", str(out), "--mode", "int8", "--device", "cpu"])) == 0
     status, text, err = run("--also", out)
@@ -201,7 +204,11 @@ def test_another_format_of_the_model_is_compared_with_its_own_plain_decoding(run
         figures = made["overall"][f"int8-{arm}"]
         assert figures["identical"] == figures["answers"] == 5      # equal to int8-plain, though not to plain
         assert figures["speedup"] == figures["tokens_per_second"] / made["overall"]["plain"]["tokens_per_second"]
+        assert figures["divergences"] == [] and figures["unexplained"] == 0
     assert "identical" not in made["overall"]["int8-plain"]
+    assert compared == {(linear, tuple(turn)) for linear, arm in (("Linear", "plain"), ("QuantLinear", "int8-plain"))
+                        for choice in tokens[arm] for turn in choice}
+    assert set(made["rounding"]) == {"plain", "int8-plain"}
 
 
 def test_at_a_temperature_seeds_repeat_and_texts_are_not_compared(run, tmp_path):
