@@ -218,10 +218,11 @@ class Decoder:
         last = min(length + max_new_tokens, self.n_slot) if self.compile else length
         for length in range(length, last + 1):
             eagle = self._tree_fits(length)
-            key = eagle, self._n_slot(eagle, length)
+            n_slot = self._n_slot(eagle, length)
+            key = eagle, n_slot if self.compile else 0      # without a graph one call readies all sizes
             tracing = self.can_trace and max_new_tokens >= self.TRACE_FROM and eagle not in self.traces
             if tracing or key not in self.graphs:
-                self.graphs[key] = self._record(*key, tracing)
+                self.graphs[key] = self._record(eagle, n_slot, tracing)
 
     def _record(self, eagle: bool, n_slot: int, tracing: bool) -> "torch.cuda.CUDAGraph | None":
         """Call the step, capture or trace it; its state stays as it was. Returns the graph that a GPU replays."""
@@ -244,7 +245,9 @@ class Decoder:
         return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
 
     def _n_slot(self, eagle: bool, length: int) -> int:
-        return bucket(length - 1 + (self.eagle.tree.n_room if eagle else 1), self.n_slot)
+        """Cache slots to look at: few different numbers where each is compiled and captured, else near the length."""
+        used = length - 1 + (self.eagle.tree.n_room if eagle else 1)
+        return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
 
     def _clock(self) -> float:
         if self.plain.pos.is_cuda:
@@ -281,7 +284,8 @@ def main(args: argparse.Namespace) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse at the start what would be without effect, or fail after the work is done."""
-    for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draw-drafts", args.draw_drafts)):
+    for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draft-mode", args.draft_mode),
+                        ("--draw-drafts", args.draw_drafts)):
         if value is not None and args.eagle is None:
             raise ValueError(f"{name} needs --eagle")
     if args.draw_drafts and args.temperature == 0:
@@ -329,7 +333,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
         "dtype": args.dtype, "torch": torch.__version__, "compiled": args.compile, "tree": args.tree,
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
         "load_seconds": seconds,
-    }
+    } | ({} if head is None else {"draft_mode": args.draft_mode})
 
 
 def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | None = None) -> tuple[EagleHead, str]:
@@ -344,8 +348,27 @@ def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | No
     vocab = args.draft_vocab or str(folder / "draft_vocab.json")
     if args.draft_vocab not in (None, "off") or (args.draft_vocab is None and Path(vocab).exists()):
         head.set_draft_vocab(load_draft_vocab(vocab, folder))
+    quantize_head(args, head, is_stored=bool(quantize_settings(folder)), is_sharded=shard is not None)
     tree = next(filter(Path.exists, (folder / tree_name(args.checkpoint), folder / "tree.json")), "static")
     return head, args.tree or str(tree)
+
+
+def quantize_head(args: argparse.Namespace, head: EagleHead, is_stored: bool, is_sharded: bool) -> None:
+    """Round the head's weights as --draft-mode says: the output stays the target's, and a level reads fewer bytes.
+
+    The default, int4 on a CPU in bf16, costs 0.5% of the accepted length and gains 2 to 6% of the speed (dev/log.md).
+    """
+    from quantized import Format, quantize_in_place, tune
+    if args.draft_mode is None:
+        pays = head.fc.weight.device.type == "cpu" and head.fc.weight.dtype == torch.bfloat16 and not args.compile
+        fits = all(linear.in_features % 32 == 0 for linear in head.modules() if isinstance(linear, torch.nn.Linear))
+        args.draft_mode = "int4" if pays and fits and not (is_stored or is_sharded) else "off"
+    if args.draft_mode != "off":
+        if is_stored or is_sharded:
+            why = "this head is quantised already" if is_stored else "under torchrun a head is quantised by quantize.py"
+            raise ValueError(f"--draft-mode {args.draft_mode}: {why}")
+        quantize_in_place(head, Format(args.draft_mode, 32 if args.draft_mode == "int4" else None))
+        tune(head)
 
 
 def tree_name(checkpoint: str) -> str:
@@ -550,6 +573,13 @@ def peak_memory(model: Transformer) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def add_draft_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
+                        "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
+    parser.add_argument("--draft-mode", choices=("int8", "int4", "off"), help="round the head's weights "
+                        "(default: int4 on a CPU in bfloat16)")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Generate text with a LLaMA, Vicuna, Mistral, Mixtral or Qwen checkpoint.")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
@@ -557,8 +587,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="decode with this EAGLE head, a folder or hub id (no value: the one that ships)")
     parser.add_argument("--tree", metavar="TREE", help="static, chain[:DEPTH], dynamic[:DEPTH,CHILDREN,NODES] or a JSON "
                         "file of paths (default: tree.json or tree-int4.json beside the head, else static)")
-    parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
-                        "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
+    add_draft_options(parser)
     parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction,
                         help="at a temperature, draw drafts from the head instead of taking its likeliest tokens "
                         "(default: where the tree is not dynamic)")

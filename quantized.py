@@ -377,8 +377,10 @@ def candidates(module: QuantLinear, rows: int) -> list[str]:
             import triton  # noqa: F401
             return ["reduction" if rows == 1 else "dense",
                     *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
-    if device == "cpu" and dtype == torch.bfloat16 and (module.format.mode == "int8" or module.out_features % 16 == 0):
-        return ["dense", "packed"]  # torch packs int4 rows by sixteens
+    # torch packs int4 rows by sixteens; its int8 product reads columns by sixteens, beyond the end where they do not divide.
+    by_sixteen = module.in_features if module.format.mode == "int8" else module.out_features
+    if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0:
+        return ["dense", "packed"]
     return ["dense"]
 
 

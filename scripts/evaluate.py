@@ -289,7 +289,7 @@ def resume(out: Path, run: dict) -> set:
     if not (out / "run.json").exists():
         return set()
     before = read_json(out / "run.json")
-    for key in ("checkpoint", "eagle", "dtype", "device_name", "tree", "also", "temperature", "top_k", "top_p", "question_set",
+    for key in ("checkpoint", "eagle", "dtype", "device_name", "tree", "draft_mode", "also", "temperature", "top_k", "top_p", "question_set",
                 "max_new_tokens", "arms", "torch"):
         if before.get(key) != run[key]:
             raise ValueError(f"{out} holds answers with {key} {before.get(key)!r}, now it is {run[key]!r}: give another --out")
@@ -309,7 +309,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", nargs="+", default=["tuned"], metavar="TREE",
                         help="an arm for each; tuned, the default, is the one beside the head, or static")
-    parser.add_argument("--draft-vocab", metavar="N|FILE|off")
+    cli.add_draft_options(parser)
     parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT", help="the same model in other formats, such as int4: arms too")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N questions only")
     parser.add_argument("--max-new-tokens", type=number(int, 2), default=1024, metavar="N", help="of a turn")

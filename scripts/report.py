@@ -198,9 +198,10 @@ def fill_in(text: str, folder: Path, content: str) -> str:
 def conditions(r: dict) -> str:
     cores = f", {r['threads']} threads" if r["device"] == "cpu" else ""
     also = f"also in {' and '.join(r['also'])}, " if r.get("also") else ""
+    draft_mode = f", head in {r['draft_mode']}" if r.get("draft_mode", "off") != "off" else ""
     absent = "".join(f" {line}." for line in r.get("absent", []))
     return (f"{r['device_name']}{cores}, torch {r['torch']}, commit {r['commit']}, {r['date'][:10]}; {Path(r['checkpoint']).name} in "
-            f"{r['dtype']}, temperature {r['temperature']:g}; {r['questions']} questions of {r['question_set']}, {r['turns']} turns of "
+            f"{r['dtype']}{draft_mode}, temperature {r['temperature']:g}; {r['questions']} questions of {r['question_set']}, {r['turns']} turns of "
             f"up to {r['max_new_tokens']} new tokens, batch 1, {also}arms in turn question by question; speedups with 95% intervals.{absent}\n\n"
             f"`{r['command']}`")
 

@@ -191,7 +191,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-nodes", type=number(int, 1), default=40, metavar="N", help="below the root")
     parser.add_argument("--used-slots", type=number(int, 16), default=192, metavar="N", help="context to time at")
     parser.add_argument("--repeats", type=number(int, 3), default=15, metavar="N")
-    parser.add_argument("--draft-vocab", metavar="N|FILE|off")
+    cli.add_draft_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.set_defaults(compile=None, temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None)

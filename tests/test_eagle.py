@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eagle_head
 import generate as cli
 import model as model_file
+import quantize
 from eagle_head import (Draft, DynamicTree, EagleHead, EagleStep, StaticTree, accept_sampled, ancestor_mask, load_tree)
-from generate import Decoder, setup_caches
+from generate import Decoder, generate, setup_caches
 from model import ModelArgs, Sampling, Transformer
 from reference import KINDS, VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
 
@@ -838,6 +839,37 @@ def test_the_tree_and_the_draft_vocabulary_beside_the_head_are_taken_up(shell, m
     (shell.head / "tree.json").unlink()
     (shell.head / "draft_vocab.json").unlink()
     assert shell(max_new_tokens=3).status == 0 and seen.pop() == (StaticTree.paper(), None)
+
+
+@pytest.mark.parametrize("dtype, option, width, mode", [
+    ("bfloat16", None, 64, "int4"), ("bfloat16", "off", 64, "off"), ("bfloat16", "int8", 40, "int8"),
+    ("bfloat16", None, 40, "off"),      # groups of 32 do not divide it
+    ("float32", None, 64, "off"), ("float32", "int4", 64, "int4"), ("float32", "int8", 40, "int8")])
+def test_the_head_is_rounded_on_loading_and_the_text_stays_the_targets(checkpoint, tmp_path, dtype, option, width, mode):
+    folder, _ = tiny("gqa", tmp_path, vocab_size=320, hidden_size=width, num_attention_heads=4)
+    shutil.copy(checkpoint / "tokenizer.json", folder)
+    target = load(folder)
+    config = head_config(target, intermediate_size=width)
+    write_head(folder / "head", config, head_weights(config, target.tok_embeddings.weight))
+    args = cli.parse_args(["--checkpoint", str(folder), "--eagle", str(folder / "head"), "--device", "cpu", "--dtype", dtype,
+                           *(["--draft-mode", option] if option else [])])
+    model, head, _, report = cli.load(args)
+    assert report["draft_mode"] == mode
+    linears = [head.fc, head.layer.attention.wqkv, head.layer.attention.wo, head.layer.feed_forward.w13, head.layer.feed_forward.w2]
+    assert [getattr(linear, "format", ("off",))[0] for linear in linears] == [mode] * 5
+    if dtype == "float32":
+        assert generate(model, [[5, 9, 2]], 24, head=head).tokens == [naive_decode(target, [5, 9, 2], 24)]
+
+
+def test_a_head_that_is_stored_quantised_keeps_its_format(shell):
+    out = shell.folder / "int8"
+    assert quantize.main(quantize.parse_args(["--checkpoint", str(shell.head), "--out", str(out), "--mode", "int8", "--device", "cpu"])) == 0
+    run = shell("--eagle", str(out), "--dtype", "bfloat16")
+    assert run.status == 0 and run.report["draft_mode"] == "off", run.err
+    run = shell("--eagle", str(out), "--draft-mode", "int4")
+    assert run.status == 2 and "quantised already" in run.err
+    run = shell("--draft-mode", "int4")
+    assert run.status == 2 and "does not divide a row of 40" in run.err
 
 
 def test_a_head_ships_for_the_model_that_a_quantised_one_was_made_of(tmp_path):

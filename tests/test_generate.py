@@ -112,7 +112,7 @@ def test_attention_follows_the_used_length_not_the_allocated_one(gqa):
     decoder = make_decoder(gqa.model)
     decoder.generate([tokens_of(120)], 20)
     hook.remove()
-    assert set(widths[-20:-11]) == {128} and set(widths[-11:]) == {192}  # step n writes slot 119 + n
+    assert set(widths[-20:-11]) == {128} and set(widths[-11:]) == {144}  # step n writes slot 119 + n
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
