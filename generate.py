@@ -266,6 +266,10 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
+    """On a GPU up to 7 slots more than n_slot: its attention wants a mask whose rows begin at multiples of 16 bytes, and
+    else pads the mask in every layer, for which each layer's code is compiled once more."""
+    if model.norm.weight.is_cuda:
+        n_slot = max(n_slot, min(-(-n_slot // 8) * 8, model.config.block_size))
     model.setup_caches(batch_size, n_slot)
     if head is not None:
         head.setup_caches(batch_size, n_slot)
