@@ -146,7 +146,9 @@ class Decoder:
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph | None] = {}  # (is EAGLE's, cache slots looked at)
         self.traces: dict[bool, Callable[[int], None]] = {}     # is EAGLE's; for any number of slots
         self.can_trace = not compile and can_trace(model)
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # graphs never run side by side
+        is_cuda = device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None     # graphs never run side by side
+        self.stream = torch.cuda.Stream() if is_cuda else None              # to capture on
         self.n_ingested = 0     # of row 0: pairs that the head's cache holds, for the next turn of a chat
         if compile:
             compile_layers(model.layers)
@@ -230,7 +232,7 @@ class Decoder:
         before = [tensor.clone() for tensor in step.state]
         graph = None
         if self.compile and step.pos.is_cuda:
-            graph = capture(lambda: step(n_slot), self.pool)
+            graph = capture(lambda: step(n_slot), self.pool, self.stream)
         elif tracing:
             modules = [self.model] if self.eagle is None else [self.model, self.eagle.head]
             self.traces[eagle] = trace(step, modules, [*step.state, step.produced], n_slot)
@@ -266,6 +268,10 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
+    """On a GPU up to 7 slots more than n_slot: its attention wants a mask whose rows begin at multiples of 16 bytes, and
+    else pads the mask in every layer, for which each layer's code is compiled once more."""
+    if model.norm.weight.is_cuda:
+        n_slot = max(n_slot, min(-(-n_slot // 8) * 8, model.config.block_size))
     model.setup_caches(batch_size, n_slot)
     if head is not None:
         head.setup_caches(batch_size, n_slot)

@@ -28,6 +28,10 @@ from torch import Tensor, nn
 
 PREFILL_CHUNK = 512  # prompt tokens a pass
 
+# On Hopper torch prefers cuDNN's attention, which plans anew for every length it meets: 0.4 s each has been reported
+# (FunASR#3704), so a first token would wait for it at every prompt.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True)
 class ModelArgs:

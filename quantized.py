@@ -126,12 +126,26 @@ def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) ->
     return F.linear(x, dequantize(q, scales, zeros))
 
 
+def row_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """`dense_product` of one row x [1, K] as inductor makes one reduction of it, with no weight in memory.
+
+    Even and odd columns of int4 are summed apart: where they are stacked first, it writes all N x K products in fp32.
+    """
+    if zeros is None:
+        return dense_product(x, q, scales, zeros)
+    scale, zero = scales.float()[..., None], zeros.float()[..., None]                       # [N, G, 1]
+    q = q.unflatten(-1, (scales.shape[-1], -1))                                             # [N, G, g / 2]
+    even, odd = x.float().unflatten(-1, (scales.shape[-1], -1, 2)).unbind(-1)               # [1, G, g / 2]
+    low, high = ((half.float() - 8) * scale + zero for half in (q & 15, q >> 4))
+    return (low * even + high * odd).sum((-2, -1))[None].to(x.dtype)
+
+
 @functools.cache
 def reduction() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """`dense_product` of one row on a GPU, compiled: inductor makes one reduction of it, with no 16-bit weight in memory."""
+    """`row_product`, compiled."""
     # All shapes of a model and its head are compilations of one function.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    return torch.compile(dense_product, dynamic=False, options={"coordinate_descent_tuning": True})
+    return torch.compile(row_product, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
 # Modules
@@ -221,7 +235,7 @@ class QuantLinear(nn.Module):
             block_n, split_k = map(int, name.split()[1:])
             y = quant_matmul(rows, *self.parts(expert), block_n, split_k).sum(0).to(x.dtype)
         elif name == "reduction":   # a compiled layer compiles it with all the rest
-            y = (dense_product if torch.compiler.is_compiling() else reduction())(rows, *self.parts(expert))
+            y = (row_product if torch.compiler.is_compiling() else reduction())(rows, *self.parts(expert))
         elif x.is_cuda or (name == "dense" and torch.compiler.is_compiling()):  # inductor fails on a PackedLinear
             y = dense_product(rows, *self.parts(expert))    # dequantised anew each time
         else:

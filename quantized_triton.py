@@ -13,9 +13,13 @@ from torch import Tensor, library
 
 
 @triton.jit(do_not_specialize=["M", "split_k"])
-def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, split_k, GROUP: tl.constexpr, IS_INT4: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out [split_k, M, N] fp32. A block spans groups: with so few columns as one has, Triton's dot has been wrong."""
+def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, stride_q, n_group, split_k, GROUP: tl.constexpr,
+                  IS_INT4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out [split_k, M, N] fp32. A block spans groups: with so few columns as one has, Triton's dot has been wrong.
+
+    Bytes and groups of a row are arguments, though K tells them: Triton sees that an argument is a multiple of 16, and
+    then reads 16 bytes at a time.
+    """
     rows = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -27,16 +31,16 @@ def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, split_k, GROUP: t
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         if IS_INT4:
             byte = block * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-            where, has_byte = n[None, :].to(tl.int64) * (K // 2) + byte[:, None], (byte[:, None] < K // 2) & has_n
+            where, has_byte = n[None, :].to(tl.int64) * stride_q + byte[:, None], (byte[:, None] < stride_q) & has_n
             pair = tl.load(q + where, mask=has_byte, other=0)
             level = tl.join(pair & 15, pair >> 4).permute(0, 2, 1).to(tl.float32) - 8       # [BLOCK_K / 2, 2, BLOCK_N]
             group = block * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
-            at, has_group = n[None, :] * (K // GROUP) + group[:, None], (group[:, None] < K // GROUP) & has_n
+            at, has_group = n[None, :] * n_group + group[:, None], (group[:, None] < n_group) & has_n
             scale = tl.load(scales + at, mask=has_group, other=0.0).to(tl.float32)[:, None, :]
             zero = tl.load(zeros + at, mask=has_group, other=0.0).to(tl.float32)[:, None, :]
             weight = (level.reshape(BLOCK_K // GROUP, GROUP, BLOCK_N) * scale + zero).reshape(BLOCK_K, BLOCK_N)
         else:
-            level = tl.load(q + n[None, :].to(tl.int64) * K + k[:, None], mask=(k[:, None] < K) & has_n, other=0)
+            level = tl.load(q + n[None, :].to(tl.int64) * stride_q + k[:, None], mask=(k[:, None] < K) & has_n, other=0)
             weight = level.to(tl.float32) * row_scale
         block_x = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=has_row & (k[None, :] < K), other=0.0)
         total = tl.dot(block_x, weight.to(block_x.dtype), total)
@@ -52,8 +56,8 @@ def quant_matmul(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None, blo
     is_int4 = zeros is not None
     out = torch.empty(split_k, M, N, dtype=torch.float32, device=x.device)
     _quant_matmul[(triton.cdiv(N, block_n), split_k)](
-        x, q, scales, zeros, out, M, N, K, x.stride(0), split_k, GROUP=K // n_group if is_int4 else 0, IS_INT4=is_int4,
-        BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
+        x, q, scales, zeros, out, M, N, K, x.stride(0), q.stride(0), n_group, split_k, GROUP=K // n_group if is_int4 else 0,
+        IS_INT4=is_int4, BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
     return out
 
 

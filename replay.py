@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
-def capture(step: Callable[[], None], pool: tuple | None = None) -> "torch.cuda.CUDAGraph":
-    """The kernels of one call as a graph, after two calls that compile and let cuBLAS and SDPA choose their kernels."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+def capture(step: Callable[[], None], pool: tuple | None = None,
+            stream: "torch.cuda.Stream | None" = None) -> "torch.cuda.CUDAGraph":
+    """The kernels of one call as a graph, after two calls that compile and let cuBLAS and SDPA choose their kernels.
+
+    Graphs captured on one stream share its cuBLAS workspace, which the end of one of them may take from the others
+    (pytorch#193402): those that end at different times want streams of their own. None is torch's one for all.
+    """
+    for _ in range(2):      # on the current stream: cuBLAS keeps up to 32 MiB for each stream it has seen
+        step()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     return graph
 

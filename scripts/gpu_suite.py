@@ -33,6 +33,7 @@ from scripts.timing import environment, print_table  # noqa: E402
 
 ACCEPT_LENGTHS = {"llama-2-7b": ("3.62", "4.70")}   # MT-bench at temperature 0, static tree [EAGLE], dynamic [EAGLE-2]
 SHORTEST = 20                                       # seconds: nothing is begun with less left
+BENCH = 240                                         # at most: one that is stopped leaves no report
 
 
 class Part(NamedTuple):
@@ -47,7 +48,8 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
     """The most telling first: what does not fit in the budget is left out from the end."""
     device, (shape, *shapes) = ["--device", args.device], args.shapes
     tests = ["tests/test_gpu.py", "tests/test_quantize.py", "-k", "test_gpu or (triton and cuda)"]
-    yield Part("tests", "tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], 210)
+    # -v: of a part that is stopped, what has passed until then is on the screen.
+    yield Part("tests", "tests", ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests], 210)
     yield bench_part(shape, args)
     # The first finds nothing compiled, the second what the first left behind.
     for start in "cold start", "second start":
@@ -71,11 +73,11 @@ def bench_part(shape: str, args: argparse.Namespace, mode: str | None = None, gr
                "--trees", "static", "dynamic", *(["--simulate-accept", *accept] if accept else []),
                "--repeats", str(args.repeats), "--device", args.device]
     if mode is None:
-        return Part(shape, "bench", command, 150)
+        return Part(shape, "bench", command, BENCH)
     command += ["--mode", mode]
     if group_size is None:
-        return Part(f"{shape}, {mode}", "quantised", command, 150)
-    return Part(f"{shape}, {mode} of {group_size}", "quantised", [*command, "--group-size", str(group_size)], 150)
+        return Part(f"{shape}, {mode}", "quantised", command, BENCH)
+    return Part(f"{shape}, {mode} of {group_size}", "quantised", [*command, "--group-size", str(group_size)], BENCH)
 
 
 @command()

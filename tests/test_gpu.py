@@ -1,6 +1,6 @@
 """What only a GPU can show: compiled and captured steps do what eager ones do, and EAGLE stays greedy decoding.
 
-    python -m pytest -q tests/test_gpu.py       # needs torch and pytest only; skipped where there is no CUDA
+    python -m pytest -q tests/test_gpu.py       # needs torch, pytest, safetensors and tqdm; skipped where there is no CUDA
 
 Tiny random models: in fp32 the reference is the same model's eager decoding on the same device, and a decoder without a
 cache; with quantised weights, which need 16 bits, what that model says of the tokens afterwards.

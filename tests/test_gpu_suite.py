@@ -70,7 +70,7 @@ def test_what_does_not_fit_in_the_budget_is_skipped(tmp_path, monkeypatch, capsy
 
 def test_the_tests_of_the_kernels_are_among_the_tests_and_both_group_sizes_are_measured():
     parts = {part.name: part.argv for part in gpu_suite.all_parts(gpu_suite.parse_args([]))}
-    command = [sys.executable, *parts["tests"], "--collect-only"]
+    command = [sys.executable, *parts["tests"], "--collect-only", "-qq"]
     collected = subprocess.run(command, capture_output=True, text=True, cwd=REPO).stdout
     for name in ("test_gpu.py::test_captured_steps_decode", "test_gpu.py::test_a_simulated_step",
                  "test_quantize.py::test_the_triton_kernel_equals_float64_for_every_number_of_rows[cuda]"):

@@ -1,14 +1,18 @@
 """A step replayed from its trace does what the step itself does, for any number of cache slots."""
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from eagle_head import DynamicTree, StaticTree
-from generate import Decoder, generate, setup_caches
+from eagle_head import DynamicTree, EagleHead, EagleStep, StaticTree
+from generate import Decoder, PlainStep, generate, setup_caches
 from model import Sampling, Transformer, pack_for_cpu
 from quantized import Format, QuantLinear, quantize_in_place, tune
 from reference import naive_decode, tiny, tokens_of
+from scripts.shapes import TINY
 from test_eagle_lossless import head_of
 
 TREES = {"plain": None, "chain": StaticTree.chain(3), "paper": StaticTree.paper(), "dynamic": DynamicTree(3, 3, 8)}
@@ -107,3 +111,32 @@ def test_short_answers_are_not_worth_a_trace(tmp_path, monkeypatch):
     assert not decoder.traces
     decoder.generate([tokens_of(5)], 9)
     assert decoder.traces
+
+
+class OnDevice(TorchDispatchMode):
+    """Fails where an operator touches a tensor of the host: a graph cannot hold such a copy. Single numbers are arguments
+    of kernels."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.dim() == 0, operator
+        return result
+
+
+@pytest.mark.parametrize("n_expert", [0, 4], ids=["dense", "mixtral"])
+@pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
+def test_a_step_reads_no_value_and_copies_nothing_from_the_host(tree, n_expert):
+    """What a captured graph asks of it, seen without a GPU: tensors on the meta device have no values."""
+    with torch.device("meta"):
+        model = Transformer(replace(TINY, n_expert=n_expert, n_expert_active=2))
+        head = EagleHead(TINY, model)
+    for n_row, sampling in itertools.product((1, 3), (Sampling(), Sampling(0.7, 20, 0.9))):
+        setup_caches(model, head, n_row, N_SLOT)
+        if tree is None:
+            tokens = torch.zeros(n_row, 1, dtype=torch.long, device="meta")
+            step = PlainStep(model, tokens, torch.zeros_like(tokens), sampling)
+        else:
+            step = EagleStep(model, head, tree, n_row, sampling)
+        with OnDevice():
+            step(128)
