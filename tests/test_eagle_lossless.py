@@ -27,11 +27,12 @@ def no_grad():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small operations gain nothing from a second thread, and lose much where it has to wait for a busy core."""
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Small operations gain nothing from a second thread, and lose much where it has to wait for a busy core. The thousands
+    of rows of the sampling tests gain."""
     n_thread = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(n_thread if "small" in request.fixturenames else 1)
     yield
     torch.set_num_threads(n_thread)
 

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -96,15 +95,6 @@ def serve(rank, world, store, pipe):
             except Exception as error:
                 pipe.send(RuntimeError(f"rank {rank}: {type(error).__name__}: {error}"))
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def forkserver():
-    """Starts processes that find torch imported."""
-    os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_tp"])
-    return context
 
 
 @pytest.fixture(scope="module")

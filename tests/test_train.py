@@ -6,7 +6,6 @@ On tiny random targets in fp32. Runs that are killed, or that take several proce
 """
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -435,14 +434,12 @@ def run_in_child(argv, errors):
     sys.exit(train_head.main(train_head.parse_args(argv)))
 
 
-def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(checkpoint, data, tmp_path):
-    fork = multiprocessing.get_context("forkserver")        # its children have torch imported when they start
-    fork.set_forkserver_preload(["test_train"])
+def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forkserver, checkpoint, data, tmp_path):
     out, whole, rng = tmp_path / "killed", tmp_path / "whole", random.Random(0)
     options = "--epochs", 30, "--lr", 1e-2, "--eval-every", 50
 
     def start(out, *more):
-        process = fork.Process(target=run_in_child, args=(command(checkpoint, data, out, *options, *more), tmp_path / "errors"))
+        process = forkserver.Process(target=run_in_child, args=(command(checkpoint, data, out, *options, *more), tmp_path / "errors"))
         process.start()
         return process
 
