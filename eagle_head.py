@@ -37,7 +37,7 @@ class EagleHead(nn.Module):
         self.__dict__["target"] = target
         self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
         self.layer = TransformerBlock(config, attention_norm=False)
-        self.register_buffer("inv_freq", rope_inv_freq(config), persistent=False)
+        self.register_buffer("inv_freq", rope_inv_freq(config, "cpu").to(self.fc.weight.device), persistent=False)
         self.register_buffer("kv_cache", None, persistent=False)
         self.draft_output: nn.Module | None = None                  # LM head over the draft vocabulary
         self.register_buffer("draft_ids", None, persistent=False)   # [Vd] target id of each draft id; None means all

