@@ -74,7 +74,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     tree = load_tree(tree) if isinstance(tree, str) else tree
     if max_seq_length is None:
         room = tree.n_room if head is not None else 0
-        max_seq_length = min(model.config.block_size, max(map(len, prompts), default=0) + max_new_tokens + room)
+        max_seq_length = slots_for(max(map(len, prompts), default=0) + max_new_tokens + room, model)
     check_prompts(prompts, max_seq_length)
     setup_caches(model, head, len(prompts), max_seq_length)
     decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head, tree=tree,
@@ -268,13 +268,15 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
-    """On a GPU up to 7 slots more than n_slot: its attention wants a mask whose rows begin at multiples of 16 bytes, and
-    else pads the mask in every layer, for which each layer's code is compiled once more."""
-    if model.norm.weight.is_cuda:
-        n_slot = max(n_slot, min(-(-n_slot // 8) * 8, model.config.block_size))
     model.setup_caches(batch_size, n_slot)
     if head is not None:
         head.setup_caches(batch_size, n_slot)
+
+
+def slots_for(length: int, model: Transformer) -> int:
+    """Cache slots for `length` tokens, within the context: a multiple of 8, because a GPU's attention wants a mask whose rows
+    begin at multiples of 16 bytes, and else pads the mask in every layer."""
+    return min(-(-length // 8) * 8, model.config.block_size)
 
 
 # Command line
@@ -424,7 +426,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
         raise ValueError(f"the tokenizer gives token {token}, the model's vocabulary has {model.config.vocab_size}")
     longest = max(map(len, prompts)) + args.max_new_tokens
     room = 0 if head is None else load_tree(args.tree).n_room
-    n_slot = args.max_seq_length or min(model.config.block_size, longest + room)
+    n_slot = args.max_seq_length or slots_for(longest + room, model)
     check_prompts(prompts, n_slot)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
     say_loaded(report)

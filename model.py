@@ -156,8 +156,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelArgs):
         super().__init__()
         self.config = config
-        # Not initialised, and computed on the CPU: on the meta device either would import torch's compiler, which takes a second.
-        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
+        # On the meta device normal_ and pow would import torch's compiler, which takes a second.
+        embedding = torch.empty(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(embedding if embedding.is_meta else embedding.normal_())
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from console import Parser, command, number, pick_device, write_atomically  # noqa: E402
 from eagle_head import load_tree  # noqa: E402
-from generate import Decoder, setup_caches  # noqa: E402
+from generate import Decoder, setup_caches, slots_for  # noqa: E402
 from model import pack_for_cpu  # noqa: E402
 from scripts.shapes import SHAPES, TINY, random_head, random_model  # noqa: E402
 from scripts.timing import clock, environment, print_table  # noqa: E402
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> dict:
     if not compile:
         for module in filter(None, (model, head)):
             pack_for_cpu(module)
-    setup_caches(model, head, 1, args.prompt_tokens + args.new_tokens + (tree.n_room if tree else 0))
+    setup_caches(model, head, 1, slots_for(args.prompt_tokens + args.new_tokens + (tree.n_room if tree else 0), model))
     decoder = Decoder(model, 1, compile=compile, head=head, tree=tree)
     made, came = clock(device), []
     result = decoder.generate([[1] * args.prompt_tokens], args.new_tokens,

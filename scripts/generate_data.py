@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         todo = [text for text in dict.fromkeys(read_questions(args.prompts)) if text not in seen]
     model, _, tokenizer, _ = cli.load(args)
-    n_slot = min(args.max_prompt_tokens + max(args.max_new_tokens, args.max_user_tokens), model.config.block_size)
+    n_slot = cli.slots_for(args.max_prompt_tokens + max(args.max_new_tokens, args.max_user_tokens), model)
     cli.setup_caches(model, None, args.batch_size, n_slot)
     asker = cli.Decoder(model, args.batch_size, Sampling(1.0, None, 0.95), compile=args.compile)
     answerer = cli.Decoder(model, args.batch_size, Sampling(args.temperature, None, args.top_p), compile=args.compile)

@@ -59,9 +59,8 @@ def random_model(config: ModelArgs, device: torch.device, dtype: torch.dtype) ->
     """Random weights made where they stay: no copy on the host, none in another dtype."""
     with default_dtype(dtype), device:
         model = Transformer(config)
-    model.tok_embeddings.weight.normal_()
     for weight in model.parameters():
-        if weight.dim() == 3:  # experts, which have no initialisation of their own either
+        if weight.dim() == 3:  # experts, which have no initialisation of their own
             weight.normal_(std=0.02)
     return model.eval()
 
