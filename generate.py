@@ -368,7 +368,8 @@ def quantize_head(args: argparse.Namespace, head: EagleHead, is_stored: bool, is
     """
     from quantized import Format, quantize_in_place, tune
     if args.draft_mode is None:
-        pays = head.fc.weight.device.type == "cpu" and head.fc.weight.dtype == torch.bfloat16 and not args.compile
+        weight = head.target.norm.weight
+        pays = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not args.compile
         fits = all(linear.in_features % 32 == 0 for linear in head.modules() if isinstance(linear, torch.nn.Linear))
         args.draft_mode = "int4" if pays and fits and not (is_stored or is_sharded) else "off"
     if args.draft_mode != "off":
