@@ -7,7 +7,9 @@ Two measurements and a search, as in Sequoia (arXiv 2402.12374):
     while drafting, count how often the next word is the head's rank-r guess at depth d: a[d][r];
  2. time a target pass over 1, 2, 4, ... rows and a draft level, on this device;
  3. a node is worth the product of a[d][r] along its path, so the best N nodes are the N most valuable ones, and they
-    are connected because no child is worth more than its parent. Try every depth and N, keep the most tokens a second.
+    are connected because no child is worth more than its parent. Try every depth and N, each by the steps it would have
+    taken through these answers;
+ 4. answer the questions with the most promising ones in turn, and keep the fastest.
 The tree is written beside the head as tree.json, or tree-int4.json for a target in int4; generate.py picks it up.
 """
 import argparse
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +40,20 @@ QUESTIONS = [
     "How do I cook rice?", "Explain the difference between a list and a tuple in Python.",
     "What were the causes of the French Revolution?", "Give me three tips for sleeping better.",
     "Write a polite email asking for a day off.", "What is 15% of 240? Show your steps.",
+    "Pretend to be a pirate captain and tell me why you never learned to swim.",
+    "Anna is taller than Ben, and Ben is taller than Carla. Is Carla taller than Anna? Explain.",
+    "Write a function in C++ that tells whether a string is a palindrome.",
+    "List the name, the year and the city in this text as JSON: Marie Curie moved to Paris in 1891 to study physics.",
+    "Solve for x: 3x + 7 = 2(x - 4). Then check the result.", "How does a transistor amplify a signal?",
+    "Compare the economic policies of two countries of your choice in the 1930s.",
+    "Rewrite this sentence so that it is shorter: Owing to the fact that it was raining, we made the decision to stay at home.",
+    "You are a doctor. A patient has had a headache for three days. What do you ask?",
+    "Name the people in this text and what each wants: Tom asked Lisa for her bicycle, but she needs it to visit Omar, who is ill.",
+    "Write a limerick about a cat that is afraid of mice.", "A train leaves at 14:35 and arrives at 17:10. How long does it take?",
+    "What is the time complexity of merge sort, and why?", "Which gases make up the atmosphere of Mars?",
+    "Argue against the claim that social media makes people lonely.", "Describe the taste of a lemon to somebody who never ate one.",
 ]
+FINALISTS = 5   # trees that answer the questions
 
 
 @command()
@@ -49,14 +65,19 @@ def main(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         ranks = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
         costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
-    accept = rank_frequencies(ranks, args.max_rank)
-    tree, report = search(accept, costs, args.max_nodes)
+        accept = rank_frequencies(torch.cat(ranks, dim=1), args.max_rank)
+        finalists = search(accept, [list(zip(*answer.tolist())) for answer in ranks], costs, args.max_nodes)[:FINALISTS]
+        plain, *rates = measure_decoding(model, head, [finalist.paths for finalist in finalists], prompts, args, tokenizer.stop_ids)
+    best = rates.index(max(rates))
+    tree = finalists[best].paths
     out = args.out or Path(args.eagle) / cli.tree_name(args.checkpoint)
-    report |= {"paths": tree, "device": device_name(model.inv_freq.device), "torch": torch.__version__,
-               "dtype": args.dtype, "costs_ms": costs, "accept_by_depth_and_rank": accept}
+    report = {"expected_accept_length": finalists[best].accept_length, "expected_speedup": rates[best] / plain, "paths": tree,
+              "finalists": [{"paths": finalist.paths, "tokens_per_second": rate} for finalist, rate in zip(finalists, rates)],
+              "plain_tokens_per_second": plain, "device": device_name(model.inv_freq.device), "torch": torch.__version__,
+              "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs, "accept_by_depth_and_rank": accept}
     write_atomically(out, json.dumps(report) + "\n")
     say(f"{len(tree)} nodes below the root, depth {max(map(len, tree))}: expected {report['expected_accept_length']:.2f} "
-            f"tokens a step, {report['expected_speedup']:.2f}x plain decoding on this device; wrote {out}")
+        f"tokens a step, {report['expected_speedup']:.2f}x plain decoding on this device; wrote {out}")
 
 
 def read_questions(file: Path) -> list[str]:
@@ -68,8 +89,8 @@ def read_questions(file: Path) -> list[str]:
 
 
 def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]], max_new_tokens: int,
-                  stop_ids: frozenset[int], max_depth: int) -> Tensor:
-    """Rank of the target's next token among the head's guesses at each depth: [max_depth, positions] int64."""
+                  stop_ids: frozenset[int], max_depth: int) -> list[Tensor]:
+    """Rank of the target's next token among the head's guesses at each depth, of each answer: [max_depth, positions] int64."""
     cli.setup_caches(model, None, len(prompts), max(map(len, prompts)) + max_new_tokens)
     answers = cli.Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
     columns = []
@@ -78,7 +99,7 @@ def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]],
         model.setup_caches(1, len(ids))
         features = model.features(ids[None], torch.arange(len(ids), device=ids.device))[0]
         columns.append(draft_ranks(head, ids, features, max_depth)[:, len(prompt) - 2:])
-    return torch.cat(columns, dim=1)
+    return columns
 
 
 def rank_frequencies(ranks: Tensor, max_rank: int) -> list[list[float]]:
@@ -90,7 +111,7 @@ def rank_frequencies(ranks: Tensor, max_rank: int) -> list[list[float]]:
 
 def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int, repeats: int) -> dict:
     """Milliseconds, medians of alternating runs: a target pass by rows, one draft level, the rest of a step."""
-    rows = [n for n in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64) if n <= max_nodes + 1]
+    rows = [n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if n <= max_nodes + 1]
     n_slot = used + max(rows)
     cli.setup_caches(model, head, 1, n_slot)
     deep, flat = (EagleStep(model, head, StaticTree.chain(depth), 1) for depth in (5, 1))
@@ -131,29 +152,71 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
             "first_level": ms["flat", 1], "rest": ms["rest", 0]}
 
 
+def measure_decoding(model: Transformer, head: EagleHead, trees: list[list[list[int]]], prompts: list[list[int]],
+                     args: argparse.Namespace, stop_ids: frozenset[int]) -> list[float]:
+    """Tokens a second of plain decoding, and of EAGLE with each tree; all answer each prompt in turn."""
+    shapes = [None, *map(StaticTree.from_paths, trees)]
+    room = max(tree.n_room for tree in shapes[1:])
+    cli.setup_caches(model, head, 1, cli.slots_for(max(map(len, prompts)) + args.max_new_tokens + room, model))
+    decoders = [cli.Decoder(model, 1, compile=args.compile, head=tree and head, tree=tree) for tree in shapes]
+    for decoder in decoders:
+        decoder.TRACE_FROM = 1      # one trace for all the answers
+        decoder.generate(prompts[:1], args.max_new_tokens)      # warm up
+    tokens, seconds = [0] * len(decoders), [0.0] * len(decoders)
+    for prompt in tqdm(prompts, desc="decoding", unit="answer"):
+        for i, decoder in enumerate(decoders):
+            result = decoder.generate([prompt], args.max_new_tokens, stop_ids=stop_ids)
+            tokens[i] += len(result.tokens[0])
+            seconds[i] += result.timings["decode_seconds"]
+    return [n / s for n, s in zip(tokens, seconds)]
+
+
 def synchronized_clock(model: Transformer) -> float:
     if model.inv_freq.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def search(accept: list[list[float]], costs: dict, max_nodes: int) -> tuple[list[list[int]], dict]:
-    """The paths of the best tree, and what it promises."""
-    plain = costs["target_by_rows"][1]
-    best = (0.0, [], 0.0)
+class Candidate(NamedTuple):
+    rate: float                 # tokens a millisecond, by the parts' costs
+    accept_length: float
+    paths: list[list[int]]
+
+
+def search(accept: list[list[float]], answers: list[list[tuple[int, ...]]], costs: dict, max_nodes: int) -> list[Candidate]:
+    """For each number of nodes the tree that promises most, the most promising first.
+
+    accept   a[d][r], to order nodes by
+    answers  of each position the ranks of the tokens that follow: see `accept_lengths`
+    """
+    best: dict[int, Candidate] = {}
     for depth in range(1, len(accept) + 1):
-        values = best_nodes(accept[:depth], max_nodes)
-        total = 1.0                                                     # the bonus token
-        for n, (value, path) in enumerate(values, start=1):
-            total += value
-            if max(len(p) for _, p in values[:n]) < depth:
+        paths = [path for _, path in best_nodes(accept[:depth], max_nodes)]
+        for n in range(1, len(paths) + 1):
+            if max(map(len, paths[:n])) < depth:
                 continue                                                # a smaller depth has tried this tree
+            tree = set(map(tuple, paths[:n]))
+            lengths = [length for answer in answers for length in accept_lengths(tree, answer)]
             ms = (costs["first_level"] + (depth - 1) * costs["draft_level"] + costs["rest"]
                   + interpolate(costs["target_by_rows"], n + 1))
-            if total / ms > best[0]:
-                best = total / ms, sorted((p for _, p in values[:n]), key=lambda p: (len(p), p)), total
-    rate, paths, total = best
-    return paths, {"expected_accept_length": total, "expected_speedup": rate * plain}
+            mean = sum(lengths) / len(lengths)
+            if n not in best or mean / ms > best[n].rate:
+                best[n] = Candidate(mean / ms, mean, sorted(paths[:n], key=lambda p: (len(p), p)))
+    return sorted(best.values(), reverse=True)
+
+
+def accept_lengths(tree: set[tuple[int, ...]], ranks: list[tuple[int, ...]]) -> list[int]:
+    """Tokens of each step, the bonus among them, that decoding an answer with this tree would take.
+
+    ranks[i]: of the tokens after position i, each among the guesses at its depth. The mean over positions would promise more:
+    stretches that are easy to draft hold most positions, and take few steps.
+    """
+    lengths, i = [], 0
+    while i < len(ranks):
+        depth = next((d for d in range(len(ranks[i])) if ranks[i][:d + 1] not in tree), len(ranks[i]))
+        lengths.append(depth + 1)
+        i += depth + 1
+    return lengths
 
 
 def best_nodes(accept: list[list[float]], count: int) -> list[tuple[float, list[int]]]:

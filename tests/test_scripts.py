@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eagle_head import EagleHead, StaticTree, load_tree
+from generate import generate
 from generate import parse_args as generate_args
 from model import Transformer
 from reference import tiny, write_checkpoint
@@ -56,16 +57,36 @@ def test_best_nodes_are_worth_as_much_as_any_connected_tree():
         StaticTree.from_paths([path for _, path in found])  # connected, or this raises
 
 
+@pytest.mark.parametrize("paths", [[[0], [0, 0]], [[r] for r in range(30)] + [[r, s] for r in range(3) for s in range(30)]],
+                         ids=["chain", "wide"])
+def test_steps_foreseen_from_ranks_are_those_that_decoding_takes(pair, paths):
+    model, head = pair
+    prompt, tree = torch.randint(0, model.config.vocab_size, (9,)).tolist(), StaticTree.from_paths(paths)
+    ranks, = tune_tree.measure_ranks(model, head, [prompt], 60, frozenset(), max_depth=2)
+    foreseen = tune_tree.accept_lengths(set(map(tuple, paths)), list(zip(*ranks.tolist())))
+    taken = generate(model, [prompt], 60, head=head, tree=tree).accept_lengths[0]
+    assert foreseen[:-1] == taken[:len(foreseen) - 1] and len(foreseen) > 15    # the last may be cut
+    assert len(paths) == 2 or len(set(foreseen)) > 1
+
+
+def test_a_step_goes_as_deep_as_the_ranks_are_nodes_and_the_next_begins_behind_the_bonus_token():
+    ranks = [(0, 2), (0, 1), (5, 0), (0, 1), (0, 0), (0, 0), (3, 0), (0, 9)]
+    assert tune_tree.accept_lengths({(0,), (0, 1), (3,)}, ranks) == [2, 1, 3, 2]
+
+
 def test_search_takes_the_tree_that_pays_on_the_device():
     accept = [[0.8, 0.1], [0.8, 0.1], [0.8, 0.1]]
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda: tuple(torch.multinomial(torch.tensor([0.8, 0.1, 0.1]), 3, replacement=True, generator=rng).tolist())
+    answers = [[draw() for _ in range(400)]]
     free_rows = {"target_by_rows": {1: 10.0, 64: 10.0}, "draft_level": 0.1, "first_level": 0.1, "rest": 0.1}
-    paths, report = tune_tree.search(accept, free_rows, max_nodes=14)
-    assert len(paths) == 14 and max(map(len, paths)) == 3
-    assert report["expected_speedup"] == pytest.approx(report["expected_accept_length"] * 10 / 10.4)
+    best, *others = tune_tree.search(accept, answers, free_rows, max_nodes=14)
+    assert len(best.paths) > 6 and max(map(len, best.paths)) == 3 and len(others) == 13
+    assert best.rate == pytest.approx(best.accept_length / 10.4) and best.rate >= max(other.rate for other in others)
     dear_levels = free_rows | {"draft_level": 20.0}
-    assert {len(path) for path in tune_tree.search(accept, dear_levels, max_nodes=14)[0]} == {1}
+    assert {len(path) for path in tune_tree.search(accept, answers, dear_levels, max_nodes=14)[0].paths} == {1}
     dear_rows = free_rows | {"target_by_rows": {1: 10.0, 64: 640.0}}
-    assert len(tune_tree.search(accept, dear_rows, max_nodes=14)[0]) == 1
+    assert len(tune_tree.search(accept, answers, dear_rows, max_nodes=14)[0].paths) == 1
 
 
 def test_tuned_tree_is_written_where_generate_finds_it(tmp_path, capsys):
@@ -76,6 +97,9 @@ def test_tuned_tree_is_written_where_generate_finds_it(tmp_path, capsys):
     args = tune_tree.parse_args(["--checkpoint", str(checkpoint), "--eagle", str(folder), "--max-new-tokens", "16",
                                  "--max-depth", "2", "--max-nodes", "4", "--repeats", "3"])
     assert tune_tree.main(args) == 0, capsys.readouterr().err
+    made = json.loads((folder / "tree.json").read_text())
+    speeds = {str(finalist["paths"]): finalist["tokens_per_second"] for finalist in made["finalists"]}
+    assert len(speeds) == 4 and speeds[str(made["paths"])] == max(speeds.values())
     assert load_tree(str(folder / "tree.json")).n_node <= 5
     assert generate_args(["--eagle", str(folder)]).tree is None  # so that load_head takes tree.json
 
