@@ -112,7 +112,7 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_triton_kernel_equals_float64_for_every_number_of_rows(device):
     """On a CPU in Triton's interpreter, in a process of its own: Triton reads the variable when it is imported."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7" if device == "cpu" else None)  # 3.6's interpreter fails with numpy 2.4
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     tests = Path(__file__).parent
