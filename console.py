@@ -28,13 +28,13 @@ def command(stopped: str = "") -> Callable[[Callable], Callable[[argparse.Namesp
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
-            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:    # the last: a full disk
+            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:    # SafetensorError: a full disk
                 say(f"error: {' '.join(str(error).split())}")
                 return 2
             except RuntimeError as error:
                 if "allocate memory" not in str(error):
                     raise
-                say("error: out of memory: a shorter context, a smaller batch or a narrower --dtype takes less")
+                say("error: out of memory: shorter contexts, smaller batches and narrower dtypes take less")
                 return 2
             except KeyboardInterrupt:
                 say(stopped)

@@ -585,8 +585,8 @@ def peak_memory(model: Transformer) -> int:
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
                         "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
-    parser.add_argument("--draft-mode", choices=("int8", "int4", "off"), help="round the head's weights "
-                        "(default: int4 on a CPU in bfloat16)")
+    parser.add_argument("--draft-mode", choices=("int8", "int4", "off"), help="round the weights of a 16-bit head "
+                        "(default: int4 on a CPU in bfloat16, not compiled and in one process, where groups of 32 fit)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     plain = cli.Decoder(model, 1, compile=args.compile)
     eagle = cli.Decoder(model, 1, compile=args.compile, head=head, tree=tree)
     say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
-            f"{report['device_name']}")
+        f"{report['device_name']}")
     for decoder in (plain, eagle):  # warm up
         decoder.TRACE_FROM = 1      # one trace for all the answers
         decoder.generate(prompts[:1], min(8, args.max_new_tokens))

@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> None:
 def write_report(folder: Path) -> dict:
     """Write report.json, report.md and, where matplotlib is installed, report.png; return what report.json holds."""
     run = read_json(folder / "run.json")
+    if run.get("temperature") == 0 and "plain" not in (run.get("rounding") or {}):
+        raise ValueError(f"{folder} was written by an earlier evaluate.py: evaluate again")
     report = run | figures(read_answers(folder, run["arms"]), run)
     write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     write_atomically(folder / "report.md", markdown(report))
@@ -105,8 +107,9 @@ def figures_of_arms(answers: Answers, run: dict) -> dict[str, dict]:
 
 
 def plain_of(arm: str, arms: Iterable[str]) -> str:
-    """The plain arm of the same target: "int4-plain" of "int4-eagle-static"."""
-    return next((plain for plain in arms if plain.endswith("-plain") and arm.startswith(plain.removesuffix("plain"))), "plain")
+    """The plain arm of the same target: "int4-plain" of "int4-eagle-static", and of itself."""
+    of_formats = [plain for plain in arms if plain.endswith("-plain") and arm.startswith(plain.removesuffix("plain"))]
+    return max(of_formats, key=len, default="plain")
 
 
 def turns(line: dict) -> dict:
@@ -208,7 +211,8 @@ def conditions(r: dict) -> str:
 
 def explanation(arm: str, plain: str, figures: dict, rounding: dict) -> str:
     gaps, rounding = [d["gap"] for d in figures["divergences"] if d["gap"] is not None] or [0.0], rounding[plain]
-    return (f"{arm}: {len(figures['divergences'])} answers part from {plain.replace('-', ' ')} decoding; where they do, the token chosen lies at most {max(gaps):.3g} below the "
+    plain_name = "plain" if plain == "plain" else f"{plain.removesuffix('-plain')} plain"
+    return (f"{arm}: {len(figures['divergences'])} answers part from {plain_name} decoding; where they do, the token chosen lies at most {max(gaps):.3g} below the "
             f"largest logit (median {sorted(gaps)[len(gaps) // 2]:.3g}). A block of rows and a single row give logits that differ by up "
             f"to {rounding['logit_error']:.3g} here, so gaps up to {rounding['gap_bound']:.3g} are rounding; "
             f"{figures['unexplained']} are larger.")

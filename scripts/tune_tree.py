@@ -59,13 +59,15 @@ FINALISTS = 5   # trees that answer the questions
 @command()
 def main(args: argparse.Namespace) -> None:
     args.tree = "static"
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: not a file in an existing folder")
     model, head, tokenizer, _ = cli.load(args)
     texts = QUESTIONS if args.questions is None else read_questions(args.questions)
     prompts = [cli.encode(text, tokenizer, raw=False) for text in texts]
     with torch.inference_mode():
         ranks = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
-        costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
         accept = rank_frequencies(torch.cat(ranks, dim=1), args.max_rank)
+        costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
         finalists = search(accept, [list(zip(*answer.tolist())) for answer in ranks], costs, args.max_nodes)[:FINALISTS]
         plain, *rates = measure_decoding(model, head, [finalist.paths for finalist in finalists], prompts, args, tokenizer.stop_ids)
     best = rates.index(max(rates))
@@ -76,16 +78,19 @@ def main(args: argparse.Namespace) -> None:
               "plain_tokens_per_second": plain, "device": device_name(model.inv_freq.device), "torch": torch.__version__,
               "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs, "accept_by_depth_and_rank": accept}
     write_atomically(out, json.dumps(report) + "\n")
-    say(f"{len(tree)} nodes below the root, depth {max(map(len, tree))}: expected {report['expected_accept_length']:.2f} "
-        f"tokens a step, {report['expected_speedup']:.2f}x plain decoding on this device; wrote {out}")
+    say(f"{len(tree)} nodes below the root, depth {max(map(len, tree))}: {report['expected_accept_length']:.2f} tokens a step, "
+        f"{report['expected_speedup']:.2f}x plain decoding on these questions and this device; wrote {out}")
 
 
 def read_questions(file: Path) -> list[str]:
     """First turns of a JSON-lines question set."""
     try:
-        return [json.loads(line)["turns"][0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        questions = [json.loads(line)["turns"][0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f'{file} is not JSON lines with "turns": {error!r}') from None
+    if not questions or not all(isinstance(question, str) and question.strip() for question in questions):
+        raise ValueError(f'{file} holds no questions: JSON lines with "turns", lists of texts')
+    return questions
 
 
 def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]], max_new_tokens: int,
@@ -112,9 +117,9 @@ def rank_frequencies(ranks: Tensor, max_rank: int) -> list[list[float]]:
 def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int, repeats: int) -> dict:
     """Milliseconds, medians of alternating runs: a target pass by rows, one draft level, the rest of a step."""
     rows = [n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if n <= max_nodes + 1]
-    n_slot = used + max(rows)
-    cli.setup_caches(model, head, 1, n_slot)
     deep, flat = (EagleStep(model, head, StaticTree.chain(depth), 1) for depth in (5, 1))
+    n_slot = used + max(*rows, deep.tree.n_room)
+    cli.setup_caches(model, head, 1, n_slot)
     prompt = list(range(1, used + 1))
     deep.prefill([prompt]), flat.prefill([prompt])
     view = bucket(n_slot, n_slot)

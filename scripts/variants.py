@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from console import command  # noqa: E402
 from generate import compile_layers  # noqa: E402
 from model import PackedLinear, Transformer, pack_for_cpu  # noqa: E402
 from replay import can_trace  # noqa: E402
-from console import command  # noqa: E402
 from scripts.bench import check_model, load, model_parser, ready, run, setup_caches, target_pass  # noqa: E402
 from scripts.timing import clock, interleave, milliseconds, print_table  # noqa: E402
 

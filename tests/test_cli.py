@@ -26,7 +26,7 @@ import torch
 import generate as cli
 from generate import Decoder, Printer, generate
 from model import Transformer
-from reference import CONTEXT, SPECIAL, edited_json, read_safetensors, tiny, write_checkpoint
+from reference import CONTEXT, edited_json, read_safetensors, write_checkpoint
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

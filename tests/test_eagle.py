@@ -26,8 +26,8 @@ import model as model_file
 import quantize
 from eagle_head import (Draft, DynamicTree, EagleHead, EagleStep, StaticTree, accept_sampled, ancestor_mask, load_tree)
 from generate import Decoder, generate, setup_caches
-from model import ModelArgs, Sampling, Transformer
-from reference import KINDS, VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
+from model import Sampling, Transformer
+from reference import VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GAPS = StaticTree.from_paths([[1], [3], [1, 0], [1, 2], [3, 1], [1, 2, 1]])  # ranks that skip some

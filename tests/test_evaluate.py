@@ -11,7 +11,7 @@ import torch
 
 import quantize
 from model import Transformer
-from reference import write_checkpoint
+from reference import edited_json, write_checkpoint
 from scripts import evaluate, peers, report
 from test_eagle import head_config, head_weights, write_head
 from tokenizer import Tokenizer
@@ -209,6 +209,21 @@ def test_another_format_of_the_model_is_compared_with_its_own_plain_decoding(run
     assert compared == {(linear, tuple(turn)) for linear, arm in (("Linear", "plain"), ("QuantLinear", "int8-plain"))
                         for choice in tokens[arm] for turn in choice}
     assert set(made["rounding"]) == {"plain", "int8-plain"}
+
+
+def test_each_arm_has_the_plain_arm_of_its_own_format():
+    arms = ["plain", "int4-plain", "int4-g64-plain", "eagle-static", "int4-eagle-static", "int4-g64-eagle-static", "transformers"]
+    assert [report.plain_of(arm, arms) for arm in arms] == [
+        "plain", "int4-plain", "int4-g64-plain", "plain", "int4-plain", "int4-g64-plain", "plain"]
+
+
+def test_a_report_of_an_earlier_form_is_refused_in_one_line(run, tmp_path, capsys):
+    assert run()[0] == 0
+    with edited_json(tmp_path / "out" / "run.json") as file:
+        file["rounding"] = {"logit_error": 0.5, "gap_bound": 1.0}
+    capsys.readouterr()
+    assert report.main(report.parse_args([str(tmp_path / "out")])) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_at_a_temperature_seeds_repeat_and_texts_are_not_compared(run, tmp_path):

@@ -104,6 +104,22 @@ def test_tuned_tree_is_written_where_generate_finds_it(tmp_path, capsys):
     assert generate_args(["--eagle", str(folder)]).tree is None  # so that load_head takes tree.json
 
 
+def test_a_tree_of_one_node_is_found_and_bad_input_is_refused_before_the_work(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "target")
+    model = Transformer.from_pretrained(checkpoint)
+    folder = write_head(EagleHead(replace(model.config, n_layer=1), model), tmp_path / "head")
+    options = ["--checkpoint", str(checkpoint), "--eagle", str(folder), "--max-new-tokens", "16", "--max-depth", "2", "--repeats", "3"]
+    for name, text in (("none", ""), ("number", '{"turns": [5]}'), ("broken", "{")):
+        file = tmp_path / name
+        file.write_text(text)
+        assert tune_tree.main(tune_tree.parse_args([*options, "--questions", str(file)])) == 2
+        assert str(file) in capsys.readouterr().err
+    assert tune_tree.main(tune_tree.parse_args([*options, "--out", str(tmp_path / "missing" / "tree.json")])) == 2
+    assert "--out" in capsys.readouterr().err
+    assert tune_tree.main(tune_tree.parse_args([*options, "--max-nodes", "1"])) == 0, capsys.readouterr().err
+    assert load_tree(str(folder / "tree.json")).n_node == 2
+
+
 def write_head(head, folder):
     from safetensors.torch import save_file
     c = head.config

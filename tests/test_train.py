@@ -24,11 +24,11 @@ import train_head
 from eagle_head import EagleHead
 from generate import generate
 from model import Transformer, read_json
-from reference import assert_close, edited_json, read_safetensors, write_checkpoint
+from reference import assert_close, read_safetensors, write_checkpoint
 from scripts import export_head
 from test_eagle import written_out_head
 from tokenizer import Tokenizer
-from train_data import Batch, Dialogue, Features, encode_dialogue, make_batches, read_dialogues
+from train_data import Dialogue, Features, encode_dialogue, make_batches, read_dialogues
 from train_head import Learner, SoftCrossEntropy, head_config, input_noise, new_head
 
 ROOT = Path(__file__).resolve().parent.parent
