@@ -506,14 +506,14 @@ QUESTIONS = ["Why is the sky blue?", "Name three birds.", "Write a short poem ab
 
 
 def test_greedy_text_of_the_demo_model_equals_transformers(demo_folder):
-    """Ten prompts of 40 new tokens, one ragged batch on either side; past the end of an answer too."""
+    """Ten prompts of 64 new tokens, one ragged batch on either side; past the end of an answer too."""
     import transformers
 
     from tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(demo_folder)
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUESTIONS]
-    result = generate(Transformer.from_pretrained(demo_folder, dtype=torch.float32), prompts, 40)
+    result = generate(Transformer.from_pretrained(demo_folder, dtype=torch.float32), prompts, 64)
 
     transformers.utils.logging.disable_progress_bar()
     hf = transformers.AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32).eval()
@@ -521,8 +521,8 @@ def test_greedy_text_of_the_demo_model_equals_transformers(demo_folder):
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])  # on the left
     seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    theirs = hf.generate(padded, attention_mask=seen, max_new_tokens=40, do_sample=False, pad_token_id=0)[:, width:]
+    theirs = hf.generate(padded, attention_mask=seen, max_new_tokens=64, do_sample=False, pad_token_id=0)[:, width:]
     assert result.tokens == theirs.tolist()
-    assert [len(ids) for ids in result.tokens] == [40] * 10
+    assert [len(ids) for ids in result.tokens] == [64] * 10
     assert [tokenizer.decode(ids) for ids in result.tokens] == [tokenizer.decode(ids) for ids in theirs.tolist()]
     assert "Paris" in tokenizer.decode(result.tokens[4])

@@ -207,10 +207,10 @@ def test_logits_and_features_equal_one_process(group, zoo, kind, world):
             assert_close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("kind, batches", {kind: (1, 3) if kind in ("gqa", "mixtral") else (3,) for kind in KINDS}.items())
-def test_text_of_two_equals_one_process(group, zoo, kind, batches):
-    expected = answers(*zoo(kind), list(CASES.values()), batches)
-    assert group(2)(answers, *zoo(kind), list(CASES.values()), batches) == [expected] * 2
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_of_two_equals_one_process(group, zoo, kind):
+    expected = answers(*zoo(kind), list(CASES.values()))
+    assert group(2)(answers, *zoo(kind), list(CASES.values())) == [expected] * 2
 
 
 @pytest.mark.parametrize("kind, world", [("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2)])
@@ -239,12 +239,13 @@ def test_text_of_four_equals_one_process(group, zoo, kind, names):
     assert group(4)(answers, *zoo(kind), cases, (3,)) == [answers(*zoo(kind), cases, (3,))] * 4
 
 
-@pytest.mark.parametrize("kind, options", {"mixtral": {}, "gqa, int4": CASES["static, drawn drafts"][2]}.items())
-def test_compiled_text_equals_one_process(group, zoo, kind, options):
-    """After the others: the layers stay compiled. In a chain of one draft each layer sees blocks of one size."""
-    tree = StaticTree.chain(1)
-    compiled = group(2)(answers, *zoo(kind), [(tree, None, options | dict(compile=True))], (1,))
-    assert compiled == [answers(*zoo(kind), [(tree, None, options)], (1,))] * 2
+@pytest.mark.parametrize("kind, names", {
+    "mixtral": ["plain, drawn", "static"], "gqa, int4": ["static, drawn drafts"]}.items())
+def test_compiled_text_equals_one_process(group, zoo, kind, names):
+    """After the others: the layers stay compiled."""
+    cases = [CASES[name] for name in names]
+    compiled = [(tree, draft_vocab, options | dict(compile=True)) for tree, draft_vocab, options in cases]
+    assert group(2)(answers, *zoo(kind), compiled, (1,)) == [answers(*zoo(kind), cases, (1,))] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

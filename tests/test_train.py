@@ -291,7 +291,7 @@ def test_200_dialogues_are_overfitted(tmp_path, capsys):
     data.write_text("".join(json.dumps({"finish_reason": "length", "messages": [
         {"role": "user", "content": q}, {"role": "assistant", "content": tokenizer.decode(a)}]}) + "\n"
         for q, a in zip(questions, answers)))
-    argv = command(checkpoint, data, tmp_path / "head", "--epochs", 120, "--lr", 2e-2, "--batch-size", 4, "--cls-weight", 10,
+    argv = command(checkpoint, data, tmp_path / "head", "--epochs", 200, "--lr", 2e-2, "--batch-size", 4, "--cls-weight", 10,
                    "--noise", 0, "--eval-dialogues", 0)
     status = train_head.main(train_head.parse_args(argv))
     assert status == 0, capsys.readouterr().err
