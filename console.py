@@ -6,10 +6,11 @@
 import argparse
 import contextlib
 import functools
+import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -73,6 +74,76 @@ def write_atomically(file: Path, text: str) -> None:
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def read_text(file: Path) -> str:
+    """A text file that somebody wrote: UTF-8, with or without a byte order mark.
+
+    Raises FileNotFoundError, or ValueError naming the byte that does not fit.
+    """
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} does not fit") from None
+
+
+def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> Iterator[tuple[int, object]]:
+    """(line, value) of a file of JSON lines, or (place, value) of a file that is one JSON array; both count from 1.
+
+    Lines end at a line feed and nowhere else: U+2028 and the like may stand inside a string. bad(line, why) hears of
+    each line that is not JSON, not UTF-8 or holds half a character (a lone surrogate); without it they raise a
+    ValueError that names file and line.
+    """
+    def refuse(line: int, why: str) -> None:
+        raise ValueError(f"{file}, line {line}: {why}")
+
+    bad = bad or refuse
+    with open(file, "rb") as content:
+        start = content.read(3)
+        content.seek(3 if start == b"\xef\xbb\xbf" else 0)
+        while (first := content.read(1)).isspace():
+            pass
+        if first == b"[":
+            entries = parse_json(first + content.read(), lambda why: refuse(1, f"a JSON array that cannot be read: {why}"))
+            for place, entry in enumerate(entries, start=1):
+                if is_text(entry):
+                    yield place, entry
+                else:
+                    bad(place, "half a character (a lone surrogate)")
+            return
+        content.seek(3 if start == b"\xef\xbb\xbf" else 0)
+        for line, text in enumerate(content, start=1):
+            if not text.strip():
+                continue
+            reasons = []
+            value = parse_json(text, reasons.append)
+            if not reasons and b"\\u" in text and not is_text(value):
+                reasons = ["half a character (a lone surrogate)"]
+            if reasons:
+                bad(line, reasons[0])
+            else:
+                yield line, value
+
+
+def parse_json(text: bytes, bad: Callable[[str], None]) -> object:
+    """The value, or None once bad(why) has been told."""
+    try:
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        bad(f"not UTF-8: byte {error.start} does not fit")
+    except json.JSONDecodeError as error:
+        bad(f"not JSON: {error}")
+    except RecursionError:
+        bad("not JSON: nested too deeply")
+
+
+def is_text(value: object) -> bool:
+    """Whether all strings of a JSON value can be written as UTF-8: no lone surrogates."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -1,10 +1,12 @@
 """What all commands share."""
 import contextlib
+import json
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
+import console
 from console import command
 
 
@@ -23,3 +25,28 @@ def test_a_command_answers_with_an_exit_status_and_one_line(outcome, status, lin
         assert main(None) == status
     err = capsys.readouterr().err
     assert err.startswith(line) and err.count("\n") == bool(line)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_records_are_read_from_lines_and_from_an_array(tmp_path, mark):
+    entries = [{"n": 1, "text": "a\u2028b"}, {"n": 2, "text": "ü\u0085"}, {"n": 3}]
+    lines, array = tmp_path / "lines.jsonl", tmp_path / "array.json"
+    lines.write_bytes(mark + "\r\n".join(json.dumps(e, ensure_ascii=False) for e in entries).encode())
+    array.write_bytes(mark + json.dumps(entries, indent=2, ensure_ascii=False).encode())
+    for file in (lines, array):
+        assert list(console.read_records(file)) == list(enumerate(entries, start=1))
+    lines.write_bytes(mark + b"one\ntwo\n")
+    assert console.read_text(lines) == "one\ntwo\n"
+
+
+def test_bad_records_are_named_by_line_and_reason(tmp_path):
+    file, heard = tmp_path / "lines.jsonl", []
+    file.write_bytes(b'{"n": 1}\n\n{"n": \n{"n": "\xff"}\n{"n": "\\ud83d"}\n{"n": "\\ud83d\\ude00"}')
+    assert [n for n, _ in console.read_records(file, lambda *bad: heard.append(bad))] == [1, 6]
+    assert [line for line, _ in heard] == [3, 4, 5]
+    assert [why.split(":")[0] for _, why in heard] == ["not JSON", "not UTF-8", "half a character (a lone surrogate)"]
+    with pytest.raises(ValueError, match="line 3: not JSON"):
+        list(console.read_records(file))
+    file.write_bytes(b'[{"n": 1},\n{"n": 2}')
+    with pytest.raises(ValueError, match="a JSON array that cannot be read"):
+        list(console.read_records(file))
