@@ -13,29 +13,47 @@ Everything about a checkpoint comes from files in its folder: tokenizer.json, to
 special_tokens_map.json, added_tokens.json, chat_template.jinja, config.json, generation_config.json.
 """
 import datetime
+import functools
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Iterable
 
-Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]
+Messages = list[dict]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]; the template sees other keys too
 
 
 class Tokenizer:
-    """Attributes: bos_id (None if there is none), stop_ids, special_ids, vocab_size, and adds_bos: whether plain text
-    begins with bos in this model (LLaMA: yes, Qwen and SmolLM2: no)."""
+    """Attributes: bos_id (None if there is none), stop_ids, special_ids, vocab_size, adds_bos: whether plain text
+    begins with bos in this model (LLaMA: yes, Qwen and SmolLM2: no), and date: what the chat template is told when it
+    asks for the time (None: the time of each rendering)."""
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, *, chat_template: str | None = None) -> "Tokenizer":
-        """checkpoint: folder or hub id; chat_template: see __init__. Raises FileNotFoundError, ValueError."""
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        *,
+        chat_template: str | None = None,
+        template_args: dict | None = None,
+        date: datetime.datetime | None = None,
+    ) -> "Tokenizer":
+        """checkpoint: folder or hub id; the rest: see __init__. Raises FileNotFoundError, ValueError."""
         if not Path(checkpoint).is_dir():
             from model import resolve_checkpoint
 
             checkpoint = resolve_checkpoint(checkpoint)
-        return cls(Path(checkpoint), chat_template=chat_template)
+        return cls(Path(checkpoint), chat_template=chat_template, template_args=template_args, date=date)
 
-    def __init__(self, folder: Path, *, chat_template: str | None = None):
-        """chat_template: "vicuna", "llama2", "mixtral", a jinja file or jinja text, instead of the checkpoint's own."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        chat_template: str | None = None,
+        template_args: dict | None = None,
+        date: datetime.datetime | None = None,
+    ):
+        """chat_template: "vicuna", "llama2", "mixtral", a jinja file or jinja text, instead of the checkpoint's own.
+        template_args: more variables for the template, such as {"enable_thinking": False}."""
         settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
         config = read_json(folder / "config.json")
         if (folder / "tokenizer.json").is_file():
@@ -53,48 +71,102 @@ class Tokenizer:
             self.bos_id = config.get("bos_token_id", self._backend.bos_id)
         self.adds_bos: bool = self.bos_id is not None and settings.get("add_bos_token", self._backend.adds_bos)
 
-        self._chat_template, self._is_builtin = find_chat_template(folder, settings, config, chat_template)
+        text, self._is_builtin = find_chat_template(folder, settings, config, chat_template)
+        self._chat_template = None if text is None else ChatTemplate(text)
+        self._template_args = check_template_args(template_args or {})
+        self.date = date
         self.stop_ids: frozenset[int] = self._find_stop_ids(config, read_json(folder / "generation_config.json"))
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Special tokens written out in `text`, such as "</s>", become their ids; none is added but bos on request."""
+        """Special tokens written out in `text`, such as "</s>", become their ids; none is added but bos on request,
+        unless the text begins with it."""
+        return self._encode(text, bos, {})
+
+    def _encode(self, text: str, bos: bool, stand_ins: dict[str, str]) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid UTF-8: {error.reason} at character {error.start}") from error
-        ids = self._backend.encode(text)
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        ids = self._backend.encode(text, stand_ins)
+        return [self.bos_id, *ids] if bos and self.bos_id not in (None, *ids[:1]) else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Special tokens, and ids beyond the vocabulary (a padded output layer has some), leave no text."""
-        return self._backend.decode([i for i in ids if self._has_text(i)])
+    def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
+        """The text that `ids` add behind the ids `after`: where text goes on, the first word keeps its space, which
+        SentencePiece drops at the beginning of a text. Special tokens, and ids beyond the vocabulary (a padded output
+        layer has some), leave no text."""
+        before = self._with_text(after)
+        shown = certain_length(self._backend.decode(before)) if before else 0
+        return self._backend.decode(before + self._with_text(ids))[shown:]
 
-    def stream(self) -> "StreamDecoder":
-        return StreamDecoder(self)
+    def stream(self, after: Iterable[int] = ()) -> "StreamDecoder":
+        """decode(..., after), piece by piece."""
+        return StreamDecoder(self, after)
 
-    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        *,
+        tools: list[dict] | None = None,
+        plain_text: bool = False,
+    ) -> list[int]:
         """As in transformers: a special token inside a message counts as special, and bos is where the template puts
-        it. The built-in templates leave it out in front, so that the first word keeps its SentencePiece space."""
-        text = self.render_chat(messages, add_generation_prompt)
-        return self.encode(text, bos=self._is_builtin and self.adds_bos)
+        it. The built-in templates leave it out in front, so that the first word keeps its SentencePiece space.
 
-    def render_chat(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        plain_text: special tokens in what the messages say are text, so that nobody can end a turn or open another by
+        writing "<|im_end|>"; those that the template itself writes stay special. Raises ValueError where a template
+        changes the messages in such a way that the two cannot be told apart.
+        """
+        text = self.render_chat(messages, add_generation_prompt, tools=tools)
+        stand_ins = {}
+        if plain_text and (stand_ins := self._find_stand_ins(messages)):
+            hidden = [hide(message, stand_ins) for message in messages]
+            whole, text = text, self.render_chat(hidden, add_generation_prompt, tools=tools)
+            if reveal(text, stand_ins) != whole:
+                tokens = ", ".join(map(repr, stand_ins.values()))
+                raise ValueError(f"the chat template changes messages that hold {tokens}, which cannot pass as text")
+        return self._encode(text, self._is_builtin and self.adds_bos, stand_ins)
+
+    @property
+    def uses_date(self) -> bool:
+        """Whether the chat template asks for the date."""
+        return self._chat_template is not None and self._chat_template.uses_date
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 over the chat template and its arguments, but not the date: what a chat's tokens come from."""
+        text = self._chat_template and self._chat_template.text
+        return hashlib.sha256(json.dumps([text, self._template_args], sort_keys=True).encode()).hexdigest()
+
+    def render_chat(
+        self, messages: Messages, add_generation_prompt: bool = True, *, tools: list[dict] | None = None
+    ) -> str:
         if self._chat_template is None:
             names = "|".join(BUILTIN_TEMPLATES)
             raise ValueError(f"this checkpoint has no chat template: use --raw, or --chat-template {names}")
         if not messages:
             raise ValueError("a chat needs at least one message")
-        return render(
-            self._chat_template,
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **self._special_text,
+        variables = {"tools": None, "documents": None, **self._special_text, **self._template_args}
+        if tools is not None:
+            variables["tools"] = tools
+        return self._chat_template.render(
+            self.date, messages=messages, add_generation_prompt=add_generation_prompt, **variables
         )
+
+    def _find_stand_ins(self, messages: Messages) -> dict[str, str]:
+        """{a character that nobody uses: a special token written in a message}"""
+        said = "\n".join(strings(messages))
+        special = [token for token in self._backend.special_tokens if token in said]
+        used = said + self._chat_template.text
+        private = (chr(i) for i in range(0xF0000, 0xFFFFE) if chr(i) not in used)  # private use: means nothing
+        # Longest first, as one token may begin another.
+        return dict(zip(private, sorted(special, key=len, reverse=True)))
 
     def _has_text(self, i: int) -> bool:
         return 0 <= i < self.vocab_size and i not in self.special_ids
+
+    def _with_text(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if self._has_text(i)]
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -107,7 +179,8 @@ class Tokenizer:
         eos = self._special_text.get("eos_token")
         stops.add(self._backend.eos_id if eos is None else self._id(eos))
         # A chat model may end its turn with a token that its config does not list.
-        stops.update(self._id(token) for token in END_OF_TURN if token in (self._chat_template or ""))
+        written = "" if self._chat_template is None else self._chat_template.text
+        stops.update(self._id(token) for token in END_OF_TURN if token in written)
         return frozenset(stops - {None})
 
 
@@ -121,10 +194,12 @@ class StreamDecoder:
 
     CONTEXT = 4  # ids; a character that has begun lies in the last 3, for it lacks at least one of its 4 bytes
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids = tokenizer._with_text(after)
         self._shown = 0  # characters of decode(_ids) that are out
+        if self._ids:
+            self._shown = certain_length(tokenizer._backend.decode(self._ids))
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that has become certain."""
@@ -173,8 +248,9 @@ class HuggingFaceBackend:
         self.token_to_id = self._tokenizer.token_to_id
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         named = (self.token_to_id(token) for token in special_text(settings).values())
-        added = (i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+        added = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.special_ids = frozenset({*named, *added} - {None})
+        self.special_tokens = [token.content for token in added.values()]
         self.byte_ids = frozenset()
         if "ByteFallback" in str(self._tokenizer.decoder):
             self.byte_ids = frozenset(map(self.token_to_id, BYTE_TOKENS)) - {None}
@@ -182,8 +258,28 @@ class HuggingFaceBackend:
         first = self._tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.adds_bos = bool(first) and first[0] in self.special_ids
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, stand_ins: dict[str, str] = {}) -> list[int]:
+        """stand_ins: {character: the special token it stands for, which is to be encoded as text}"""
+        if not stand_ins:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        from tokenizers import normalizers
+
+        # Special tokens are found before the text is normalised, so what normalising brings in is text.
+        twin, normalizer = self._twin
+        steps = [normalizers.Replace(character, token) for character, token in stand_ins.items()]
+        twin.normalizer = normalizers.Sequence(steps + ([] if normalizer is None else [normalizer]))
+        return twin.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _twin(self) -> tuple["tokenizers.Tokenizer", "tokenizers.normalizers.Normalizer | None"]:
+        """A copy that looks for all special tokens before it normalises, and the normalizer it came with."""
+        import tokenizers
+
+        content = json.loads(self._tokenizer.to_str())
+        for token in content["added_tokens"]:
+            token["normalized"] &= not token["special"]
+        twin = tokenizers.Tokenizer.from_str(json.dumps(content))
+        return twin, twin.normalizer
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -225,6 +321,7 @@ class SentencePieceBackend:
             special |= {token["content"]} if token.get("special") else set()
         self._added |= {token: i for token in special if (i := self.token_to_id(token)) is not None}
         self.special_ids |= {self._added[token] for token in special if token in self._added}
+        self.special_tokens = [token for token, i in self._added.items() if i in self.special_ids]
         self._pieces |= {i: token for token, i in self._added.items()}
         self.vocab_size = max(self._pieces) + 1
         # Longest first, as one added token may begin another.
@@ -244,13 +341,14 @@ class SentencePieceBackend:
         i = self._model.piece_to_id(token)  # that of <unk>, when there is no such piece
         return i if self._pieces[i] == token else None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, stand_ins: dict[str, str] = {}) -> list[int]:
+        """stand_ins: {character: the special token it stands for, which is to be encoded as text}"""
         ids = []
         for n, part in enumerate(self._split.split(text)):  # text, added token, text, ..., text
             if n % 2:
                 ids.append(self._added[part])
             elif part:
-                ids += (self._model if n == 0 or self._legacy else self._bare).encode(part)
+                ids += (self._model if n == 0 or self._legacy else self._bare).encode(reveal(part, stand_ins))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -347,8 +445,34 @@ def builtin_name(config: dict) -> str | None:
     return None
 
 
-def render(template: str, **variables) -> str:
-    """Templates come from strangers: they run in jinja's sandbox. What they may use is what transformers gives them."""
+class ChatTemplate:
+    """Jinja text, compiled once, at the first rendering.
+
+    Templates come from strangers: they run in jinja's sandbox. What they may use is what transformers gives them.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.uses_date = "strftime_now" in text
+
+    @functools.cached_property
+    def _compiled(self) -> "jinja2.Template":
+        return template_environment().from_string(self.text)
+
+    def render(self, date: datetime.datetime | None = None, **variables) -> str:
+        """date: what strftime_now tells, None for now. Raises ValueError."""
+
+        def strftime_now(pattern: str) -> str:
+            return (date or datetime.datetime.now()).strftime(pattern)
+
+        try:
+            return self._compiled.render(strftime_now=strftime_now, **variables)
+        except Exception as error:  # a stranger's program may fail in any way
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template cannot render these messages: {reason}") from error
+
+
+def template_environment() -> "jinja2.Environment":
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -358,9 +482,6 @@ def render(template: str, **variables) -> str:
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         # jinja's own escapes HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.datetime.now().strftime(pattern)
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %} marks what an assistant said, for training; here it says nothing."""
@@ -374,10 +495,47 @@ def render(template: str, **variables) -> str:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = tojson
-    try:
-        return environment.from_string(template).render(**variables)
-    except Exception as error:  # a stranger's program may fail in any way
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template cannot render these messages: {reason}") from error
+    return environment
+
+
+def check_template_args(args: dict) -> dict:
+    """Raises ValueError for what cannot be handed to a template."""
+    if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
+        raise ValueError(f"template arguments are an object of names and values, not {args!r}")
+    if taken := {"messages", "add_generation_prompt", "strftime_now"} & set(args):
+        raise ValueError(f"template argument {min(taken)!r} is not free: every chat has its own")
+    return args
+
+
+# Special tokens in a message pass through the template under characters that mean nothing.
+
+
+def strings(value: object) -> Iterable[str]:
+    """All strings in what messages say: contents, reasoning, tool calls."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from strings(inner) if key != "role" else ()
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
+
+
+def hide(value: object, stand_ins: dict[str, str]) -> object:
+    """The same with each special token in `strings(value)` replaced by the character that stands for it."""
+    if isinstance(value, str):
+        for character, token in stand_ins.items():
+            value = value.replace(token, character)
+        return value
+    if isinstance(value, dict):
+        return {key: inner if key == "role" else hide(inner, stand_ins) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [hide(inner, stand_ins) for inner in value]
+    return value
+
+
+def reveal(text: str, stand_ins: dict[str, str]) -> str:
+    return text.translate(str.maketrans(stand_ins)) if stand_ins else text
