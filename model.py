@@ -517,8 +517,7 @@ def install_quantized(model: nn.Module, folder: Path) -> bool:
 
 def quantize_settings(folder: Path) -> dict:
     """What quantize.json says; empty where there is none."""
-    file = folder / "quantize.json"
-    return read_json(file) if file.exists() else {}
+    return read_json(folder / "quantize.json", absent={})
 
 
 Part = Callable[[str, list[int]], tuple[slice, ...]]  # a key and the shape stored under it -> the slice to read
@@ -619,6 +618,7 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
 def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is incomplete, fetch it again")
+    refuse_lfs_pointer(file)
     from safetensors import SafetensorError, safe_open
     try:
         if file.suffix == ".safetensors":
@@ -640,17 +640,27 @@ def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) ->
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
 
 
-def read_json(file: Path) -> dict:
-    """Parse a JSON object, with one-line errors."""
+def read_json(file: Path, absent: dict | None = None) -> dict:
+    """Parse a JSON object, with one-line errors. `absent` is what stands for a file that is not there, if it may be."""
     if not file.exists():
+        if absent is not None:
+            return absent
         raise FileNotFoundError(f"{file} is missing")
+    refuse_lfs_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return content
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Git without LFS leaves three lines of text in the place of a large file."""
+    with open(file, "rb") as content:
+        if content.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
 
 
 def _one_line(error: Exception) -> str:
