@@ -349,7 +349,7 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
     """
     found, peers = {}, defaultdict(list)
     with contextlib.suppress(OSError, ValueError, RuntimeError):    # not there, not to be read, broken, no home: measured anew
-        cache = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eagle-kernels.json"
+        cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-kernels.json"
         found = read_json(cache)
     before = dict(found)
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
