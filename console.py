@@ -84,12 +84,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def read_text(file: Path) -> str:
-    """A text file that somebody wrote: UTF-8, with or without a byte order mark.
+    """A text file that somebody wrote: UTF-8, with or without a byte order mark; its lines end at \\n, whatever ended them.
 
     Raises FileNotFoundError, or ValueError naming the byte that does not fit.
     """
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: byte {error.start} does not fit") from None
 

@@ -48,7 +48,7 @@ def test_records_are_read_from_lines_and_from_an_array(tmp_path, mark):
     array.write_bytes(mark + json.dumps(entries, indent=2, ensure_ascii=False).encode())
     for file in (lines, array):
         assert list(console.read_records(file)) == list(enumerate(entries, start=1))
-    lines.write_bytes(mark + b"one\ntwo\n")
+    lines.write_bytes(mark + b"one\r\ntwo\n")
     assert console.read_text(lines) == "one\ntwo\n"
 
 
