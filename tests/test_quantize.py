@@ -3,6 +3,7 @@ import itertools
 import json
 import operator
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -325,12 +326,9 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
     else:
         tiny(kind, folder, **WIDE, vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"])
     data = tmp_path / "data.jsonl"
-    words = "the quick brown fox jumps over a lazy dog and then other dogs sleep for rest of day".split()
-    shuffled = lambda: " ".join(words[i] for i in torch.randint(len(words), (12,)).tolist())
-    data.write_text("".join(json.dumps({"messages": [
-        {"role": "user", "content": shuffled()}, {"role": "assistant", "content": shuffled()}]}) + "\n" for _ in range(24)))
+    write_dialogues(data, 24)
     errors = {}
-    tokens = torch.tensor([Tokenizer.from_pretrained(folder).encode(shuffled())])
+    tokens = torch.tensor([Tokenizer.from_pretrained(folder).encode("the lazy dog sleeps over other dogs and a fox")])
     pos = torch.arange(tokens.shape[1])
     exact = Transformer.from_pretrained(folder, dtype=torch.float32)(tokens, pos)[0]
     for method, options in (("rtn", ()), ("gptq", ("--data", data))):
@@ -350,6 +348,105 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
         assert "model.layers.0.: no token reached w13.4, w13.5, w13.6, w13.7, w2.4, " in capsys.readouterr().err
     else:
         assert "no token reached" not in capsys.readouterr().err
+
+
+# Broken numbers
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """(folder, file of dialogues) of a tiny model with a tokenizer."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("sound") / "m")
+    tiny("gqa", folder, **WIDE, vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"])
+    return folder, write_dialogues(folder.parent / "data.jsonl", 4)
+
+
+def write_dialogues(file, n):
+    words = "the quick brown fox jumps over a lazy dog and then other dogs sleep for rest of day".split()
+    shuffled = lambda: " ".join(words[i] for i in torch.randint(len(words), (12,)).tolist())
+    file.write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": shuffled()}, {"role": "assistant", "content": shuffled()}]}) + "\n" for _ in range(n)))
+    return file
+
+
+def spoiled(folder, copy, change):
+    """A copy of a checkpoint in which change(weights) has edited the tensors."""
+    shutil.copytree(folder, copy)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+GPTQ = ("--mode", "int4", "--method", "gptq", "--data")
+
+
+@pytest.mark.parametrize("key, value, options", [
+    ("model.layers.1.mlp.up_proj.weight", "nan", ("--mode", "int8")), ("model.layers.0.self_attn.q_proj.weight", "inf", ("--mode", "int4")),
+    ("model.layers.1.mlp.down_proj.weight", "3e38", ("--mode", "int4")), ("model.layers.1.mlp.up_proj.weight", "nan", GPTQ),
+    ("model.embed_tokens.weight", "nan", GPTQ), ("model.norm.weight", "-inf", ("--mode", "int8")),
+    ("lm_head.weight", "-inf", ("--mode", "int8", "--lm-head", "int8")), ("model.layers.0.mlp.down_proj.weight", "-3e38", GPTQ),
+    ("fc.weight", "nan", ("--mode", "int8")), ("layers.0.post_attention_layernorm.weight", "inf", ("--mode", "int4"))])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_written(sound, key, value, options, tmp_path, capsys):
+    folder, data = sound
+    if not key.startswith(("model", "lm_head")):
+        folder = random_head(tmp_path / "head", Transformer.from_pretrained(folder))
+    folder = spoiled(folder, tmp_path / "m", lambda weights: weights[key].view(-1)[3].fill_(float(value)))
+    options += (data,) if options is GPTQ else ()
+    assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *options) == 2
+    line = capsys.readouterr().err.split("\n")[-2]
+    assert line.startswith(f"error: {key} holds ") and "not finite" in line and not list(tmp_path.glob("q*"))
+
+
+def test_a_loaded_weight_that_is_not_finite_is_refused():
+    for format in FORMATS:
+        head = torch.nn.ModuleDict({"fc": torch.nn.Linear(64, 8)})
+        head["fc"].weight.data[3, 40] = torch.nan
+        with pytest.raises(ValueError, match=r"a weight of shape \[8, 64\] holds values that are not finite"):
+            quantize_in_place(head, format)
+
+
+@pytest.mark.parametrize("dtype, advice", [("float16", "try --dtype bfloat16 or float32"), ("float32", "its weights are broken")])
+def test_a_perplexity_that_is_not_finite_is_refused(sound, dtype, advice, tmp_path, capsys):
+    """In fp16 the logits overflow; in fp32 they do not, but the perplexity is e to the power of thousands."""
+    grow = lambda weights: weights["model.norm.weight"].mul_(1e6)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.")
+    argv = ("--checkpoint", spoiled(sound[0], tmp_path / "m", grow), "--eval", text, "--dtype", dtype, "--device", "cpu")
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"error: the perplexity is not finite in {dtype}: {advice}\n"
+
+
+def test_an_eval_text_is_read_with_or_without_a_byte_order_mark(sound, tmp_path, capsys):
+    text, found = tmp_path / "text.txt", []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        text.write_bytes(mark + b"The quick brown fox jumps over the lazy dog.")
+        assert run("--checkpoint", sound[0], "--eval", text, "--dtype", "float32") == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1] and "perplexity" in found[0]
+    text.write_bytes(b"caf\xe9")
+    assert run("--checkpoint", sound[0], "--eval", text, "--mode", "int8", "--out", tmp_path / "q") == 2
+    assert "is not UTF-8 text: byte 3" in capsys.readouterr().err and not list(tmp_path.glob("q*"))
+
+
+def test_gptq_rounds_to_nearest_what_gets_nothing_but_zeros(sound, tmp_path, capsys):
+    folder, data = sound
+
+    def silence(weights):
+        weights["model.layers.0.input_layernorm.weight"].zero_()     # so values, and wo's inputs, are zero too
+        weights["model.layers.1.mlp.gate_proj.weight"].zero_()
+    folder = spoiled(folder, tmp_path / "m", silence)
+    assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *GPTQ, data) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "rounded" in line] == [
+        "model.layers.0.: no token reached wo, wqkv, or with zeros alone: rounded to nearest",
+        "model.layers.1.: no token reached w2, or with zeros alone: rounded to nearest"]
+    key, stored = "model.layers.1.mlp.down_proj.", {key: tensor for key, tensor, _ in iterate_weights(tmp_path / "q")}
+    nearest = round_to_nearest(load_file(folder / "model.safetensors")[key + "weight"], Format("int4", 32))
+    assert all(torch.equal(stored[key + kind], tensor) for kind, tensor in nearest.items())
+
+
+# Interruptions and refusals
 
 
 def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch, capsys):
