@@ -1,4 +1,5 @@
 """Quantised weights: the format, the products, folders, GPTQ, and decoding on a quantised target."""
+import datetime
 import itertools
 import json
 import operator
@@ -6,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import weakref
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +25,8 @@ from generate import generate
 from model import Transformer, _hf_targets, iterate_weights
 from quantized import Format, QuantLinear, dequantize, pack, quantize_in_place, round_to_nearest, tune, unpack
 from tokenizer import Tokenizer
-from reference import VOCAB, assert_close, assert_near_greedy, naive_decode, tiny, tokens_of, write_checkpoint
+from train_data import read_dialogues
+from reference import VOCAB, assert_close, assert_near_greedy, edited_json, naive_decode, tiny, tokens_of, write_checkpoint
 from test_eagle_lossless import PartlyRightHead, head_of
 
 FORMATS = [Format("int8"), Format("int4", 32), Format("int4", 64)]
@@ -350,6 +354,40 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
         assert "no token reached" not in capsys.readouterr().err
 
 
+def test_calibration_sums_over_all_dialogues_through_the_quantised_layers_before_and_by_the_routers_choice(sound, tmp_path, monkeypatch):
+    tokens_from, data = sound
+    folder, out = tmp_path / "mixtral", tmp_path / "q"
+    config = json.loads((tokens_from / "config.json").read_text())
+    tiny("mixtral", folder, **WIDE, vocab_size=config["vocab_size"], eos_token_id=config["eos_token_id"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokens_from / name, folder)
+    found, hessians = {}, quantize.Calibration.hessians
+    monkeypatch.setattr(quantize.Calibration, "hessians", lambda self, unit, tensors:
+                        found.setdefault(unit, hessians(self, unit, tensors)))
+    assert run("--checkpoint", folder, "--out", out, "--device", "cpu", *GPTQ, data) == 0
+
+    dialogues = read_dialogues(data, Tokenizer.from_pretrained(folder), config["vocab_size"], 512)
+    model, quantised = (Transformer.from_pretrained(f, dtype=torch.float32) for f in (folder, out))
+    assert len(dialogues) == 4
+    for i, layer in enumerate(model.layers):
+        inputs = defaultdict(list)
+        for name, module in (("wqkv", layer.attention.wqkv), ("wo", layer.attention.wo), ("experts", layer.feed_forward)):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0].flatten(0, 1)))
+        for dialogue in dialogues:
+            model(dialogue.tokens[None].long(), torch.arange(len(dialogue.tokens)))
+        rows = {name: torch.cat(parts) for name, parts in inputs.items()}
+        x, ffn = rows.pop("experts"), layer.feed_forward
+        chosen = ffn.gate(x).topk(2).indices
+        for e in range(8):
+            to_e = x[(chosen == e).any(1)]
+            gate, up = (to_e @ ffn.w13[e].T).chunk(2, -1)
+            rows |= {f"w13.{e}": to_e, f"w2.{e}": torch.nn.functional.silu(gate) * up} if len(to_e) else {}
+        assert found[f"model.layers.{i}."].keys() - {"gate"} == rows.keys()
+        for name, x in rows.items():
+            assert_close(found[f"model.layers.{i}."][name], x.T @ x, 1e-4)
+        model.layers[i] = quantised.layers[i]
+
+
 # Broken numbers
 
 
@@ -490,6 +528,38 @@ def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch,
     for file in whole.glob("*.safetensors"):
         ours, theirs = load_file(out / file.name), load_file(file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_resumed_calibration_keeps_its_date_and_is_bound_to_its_tokens_and_config(sound, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(sound[0], tmp_path / "m")
+    with edited_json(folder / "tokenizer_config.json") as config:
+        config["chat_template"] = "{{ strftime_now('%d') }}" + config["chat_template"]
+
+    def quantise_on(day, out, stop=False):
+        class Clock(datetime.datetime):
+            now = classmethod(lambda cls, zone=None: cls(2026, 11, day, tzinfo=zone))
+        save = lambda tensors, file, **options: (raise_(KeyboardInterrupt) if stop and "001" in file.name
+                                                 else save_file(tensors, file, **options))
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, "datetime", types.SimpleNamespace(datetime=Clock))
+            patch.setattr(quantize, "save_file", save)
+            return run("--checkpoint", folder, "--out", tmp_path / out, "--device", "cpu", *GPTQ, sound[1])
+    assert quantise_on(26, "whole") == 0 and quantise_on(27, "other") == 0
+    assert quantise_on(26, "q", stop=True) == 130 and (tmp_path / "q.part/model-layer-000.safetensors").exists()
+    capsys.readouterr()
+    for file, change in (("tokenizer_config.json", lambda c: c.update(chat_template="New: " + c["chat_template"])),
+                         ("config.json", lambda c: c.update(rms_norm_eps=1e-5))):
+        before = (folder / file).read_text()
+        with edited_json(folder / file) as config:
+            change(config)
+        assert quantise_on(26, "q") == 2
+        assert "other weights or other calibration tokens: finish it" in capsys.readouterr().err
+        (folder / file).write_text(before)
+    assert quantise_on(27, "q") == 0
+    whole, other, ours = ({key: t for key, t, _ in iterate_weights(tmp_path / out)} for out in ("whole", "other", "q"))
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+    assert not all(torch.equal(other[key], whole[key]) for key in whole)
+    assert json.loads((tmp_path / "q/quantize.json").read_text())["calibration"]["date"].startswith("2026-11-26")
 
 
 def raise_(error, *args, **options):
