@@ -208,6 +208,15 @@ def test_as_many_weights_take_turns_as_no_cache_holds(monkeypatch):
     assert set(turns) == {3}
 
 
+def test_a_block_takes_the_kernel_of_the_next_larger_number_of_rows(monkeypatch):
+    linear = QuantLinear.from_weight(torch.randn(48, 64), Format("int4", 32))
+    linear.kernels = {rows: str(rows) for rows in quantized.ROWS}
+    monkeypatch.setattr(QuantLinear, "product", lambda self, name, x, expert: name)
+    wanted = {1: "1", 2: "2", 3: "4", 5: "8", 8: "8", 9: "16", 26: "32", 33: "64", 60: "64", 65: "64", 512: "64"}
+    assert {rows: linear(torch.ones(1, rows, 64)) for rows in wanted} == wanted
+    assert linear(torch.ones(3, 11, 64)) == "64"       # of a batch all rows count
+
+
 def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
     linear = QuantLinear.from_weight(torch.randn(48, 64).bfloat16(), Format("int4", 32))
     calls = []
