@@ -16,14 +16,21 @@ from pathlib import Path
 import torch
 
 
-def command(stopped: str = "") -> Callable[[Callable], Callable[[argparse.Namespace], int]]:
+def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], Callable[[argparse.Namespace], int]]:
     """A decorator of main(args), which may return an exit status: 0 where it returns none; 2 with one line for what the
-    user can mend; 130 on Ctrl-C, with the line `stopped`; 141 where the reader of our output has left, as `head` does."""
+    user can mend; 130 on Ctrl-C, with the line `stopped`; 141 where the reader of our output has left, as `head` does.
+    Under torchrun only a main that works `in_ranks` is called: others would all do the same work on the same files."""
     from safetensors import SafetensorError
+
+    from ranks import launched
 
     def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int]:
         @functools.wraps(main)
         def status(args: argparse.Namespace) -> int:
+            if launched() and not in_ranks:
+                if os.environ.get("RANK", "0") == "0":
+                    say(f"error: {Path(sys.argv[0]).name} runs in one process: start it without torchrun")
+                return 2
             try:
                 return main(args) or 0
             except BrokenPipeError:
@@ -77,12 +84,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def read_text(file: Path) -> str:
-    """A text file that somebody wrote: UTF-8, with or without a byte order mark.
+    """A text file that somebody wrote: UTF-8, with or without a byte order mark; its lines end at \\n, whatever ended them.
 
     Raises FileNotFoundError, or ValueError naming the byte that does not fit.
     """
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: byte {error.start} does not fit") from None
 

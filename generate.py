@@ -282,7 +282,7 @@ def slots_for(length: int, model: Transformer) -> int:
 # Command line
 
 
-@command()
+@command(in_ranks=True)
 def main(args: argparse.Namespace) -> None:
     check_options(args)
     args.texts = None if args.interactive else read_prompts(args)
