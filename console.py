@@ -76,6 +76,21 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
     return parse
 
 
+def json_object(text: str) -> dict:
+    """An argparse type: {"name": value, ...}."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as {{\"enable_thinking\": false}}")
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """How dialogues become text: what Tokenizer.from_pretrained takes of the same names."""
+    parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
+    parser.add_argument("--template-args", type=json_object, metavar="JSON",
+                        help="more variables for the chat template, such as '{\"enable_thinking\": false}'")
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Beside it, then renamed: it is there whole or not at all."""
     part = file.with_name(file.name + ".part")

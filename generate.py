@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ranks
 import tp
-from console import Parser, command, device_name, number, pick_device, say, write_atomically
+from console import Parser, add_chat_options, command, device_name, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (NOT_FINITE, Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
                    read_json, resolve_checkpoint)
@@ -404,7 +404,8 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
     if args.checkpoint is None:
         from scripts.download import download_demo
         args.checkpoint = str(download_demo(log=say))
-    tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template)
+    tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
+                                          template_args=args.template_args)
     shard = tp.Shard.world() if ranks.launched() else None
     if shard is not None and device.type == "cuda":
         from plan import check_memory
@@ -689,7 +690,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file that is one prompt")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is: no chat template")
-    parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
+    add_chat_options(parser)
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="0 is greedy")
     parser.add_argument("--top-k", type=number(int, 1), metavar="N")

@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None)
+    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None, template_args=None)
     return parser.parse_args(argv)
 
 
