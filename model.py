@@ -553,9 +553,8 @@ def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     the decision in a trace.
     """
     V, n = probs.shape[-1], 256
-    if n < V:
-        # Bits of a number that is not negative have its order; with the token they make keys of which no two are equal.
-        keys = probs.view(torch.int32).long() * V - torch.arange(V)
+    # fp64 has room behind fp32 for the place of the token, so that of equal values the first is the largest.
+    keys = probs.double() * (1 + torch.arange(V, 0, -1, dtype=torch.double) * 2.0 ** -45)
     while n < V:
         tokens = keys.topk(n, dim=-1).indices
         ordered = probs.gather(-1, tokens)
