@@ -120,15 +120,22 @@ class Tokenizer:
         writing "<|im_end|>"; those that the template itself writes stay special. Raises ValueError where a template
         changes the messages in such a way that the two cannot be told apart.
         """
-        text = self.render_chat(messages, add_generation_prompt, tools=tools)
-        stand_ins = {}
-        if plain_text and (stand_ins := self._find_stand_ins(messages)):
-            hidden = [hide(message, stand_ins) for message in messages]
-            whole, text = text, self.render_chat(hidden, add_generation_prompt, tools=tools)
-            if reveal(text, stand_ins) != whole:
-                tokens = ", ".join(map(repr, stand_ins.values()))
-                raise ValueError(f"the chat template changes messages that hold {tokens}, which cannot pass as text")
-        return self._encode(text, self._is_builtin and self.adds_bos, stand_ins)
+        text, bos = self.render_chat(messages, add_generation_prompt, tools=tools), self._is_builtin and self.adds_bos
+        stand_ins = self._find_stand_ins(messages) if plain_text else {}
+        if not stand_ins:
+            return self._encode(text, bos, {})
+        hidden = self.render_chat([hide(message, stand_ins) for message in messages], add_generation_prompt, tools=tools)
+        ids = self._encode(hidden, bos, stand_ins)
+        harmless = self.encode(reveal(hidden, dict.fromkeys(stand_ins, ".")), bos)
+        if reveal(hidden, stand_ins) != text or self._marks(ids) != self._marks(harmless):
+            tokens = ", ".join(map(repr, stand_ins.values()))
+            raise ValueError(f"with this chat template and tokenizer {tokens} in a message cannot pass as text")
+        return ids
+
+    def _marks(self, ids: list[int]) -> list[int]:
+        """The special tokens among them, but for that of unknown characters."""
+        unknown = self._id(self._special_text.get("unk_token"))
+        return [i for i in ids if i in self.special_ids and i != unknown]
 
     @property
     def uses_date(self) -> bool:
