@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from model import (ModelArgs, Sampling, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    install_quantized, iterate_weights, load_weights, logits_to_probs, next_tokens, prefill, read_json,
-                   resolve_checkpoint, rope_cos_sin, rope_inv_freq, stored)
+                   refuse_lfs_pointer, resolve_checkpoint, rope_cos_sin, rope_inv_freq, stored)
 
 
 class EagleHead(nn.Module):
@@ -327,6 +327,7 @@ def load_tree(spec: str) -> Tree:
     if not file.is_file():
         raise FileNotFoundError(f"tree {spec!r} is neither static, chain[:DEPTH] or dynamic[:DEPTH,CHILDREN,NODES], "
                                 "nor a JSON file of paths")
+    refuse_lfs_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
         return StaticTree.from_paths(content["paths"] if isinstance(content, dict) else content)

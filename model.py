@@ -615,7 +615,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     patterns = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
     try:
         wanted = [*patterns, "model*.safetensors"] if weights else patterns
-        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
+        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!a]*/*"])  # keeps additional_chat_templates/
         if weights and find_weights(Path(local)) is None:
             local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except GatedRepoError:

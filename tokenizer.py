@@ -190,7 +190,7 @@ class Tokenizer:
             if source.get("bos_token_id") not in (None, self.bos_id):
                 # Early LLaMA folders count one token less: what they call eos is the vocabulary's bos.
                 ids = [i for i in ids if i != self.bos_id]
-            stops.update(ids)
+            stops.update(int(i) for i in ids if isinstance(i, (int, float)))
         # A chat model may end its turn with a token that its config does not list.
         written = "".join(template.text for template in self._chat_templates.values())
         stops.update(self._id(token) for token in END_OF_TURN if token in written)
@@ -407,7 +407,7 @@ class SentencePieceBackend:
         ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id(), "unk_token": self._model.unk_id()}
         self.default_text = {name: self._model.id_to_piece(i) for name, i in ids.items() if i >= 0}
         self.bos_id = ids["bos_token"] if ids["bos_token"] >= 0 else None
-        self.adds_bos = settings.get("add_bos_token", True)
+        self.adds_bos = bool(settings.get("add_bos_token", True))
 
         self._pieces = dict(enumerate(self._model.id_to_piece(list(range(size)))))
         self._added = {self._pieces[i]: i for i in self.special_ids}
