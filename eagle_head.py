@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from model import (ModelArgs, Sampling, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
-                   install_quantized, load_weights, logits_to_probs, next_tokens, prefill, read_json, resolve_checkpoint,
-                   rope_cos_sin, rope_inv_freq, stored)
+                   install_quantized, iterate_weights, load_weights, logits_to_probs, next_tokens, prefill, read_json,
+                   refuse_lfs_pointer, resolve_checkpoint, rope_cos_sin, rope_inv_freq, stored)
 
 
 class EagleHead(nn.Module):
@@ -45,14 +45,17 @@ class EagleHead(nn.Module):
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: "tp.Shard | None" = None) -> "EagleHead":
-        """Load a head in the official format from a folder or hub id, to the target's device and dtype.
+        """Load a head in the official format from a folder or hub id, to the target's device and dtype; what serving
+        engines' converters make of one is read too (`official_config`, `official_key`).
 
         `shard` is the target's, if it has one (tp.py). Raises FileNotFoundError or ValueError, naming both
         sides, for a head that does not fit the target.
         """
         folder = resolve_checkpoint(checkpoint)
-        config = read_json(folder / "config.json")
+        config = official_config(read_json(folder / "config.json"))
         args = head_args(config, target.config)
+        if config.get("attention_bias"):
+            refuse_output_bias(folder)
         weight = target.norm.weight
         with torch.device("meta"):
             build = cls if shard is None else shard.build_head
@@ -60,9 +63,12 @@ class EagleHead(nn.Module):
             is_quantized = install_quantized(head, folder)
         head.to(weight.dtype).to_empty(device=weight.device)
         head.inv_freq = rope_inv_freq(args, weight.device)
-        # Official files carry the target's embedding once more.
-        load_weights(head.weights(), folder, {"embed_tokens.weight": target.tok_embeddings.weight},
-                     None if shard is None else shard.part(args))
+        # Official files carry the target's embedding once more, converted ones its LM head too.
+        embedding = target.tok_embeddings.weight
+        optional = {"embed_tokens.weight": embedding, "lm_head.weight": embedding}
+        if config.get("attention_bias"):
+            optional["layers.0.self_attn.o_proj.bias"] = torch.empty(args.dim, device="meta")
+        load_weights(head.weights(), folder, optional, None if shard is None else shard.part(args), official_key)
         if is_quantized:
             from quantized import tune
             tune(head)
@@ -129,8 +135,56 @@ class EagleHead(nn.Module):
         return out.index_copy_(-1, self.draft_ids, probs)
 
 
+def official_config(config: dict) -> dict:
+    """A head's config.json with the keys of the official format, which other formats nest and rename:
+
+    vLLM's converters   {"model_type": "eagle", "model": {...}, "eagle_fc_bias": bool, "truncated_vocab_size": int}
+    speculators         {"speculators_model_type": "eagle", "transformer_layer_config": {...}, "fusion_bias": bool}
+
+    Raises ValueError for a head of another kind, by key and value.
+    """
+    nested = next((config[key] for key in ("model", "transformer_layer_config") if isinstance(config.get(key), dict)), {})
+    outer = {key: value for key, value in config.items() if key not in ("model", "transformer_layer_config")}
+    flat = {**outer, **nested, "architectures": [outer.get("architectures"), nested.get("architectures")]}
+    if flat.get("speculators_model_type", "eagle") not in ("eagle", "eagle3"):
+        raise ValueError(f"the head's config.json: speculators_model_type {flat['speculators_model_type']!r} is not "
+                         "supported (eagle is)")
+    if flat.get("speculators_model_type") == "eagle3":
+        flat["eagle_version"] = 3
+    for key in ("layernorms", "add_para_norm"):
+        if flat.get(key):
+            raise ValueError(f"the head's config.json: {key} {flat[key]!r}, more norms than EAGLE has, is not supported")
+    if flat.get("truncated_vocab_size") not in (None, flat.get("vocab_size")):
+        raise ValueError(f"the head's config.json: truncated_vocab_size {flat['truncated_vocab_size']} is not supported: "
+                         "its LM head is not the target's")
+    for key in ("eagle_fc_bias", "fusion_bias"):
+        if key in flat:
+            flat.setdefault("bias", bool(flat[key]))
+    if nested:
+        flat.setdefault("bias", False)
+    return flat
+
+
+def official_key(key: str) -> str:
+    """The official name of a head's weight: vLLM's loader puts "model." before it, speculators has two of its own."""
+    while key.startswith("model."):
+        key = key.removeprefix("model.")
+    for theirs, ours in (("fusion_fc.", "fc."), ("transformer.", "layers.0.")):
+        if key.startswith(theirs):
+            key = ours + key.removeprefix(theirs)
+    return key
+
+
+def refuse_output_bias(folder: Path) -> None:
+    """SGLang knows biases of q, k and v only together with one of o_proj, which converters set to zero."""
+    for key, tensor, file in iterate_weights(folder, wanted=lambda key: key.endswith("o_proj.bias")):
+        if tensor.any():
+            raise ValueError(f"{file}: {key} is not zero: a head has no bias there")
+
+
 def head_args(config: dict, target: ModelArgs) -> ModelArgs:
     """ModelArgs of a head from its config.json, compared with its target's."""
+    config = official_config(config)
     for key, ours in (("hidden_size", target.dim), ("vocab_size", target.vocab_size)):
         if key not in config:
             raise ValueError(f"the head's config.json has no key {key!r}")
@@ -140,10 +194,10 @@ def head_args(config: dict, target: ModelArgs) -> ModelArgs:
         raise ValueError("this is an EAGLE-3 head: EAGLE-1 and EAGLE-2 heads are supported")
     try:
         # A head is a dense LLaMA layer whatever its target is, at most with Qwen2's biases.
-        args = ModelArgs.from_config(config | {"model_type": "llama", "num_hidden_layers": 1})
+        args = ModelArgs.from_config(config | {"model_type": "llama", "num_hidden_layers": 1, "attention_bias": False})
     except ValueError as error:
         raise ValueError(f"the head's {error}") from None
-    return replace(args, qkv_bias=bool(config.get("qkv_bias")))
+    return replace(args, qkv_bias=bool(config.get("qkv_bias") or config.get("attention_bias")))
 
 
 # Draft trees
@@ -273,10 +327,11 @@ def load_tree(spec: str) -> Tree:
     if not file.is_file():
         raise FileNotFoundError(f"tree {spec!r} is neither static, chain[:DEPTH] or dynamic[:DEPTH,CHILDREN,NODES], "
                                 "nor a JSON file of paths")
+    refuse_lfs_pointer(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         return StaticTree.from_paths(content["paths"] if isinstance(content, dict) else content)
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} is not a tree: {error}") from None
 
 

@@ -28,7 +28,7 @@ import tp
 from console import Parser, add_chat_options, command, device_name, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (NOT_FINITE, Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
-                   read_json, resolve_checkpoint)
+                   read_ids, read_json, resolve_checkpoint)
 from replay import can_trace, capture, trace
 
 DEFAULT_PROMPT = "Why is the sky blue?"
@@ -477,8 +477,9 @@ def tree_name(checkpoint: str) -> str:
 def shipped_head(checkpoint: str) -> str:
     """The folder under heads/ that was trained for this checkpoint, or for the one it was quantised from, by the last
     part of its name."""
-    source = quantize_settings(resolve_checkpoint(checkpoint, weights=False)).get("source", "")
-    names = {Path(checkpoint).name, Path(str(source)).name}
+    folder = resolve_checkpoint(checkpoint, weights=False)
+    source = quantize_settings(folder).get("source", "")
+    names = {Path(checkpoint).name, folder.resolve().name, Path(str(source)).name} - {""}
     for file in sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json")):
         if str(read_json(file).get("target", "")).split("/")[-1] in names:
             return str(file.parent)
@@ -486,12 +487,13 @@ def shipped_head(checkpoint: str) -> str:
 
 
 def load_draft_vocab(spec: str, folder: Path) -> list[int]:
-    """Token ids, likeliest first, of a JSON file; or the first N of the file beside the head."""
+    """Token ids, likeliest first, of a file: JSON, a list or {"ids": list}, or a list or tensor saved by torch, as SGLang's
+    token maps are; or the first N of the file beside the head."""
     count = int(spec) if spec.isdigit() else None
     file = folder / "draft_vocab.json" if count is not None else Path(spec)
-    ids = read_json(file).get("ids")
-    if not isinstance(ids, list) or count == 0:
-        raise ValueError(f"{file}: a draft vocabulary is a JSON object with a list of token ids under \"ids\"")
+    ids = read_ids(file)
+    if count == 0:
+        raise ValueError("a draft vocabulary of 0 tokens drafts nothing")
     return ids[:count]
 
 

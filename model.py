@@ -614,7 +614,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     patterns = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
     try:
         wanted = [*patterns, "model*.safetensors"] if weights else patterns
-        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
+        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!a]*/*"])  # keeps additional_chat_templates/
         if weights and find_weights(Path(local)) is None:
             local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except GatedRepoError:
@@ -648,15 +648,18 @@ Part = Callable[[str, list[int]], tuple[slice, ...]]  # a key and the shape stor
 
 @torch.no_grad()
 def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, Tensor] = {},
-                 part: Part | None = None) -> None:
-    """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over.
+                 part: Part | None = None, rename: Callable[[str], str] = str) -> None:
+    """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over, nothing twice.
 
     targets   the file's key -> the tensor to fill
     optional  keys that may be there too, of these shapes; their values are not read
     part      which slice of each stored tensor to take, where not the whole
+    rename    the file's key -> the one used here, where a file has names of its own
     """
     missing = set(targets)
-    for key, tensor, file in iterate_weights(folder, part=part):
+    renamed_part = part and (lambda key, shape: part(rename(key), shape))
+    for key, tensor, file in iterate_weights(folder, part=renamed_part):
+        key = rename(key)
         if key.endswith("rotary_emb.inv_freq"):  # old conversions saved RoPE's constants
             continue
         target = targets.get(key, optional.get(key))
@@ -665,6 +668,8 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
         if tensor.shape != target.shape:
             raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, config.json makes it {list(target.shape)}")
         if key in targets:
+            if key not in missing:
+                raise ValueError(f"{file}: {key} is there a second time, under another name or in another shard")
             target.copy_(tensor)
             missing.discard(key)
     if missing:
@@ -785,6 +790,29 @@ def read_json(file: Path, absent: dict | None = None) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return content
+
+
+def read_ids(file: Path) -> list[int]:
+    """Token ids of a file: JSON, a list or {"ids": list}, or a list or tensor that torch saved, as SGLang's token maps are.
+
+    Raises FileNotFoundError or ValueError in one line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    refuse_lfs_pointer(file)
+    with open(file, "rb") as content:
+        is_torch = content.read(2) in (b"PK", b"\x80\x02")  # a zip archive, or a pickle, as before PyTorch 1.6
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True) if is_torch else json.loads(file.read_text(encoding="utf-8-sig"))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} is corrupt, or holds more than ids, which could run code: it is not read") from None
+    except (ValueError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is neither valid JSON nor a file that torch saved: {_one_line(error)}") from None
+    ids = content.get("ids") if isinstance(content, dict) else content
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, list):
+        raise ValueError(f"{file}: a draft vocabulary is a list of token ids, or a JSON object with one under \"ids\"")
+    return [int(i) if isinstance(i, float) and i.is_integer() else i for i in ids]
 
 
 def refuse_lfs_pointer(file: Path) -> None:

@@ -120,15 +120,22 @@ class Tokenizer:
         writing "<|im_end|>"; those that the template itself writes stay special. Raises ValueError where a template
         changes the messages in such a way that the two cannot be told apart.
         """
-        text = self.render_chat(messages, add_generation_prompt, tools=tools)
-        stand_ins = {}
-        if plain_text and (stand_ins := self._find_stand_ins(messages)):
-            hidden = [hide(message, stand_ins) for message in messages]
-            whole, text = text, self.render_chat(hidden, add_generation_prompt, tools=tools)
-            if reveal(text, stand_ins) != whole:
-                tokens = ", ".join(map(repr, stand_ins.values()))
-                raise ValueError(f"the chat template changes messages that hold {tokens}, which cannot pass as text")
-        return self._encode(text, self._is_builtin and self.adds_bos, stand_ins)
+        text, bos = self.render_chat(messages, add_generation_prompt, tools=tools), self._is_builtin and self.adds_bos
+        stand_ins = self._find_stand_ins(messages) if plain_text else {}
+        if not stand_ins:
+            return self._encode(text, bos, {})
+        hidden = self.render_chat([hide(message, stand_ins) for message in messages], add_generation_prompt, tools=tools)
+        ids = self._encode(hidden, bos, stand_ins)
+        harmless = self.encode(reveal(hidden, dict.fromkeys(stand_ins, ".")), bos)
+        if reveal(hidden, stand_ins) != text or self._marks(ids) != self._marks(harmless):
+            tokens = ", ".join(map(repr, stand_ins.values()))
+            raise ValueError(f"with this chat template and tokenizer {tokens} in a message cannot pass as text")
+        return ids
+
+    def _marks(self, ids: list[int]) -> list[int]:
+        """The special tokens among them, but for that of unknown characters."""
+        unknown = self._id(self._special_text.get("unk_token"))
+        return [i for i in ids if i in self.special_ids and i != unknown]
 
     @property
     def uses_date(self) -> bool:
@@ -183,7 +190,7 @@ class Tokenizer:
             if source.get("bos_token_id") not in (None, self.bos_id):
                 # Early LLaMA folders count one token less: what they call eos is the vocabulary's bos.
                 ids = [i for i in ids if i != self.bos_id]
-            stops.update(ids)
+            stops.update(int(i) for i in ids if isinstance(i, (int, float)))
         # A chat model may end its turn with a token that its config does not list.
         written = "".join(template.text for template in self._chat_templates.values())
         stops.update(self._id(token) for token in END_OF_TURN if token in written)
@@ -400,7 +407,7 @@ class SentencePieceBackend:
         ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id(), "unk_token": self._model.unk_id()}
         self.default_text = {name: self._model.id_to_piece(i) for name, i in ids.items() if i >= 0}
         self.bos_id = ids["bos_token"] if ids["bos_token"] >= 0 else None
-        self.adds_bos = settings.get("add_bos_token", True)
+        self.adds_bos = bool(settings.get("add_bos_token", True))
 
         self._pieces = dict(enumerate(self._model.id_to_piece(list(range(size)))))
         self._added = {self._pieces[i]: i for i in self.special_ids}

@@ -913,7 +913,7 @@ def drop_key(folder, key):
     (lambda head: write_json(head / "draft_vocab.json", {"ids": []}), [], ["draft vocabulary"]),
     (lambda head: write_json(head / "draft_vocab.json", {"ids": [[1], [2]]}), [], ["draft vocabulary"]),
     (lambda head: write_json(head / "draft_vocab.json", {"tokens": [1]}), [], ["draft_vocab.json"]),
-    (lambda head: write_json(head / "draft_vocab.json", [1, 2]), [], ["draft_vocab.json"]),
+    (lambda head: write_json(head / "draft_vocab.json", "1, 2"), [], ["draft_vocab.json"]),
     (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), [], ["4", "3"]),     # the paper tree is wider
     (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), ["--draft-vocab", "0"], ["draft vocabulary"]),
     (None, ["--draw-drafts"], ["temperature"]),
