@@ -141,7 +141,7 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
                        if not key.endswith("rotary_emb.inv_freq")}
             hessians = calibration.hessians(unit, tensors) if calibration and unit else {}
             if calibration and (idle := sorted({name for name in map(linear_of, tensors) if name} - hessians.keys())):
-                tqdm.write(f"{unit}: no token reached {', '.join(idle)}, or with zeros alone: rounded to nearest",
+                tqdm.write(f"{unit}: no token reached {', '.join(idle)} with anything but zeros: rounded to nearest",
                            file=sys.stderr)
             done = {key: value for name in list(tensors)
                     for key, value in quantize_weight(name, tensors.pop(name), format, hessians, args.act_order).items()}

@@ -486,8 +486,8 @@ def test_gptq_rounds_to_nearest_what_gets_nothing_but_zeros(sound, tmp_path, cap
     folder = spoiled(folder, tmp_path / "m", silence)
     assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *GPTQ, data) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if "rounded" in line] == [
-        "model.layers.0.: no token reached wo, wqkv, or with zeros alone: rounded to nearest",
-        "model.layers.1.: no token reached w2, or with zeros alone: rounded to nearest"]
+        "model.layers.0.: no token reached wo, wqkv with anything but zeros: rounded to nearest",
+        "model.layers.1.: no token reached w2 with anything but zeros: rounded to nearest"]
     key, stored = "model.layers.1.mlp.down_proj.", {key: tensor for key, tensor, _ in iterate_weights(tmp_path / "q")}
     nearest = round_to_nearest(load_file(folder / "model.safetensors")[key + "weight"], Format("int4", 32))
     assert all(torch.equal(stored[key + kind], tensor) for kind, tensor in nearest.items())
