@@ -13,6 +13,7 @@ Shapes: B batch, T new tokens, S cache slots, V vocabulary.
 """
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -319,13 +320,26 @@ def not_finite(dtype: torch.dtype, row: int, n_token: int) -> str:
 
 
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
-    """Compile one layer; all share its code. Cold it takes seconds, where the whole graph takes a minute."""
-    # One row, a block of rows, the head's layer, and each again when the number of cache slots begins to vary.
+    """Compile one layer; all share its code. Cold it takes seconds, where the whole graph takes a minute.
+
+    One row and a block of rows, of the target's layers and of the head's, make four graphs: numbers of rows and of cache
+    slots are marked as varying before the first call, or the first ones met would get graphs of their own.
+    """
     torch._dynamo.config.recompile_limit = 32
     for layer in layers:
         # Coordinate descent lets inductor write one-row products as fused reductions, which reach full bandwidth.
         options = {"coordinate_descent_tuning": True} if layer.ffn_norm.weight.is_cuda else None
         layer.compile(options=options)
+        layer._compiled_call_impl = functools.partial(call_with_varying_sizes, layer._compiled_call_impl)
+
+
+def call_with_varying_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
+                            cache_pos: Tensor, kv_cache: Tensor | None) -> Tensor:
+    """A compiled TransformerBlock, told which sizes vary from call to call."""
+    for tensor in (x, *rope, cache_pos):
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)         # new tokens
+    torch._dynamo.maybe_mark_dynamic(bias, (2, 3))          # their rows, and cache slots
+    return compiled(x, rope, bias, cache_pos, kv_cache)
 
 
 def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
