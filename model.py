@@ -170,10 +170,12 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, device: torch.device | str = "cpu",
-                        dtype: torch.dtype = torch.bfloat16, shard: "tp.Shard | None" = None) -> "Transformer":
+                        dtype: torch.dtype = torch.bfloat16, shard: "tp.Shard | None" = None,
+                        choose_kernels: bool = True) -> "Transformer":
         """Load a Hugging Face folder, or a hub id, one tensor at a time, straight to `device` and `dtype`.
 
-        With a `shard`, only the slices of its rank are read, and the model is that rank's (tp.py). Raises
+        With a `shard`, only the slices of its rank are read, and the model is that rank's (tp.py). Kernels of a
+        quantised model are measured, by all ranks together, unless told not to: products are dense ones then. Raises
         FileNotFoundError or ValueError with one line that names the file, key or value at fault.
         """
         folder = resolve_checkpoint(checkpoint)
@@ -189,7 +191,7 @@ class Transformer(nn.Module):
         optional = {"lm_head.weight": model.output.weight} if tied else {}
         part = None if shard is None else shard.part(config)
         load_weights(_hf_targets(model), folder, optional, part)  # a tied model may carry its one matrix twice
-        if is_quantized:
+        if is_quantized and choose_kernels:
             from quantized import tune
             tune(model)
         return (model if shard is None else shard.connect(model)).eval()

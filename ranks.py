@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ POLL = 0.5              # seconds between heartbeats
 SILENCE = 15.0          # seconds without one after which a rank counts as dead: longer than anything holds the interpreter
 GRACE = 3.0             # seconds for a rank to end by itself, on Ctrl-C or when another reports an error
 COLLECTIVE = 300.0      # seconds a collective may wait for a rank that lives: ranks compile at different speeds
+T = TypeVar("T")
 
 
 def launched() -> bool:
@@ -83,6 +84,40 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
     end_process(status)
 
 
+def in_turn(is_mine: bool, device: torch.device, work: Callable[[Callable[[], None]], T],
+            patience: float | None = None) -> T | None:
+    """work(alive) on the one rank whose turn it is, where it returns the result; the others wait for it.
+
+    They may wait for hours, where a collective waits COLLECTIVE: as long as the work calls alive() every `patience`
+    seconds (default: COLLECTIVE), a thread beside it joins one collective after the other. The work may do none itself.
+    """
+    over, patience = torch.zeros((), device=device), COLLECTIVE if patience is None else patience
+    if not is_mine:
+        while not over.item():
+            dist.all_reduce(over)
+        return None
+    last, done = time.monotonic(), threading.Event()
+
+    def alive() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def beat() -> None:
+        with contextlib.suppress(RuntimeError):     # the others have gone, which the last collective tells
+            while not done.wait(POLL) and time.monotonic() - last < patience:
+                dist.all_reduce(torch.zeros_like(over))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        result = work(alive)
+    finally:
+        done.set()
+        thread.join()
+    dist.all_reduce(over.fill_(1))
+    return result
+
+
 def end_process(status: int) -> NoReturn:
     """Not by way of the interpreter's end, which would cut off threads that wait in C++ code for its lock: that aborts."""
     for stream in (sys.stdout, sys.stderr):
@@ -108,6 +143,10 @@ def interrupt(*_) -> None:
     """Ctrl-C, once: a second one would interrupt the end that the first asks for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def leave_to_thread(*_) -> None:
+    """The Watchdog ends this process, unless main puts a handler of its own in this one's place and ends by itself."""
 
 
 class Silence:
@@ -165,7 +204,7 @@ class Watchdog(threading.Thread):
         self.woken, wake = socket.socketpair()
         wake.setblocking(False)
         self.wake = wake
-        signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun's, when another rank has ended; the thread sees it
+        signal.signal(signal.SIGTERM, leave_to_thread)  # torchrun's, when another rank has ended
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         self.beat()
 
@@ -184,7 +223,7 @@ class Watchdog(threading.Thread):
                 self.end(stop_status, "stopped by SIGTERM" if stop_status == 143 else "")
             ready, _, _ = select.select([self.woken], [], [], POLL)
             caught = self.woken.recv(64) if ready else b""
-            if stop_at is None and caught:
+            if stop_at is None and caught and signal.getsignal(signal.SIGTERM) is leave_to_thread:
                 interrupted = signal.SIGINT in caught
                 remote = any(message.state != "left" and not self.is_local(message) for message, _ in self.seen.values())
                 stop_status = 130 if interrupted else 143

@@ -119,18 +119,146 @@ def common_tokens(dialogues: list[Dialogue], stop_ids: frozenset[int], n: int) -
     return list(dict.fromkeys([*sorted(stop_ids), *(i for i, _ in counts.most_common())]))[:n]
 
 
-def make_batches(lengths: list[int], n_token: int, rng: random.Random) -> list[list[int]]:
-    """Indices in batches of at most n_token tokens, padding included, of like length, in random order."""
+def make_batches(lengths: list[int], n_token: int, rng: random.Random, n_part: int = 1) -> list[list[int]]:
+    """Indices in batches of like length, in random order. Each of the n_part parts that a batch is dealt out in has at
+    most n_token tokens, padding included."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], rng.random()))
     batches, batch = [], []
     for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > n_token:
+        if batch and -(-(len(batch) + 1) // n_part) * lengths[i] > n_token:
             batches.append(batch)
             batch = []
         batch.append(i)
     batches.append(batch)
     rng.shuffle(batches)
     return batches
+
+
+class Batch(NamedTuple):
+    tokens: Tensor      # [B, T] int64, padded on the right
+    features: Tensor    # [B, T, dim] of the target
+    learnt: Tensor      # [B, T] bool
+
+
+class Features:
+    """The frozen target's features of dialogues, computed when asked for, or kept in safetensors shards on disk."""
+    SHARD = 256         # dialogues
+
+    def __init__(self, model: Transformer, dialogues: list[Dialogue], folder: Path | None, n_token: int,
+                 origin: dict[str, str] = {}, alive: Callable[[], None] = lambda: None):
+        """folder   where features are kept: what is missing there is computed now, n_token tokens at a time
+        origin   what the features come from beside the tokens and the dtype: they are taken from the folder for this only
+        alive    is called after each pass of the target
+        """
+        self.model, self.dialogues, self.folder = model, dialogues, folder
+        self.device = model.inv_freq.device
+        self.shards: dict[int, safe_open] = {}
+        order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].tokens))
+        self.shard_of = {i: place // self.SHARD for place, i in enumerate(order)}
+        if folder is not None:
+            self._stamp(origin)
+            self._fill(order, n_token, alive)
+
+    def batch(self, indices: list[int]) -> Batch:
+        tokens = self._padded([self.dialogues[i].tokens.long() for i in indices])
+        learnt = self._padded([self.dialogues[i].learnt for i in indices])
+        if self.folder is None:
+            return Batch(tokens, self._compute(tokens), learnt)
+        kept = [self._shard(self.shard_of[i]).get_tensor(str(i)) for i in indices]
+        return Batch(tokens, self._padded(kept), learnt)
+
+    def _padded(self, rows: list[Tensor]) -> Tensor:
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+
+    def _compute(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, dim]"""
+        with torch.inference_mode():
+            features = self.model.features(tokens, torch.arange(tokens.shape[1], device=self.device))
+        return features.clone()     # outside, so that a backward pass may keep it
+
+    def _shard(self, n: int) -> "safe_open":
+        if n not in self.shards:
+            self.shards[n] = safe_open(self.folder / f"{n:05}.safetensors", framework="pt")
+        return self.shards[n]
+
+    def _stamp(self, origin: dict[str, str]) -> None:
+        """Write down what the features come from, or compare it with what is written there."""
+        dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
+        stamp = {**origin, "dtype": dtype, "tokens": tokens_digest(self.dialogues)}
+        check_same(features_origin(self.folder), stamp, FEATURES_DIFFER, self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "features.json").exists():
+            write_atomically(self.folder / "features.json", json.dumps(stamp, indent=1) + "\n")
+
+    def _fill(self, order: list[int], n_token: int, alive: Callable[[], None]) -> None:
+        """Write the shards that are not there yet."""
+        total, config = sum(len(d.tokens) for d in self.dialogues), self.model.config
+        size = total * config.dim * self.model.norm.weight.element_size() / 1e9
+        say(f"features: {total} tokens, {size:.2f} GB in {self.folder}")
+        with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
+            for n, begin in enumerate(range(0, len(order), self.SHARD)):
+                shard, part = order[begin:begin + self.SHARD], self.folder / f"{n:05}.part"
+                if not (self.folder / f"{n:05}.safetensors").exists():
+                    kept, lengths = {}, [len(self.dialogues[i].tokens) for i in shard]
+                    for batch in make_batches(lengths, n_token, random.Random(0)):
+                        kept |= self._rows([shard[j] for j in batch])
+                        alive()
+                    save_file(kept, part)
+                    part.replace(part.with_suffix(".safetensors"))
+                bar.update(sum(len(self.dialogues[i].tokens) for i in shard))
+
+    def _rows(self, indices: list[int]) -> dict[str, Tensor]:
+        """The features of each dialogue by its number, [T, dim] on the CPU. Raises ValueError for NaN and infinity."""
+        rows = self._compute(self._padded([self.dialogues[i].tokens.long() for i in indices])).cpu()
+        kept = {str(i): row[:len(self.dialogues[i].tokens)].clone() for i, row in zip(indices, rows)}
+        for i in indices:
+            if not kept[str(i)].isfinite().all():
+                raise ValueError(f"the target's features of the dialogue in line {self.dialogues[i].line} are not finite")
+        return kept
+
+
+# What a cache or a resumed training comes from
+
+FEATURES_DIFFER = {
+    "target": "{where} holds the features of another target than {mine[checkpoint]}: weights, config.json or quantize.json "
+              "are not those of {kept[checkpoint]}; give --cache-features another folder",
+    "template": "{where} holds the features of dialogues in another chat template; give --cache-features another folder",
+    "date": "{where} holds the features of dialogues whose chat template was told {was!r} for the date, now it is {now!r}; "
+            "give --cache-features another folder",
+    "dtype": "{where} holds features in {was}, not {now}: give that --dtype, or --cache-features another folder",
+    "tokens": "{where} holds the features of other tokens: the data, --max-length or the tokenizer differ; "
+              "give --cache-features another folder",
+}
+
+
+def features_origin(folder: Path) -> dict[str, str]:
+    """What the features in a folder come from; empty where there are none."""
+    file = folder / "features.json"
+    return read_json(file) if file.exists() else {}
+
+
+def check_same(kept: dict[str, str], mine: dict[str, str], words: dict[str, str], where: Path) -> None:
+    """Raise ValueError, one line, for the first key of `mine` that has another value in `kept`, unless that is empty.
+
+    words   what to say for a key, with {where}, {was}, {now}, {kept} and {mine} to fill in
+    "checkpoint", what the user calls the target, is there to be named, not to be compared.
+    """
+    for key, now in mine.items() if kept else ():
+        if key not in kept:
+            raise ValueError(f"{where} does not say its {key}: an earlier version of this program wrote it")
+        if kept[key] != now and key != "checkpoint":
+            text = words.get(key, "{where}: {key} was {was}, now it is {now}")
+            raise ValueError(text.format(where=where, key=key, was=kept[key], now=now, kept=kept, mine=mine))
+
+
+def tokens_digest(dialogues: list[Dialogue], masks: bool = False) -> str:
+    """sha256 of the token ids, and of which of them are learnt."""
+    digest = hashlib.sha256()
+    for dialogue in dialogues:
+        digest.update(len(dialogue.tokens).to_bytes(8) + dialogue.tokens.numpy().tobytes())
+        if masks:
+            digest.update(dialogue.learnt.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def target_stamp(folder: Path) -> str:
@@ -153,69 +281,3 @@ def target_stamp(folder: Path) -> str:
 def file_digest(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-class Batch(NamedTuple):
-    tokens: Tensor      # [B, T] int64, padded on the right
-    features: Tensor    # [B, T, dim] of the target
-    learnt: Tensor      # [B, T] bool
-
-
-class Features:
-    """The frozen target's features of dialogues, computed when asked for, or kept in safetensors shards on disk."""
-    SHARD = 256         # dialogues
-
-    def __init__(self, model: Transformer, dialogues: list[Dialogue], folder: Path | None, n_token: int):
-        self.model, self.dialogues, self.folder = model, dialogues, folder
-        self.device = model.inv_freq.device
-        self.shards: dict[int, safe_open] = {}
-        order = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].tokens))
-        self.shard_of = {i: place // self.SHARD for place, i in enumerate(order)}
-        if folder is not None:
-            self._fill(order, n_token)
-
-    def batch(self, indices: list[int]) -> Batch:
-        rows = [self.dialogues[i] for i in indices]
-        tokens = nn.utils.rnn.pad_sequence([row.tokens.long() for row in rows], batch_first=True).to(self.device)
-        learnt = nn.utils.rnn.pad_sequence([row.learnt for row in rows], batch_first=True).to(self.device)
-        if self.folder is None:
-            with torch.inference_mode():
-                features = self.model.features(tokens, torch.arange(tokens.shape[1], device=self.device))
-            return Batch(tokens, features.clone(), learnt)
-        kept = [self._shard(self.shard_of[i]).get_tensor(str(i)) for i in indices]
-        return Batch(tokens, nn.utils.rnn.pad_sequence(kept, batch_first=True).to(self.device), learnt)
-
-    def _shard(self, n: int) -> "safe_open":
-        if n not in self.shards:
-            self.shards[n] = safe_open(self.folder / f"{n:05}.safetensors", framework="pt")
-        return self.shards[n]
-
-    def _fill(self, order: list[int], n_token: int) -> None:
-        """Write the shards that are not there yet."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        weight = self.model.norm.weight
-        digest = hashlib.sha256(repr((self.model.config, weight.dtype)).encode())
-        digest.update(weight.float().cpu().numpy().tobytes())
-        for dialogue in self.dialogues:
-            digest.update(dialogue.tokens.numpy().tobytes())
-        stamp, file = {"sha256": digest.hexdigest()}, self.folder / "features.json"
-        if file.exists() and read_json(file) != stamp:
-            raise ValueError(f"{self.folder} holds the features of other data or of another target: "
-                             "give --cache-features another folder")
-        if not file.exists():
-            write_atomically(file, json.dumps(stamp) + "\n")
-        total = sum(len(d.tokens) for d in self.dialogues)
-        say(f"features: {total} tokens, {total * self.model.config.dim * weight.element_size() / 1e9:.2f} GB in {self.folder}")
-        with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
-            for n, begin in enumerate(range(0, len(order), self.SHARD)):
-                shard, part = order[begin:begin + self.SHARD], self.folder / f"{n:05}.part"
-                if not (self.folder / f"{n:05}.safetensors").exists():
-                    kept, self.folder = {}, None  # as computed, while this shard is filled
-                    lengths = [len(self.dialogues[i].tokens) for i in shard]
-                    for batch in make_batches(lengths, n_token, random.Random(0)):
-                        features = self.batch([shard[j] for j in batch]).features
-                        kept |= {str(shard[j]): row[:lengths[j]].cpu().clone() for j, row in zip(batch, features)}
-                    self.folder = part.parent
-                    save_file(kept, part)
-                    part.replace(part.with_suffix(".safetensors"))
-                bar.update(sum(len(self.dialogues[i].tokens) for i in shard))
