@@ -498,6 +498,11 @@ def train(args: argparse.Namespace) -> int:
     settings["tokens"] = tokens_digest(dialogues, masks=True)
     check_same(kept, settings, RESUME_DIFFERS, state_file)
 
+    n_token = args.batch_size * args.max_length
+    if args.cache_features is not None and world > 1:   # the first process fills the cache, the others find it full
+        in_turn(first, device, lambda alive: Features(model, dialogues, args.cache_features, n_token, origin, alive))
+    features = Features(model, dialogues, args.cache_features, n_token, origin)
+
     # The held-out dialogues depend on the seed alone, so that runs can be compared.
     shuffled = random.Random(args.seed).sample(range(len(dialogues)), len(dialogues))
     n_held = min(args.eval_dialogues, len(dialogues) // 10)
@@ -511,10 +516,6 @@ def train(args: argparse.Namespace) -> int:
         head.set_draft_vocab(ids)
         if first:
             write_atomically(args.out / "draft_vocab.json", json.dumps({"ids": ids}) + "\n")
-    n_token = args.batch_size * args.max_length
-    if args.cache_features is not None and world > 1:   # the first process fills the cache, the others find it full
-        in_turn(first, device, lambda alive: Features(model, dialogues, args.cache_features, n_token, origin, alive))
-    features = Features(model, dialogues, args.cache_features, n_token, origin)
     learner = Learner(head, args.dtype == "bfloat16", args.levels)
     wrapped = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.95))

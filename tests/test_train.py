@@ -4,10 +4,12 @@
 
 On tiny random targets in fp32. Runs that are killed, or that take several processes, are child processes.
 """
+import datetime
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,19 +19,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import quantize
 import train_head
 from eagle_head import EagleHead
 from generate import generate
 from model import Transformer, read_json
-from reference import assert_close, read_safetensors, write_checkpoint
+from quantized import Format, quantize_in_place
+from reference import TEMPLATE, assert_close, edited_json, read_safetensors, tiny, tokens_of, write_checkpoint
 from scripts import export_head
 from test_eagle import written_out_head
 from tokenizer import Tokenizer
 from train_data import Dialogue, Features, encode_dialogue, make_batches, read_dialogues
-from train_head import Learner, SoftCrossEntropy, head_config, input_noise, new_head
+from train_head import Learner, SoftCrossEntropy, draft_ranks, head_config, input_noise, new_head, parts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the quick brown fox jumps over lazy dog and then other dogs sleep for rest of day".split()
@@ -99,7 +104,7 @@ def state_of(out):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 
-@pytest.mark.parametrize("draft_vocab", [None, list(range(10, 200))])
+@pytest.mark.parametrize("draft_vocab", [None, list(range(199, 9, -1))])
 def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, data, draft_vocab, monkeypatch):
     """L = SmoothL1(f^, f) + w CE(softmax(output(f)), output(f^)) over the answers, in float64, dialogue by dialogue."""
     monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 700)      # a few rows at a time, the last block a part
@@ -119,7 +124,7 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
     weights = {key: w.detach().double().requires_grad_() for key, w in head.weights().items()}
     embedding, output = model.tok_embeddings.weight.double(), model.output.weight.double()
     output = output if draft_vocab is None else output[draft_vocab]
-    l1, ce, same = 0.0, 0.0, 0
+    l1, ce, same, right = 0.0, 0.0, 0, 0
     for row, dialogue in enumerate(dialogues):
         T = len(dialogue.tokens)
         f = model.features(dialogue.tokens[None].long(), torch.arange(T))[0].double()
@@ -133,10 +138,11 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
             p, q = output @ f[i + 1], output @ f_hat[i]
             ce = ce - (p.softmax(0) * q.log_softmax(0)).sum()
             same += int(p.argmax() == q.argmax())
+            right += int((draft_vocab or range(len(output)))[q.argmax()] == dialogue.tokens[i + 2])
     (l1 + 0.1 * ce).backward()
     assert losses.smooth_l1.item() == pytest.approx(l1.item(), rel=1e-5)
     assert losses.cross_entropy.item() == pytest.approx(ce.item(), rel=1e-5)
-    assert losses.same.item() == same
+    assert losses.same.item() == same and losses.right.item() == right
     assert_close(head.fc.weight.grad, weights["fc.weight"].grad, 1e-5)
     assert_close(head.layer.feed_forward.w2.weight.grad, weights["layers.0.mlp.down_proj.weight"].grad, 1e-5)
 
@@ -256,6 +262,44 @@ def test_gradients_are_clipped_by_their_norm_and_adamw_has_the_papers_betas(trai
         assert_close(y, x * 0.5 / norm, 1e-4)                           # one factor for all: not clipped value by value
     for s, x in zip(state_of(out)["optimizer"]["state"].values(), clipped):
         assert_close(s["exp_avg_sq"] / (1 - 0.95), x ** 2, 1e-4)
+
+
+def test_parts_add_up_to_the_gradient_of_one_large_batch(train, monkeypatch):
+    """The mean is over the tokens of the whole step, not of means: the parts differ in theirs."""
+    rows, forward = [], Learner.forward
+    monkeypatch.setattr(Learner, "forward", lambda self, batch, noise: rows.append(len(batch.tokens)) or forward(self, batch, noise))
+    options = "--epochs", 1, "--clip", 1e9, "--max-length", 200, "--cls-weight", 10, "--levels", 2, "--eval-dialogues", 0
+    _, _, whole = train(*options, "--batch-size", 1000, out="whole")
+    status, err, parts = train(*options, "--batch-size", 143, "--accumulate", 7, out="parts")
+    assert status == 0, err
+    assert rows == [60, 9, 9, 9, 9, 8, 8, 8]
+    for a, b in zip(state_of(parts)["optimizer"]["state"].values(), state_of(whole)["optimizer"]["state"].values()):
+        assert_close(a["exp_avg"], b["exp_avg"], 1e-5)
+    for key in ("cross_entropy", "smooth_l1", "agreement", "top1", "grad_norm"):
+        assert log_of(parts, "lr")[0][key] == pytest.approx(log_of(whole, "lr")[0][key], rel=1e-4)
+
+
+def test_held_out_dialogues_are_evaluated_and_never_learnt(train, monkeypatch):
+    seen, forward = {True: set(), False: set()}, Learner.forward
+
+    def spy(self, batch, noise):
+        for row, n in zip(batch.tokens, (batch.tokens != 0).sum(1)):
+            seen[noise is None].add(tuple(row[:n].tolist()))
+        return forward(self, batch, noise)
+
+    monkeypatch.setattr(Learner, "forward", spy)
+    status, err, _ = train("--epochs", 2, "--batch-size", 8)
+    assert status == 0, err
+    assert len(seen[True]) == 4 and len(seen[False]) == 56 and not seen[True] & seen[False]
+
+
+def test_large_seeds_train_and_small_ones_draw_as_ever(train):
+    batch = train_head.Batch(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 6, 4), torch.ones(1, 6, dtype=torch.bool))
+    expected = torch.zeros(4, 4).uniform_(-1, 1, generator=torch.Generator().manual_seed(3 * 1_000_003 + 7))
+    assert torch.equal(input_noise(batch, [7], [6] * 8, 1.0, 3)[0], expected)
+    for seed, status in ((20261126, 0), (2 ** 63 - 1, 0), (2 ** 63, 2)):
+        got, err, _ = train("--epochs", 1, "--batch-size", 1000, "--seed", seed, out=str(seed))
+        assert got == status and (status == 0 or "--seed" in one_error_line(err)), err
 
 
 def test_the_rate_warms_up_and_decays_linearly_and_is_what_the_weights_move_by(train):
@@ -420,9 +464,43 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
             leading += (hits + [0]).index(0)
             n_position += 1
     assert 0 < right[4] < n_position and leading > 0                    # there is something to count
+    alone = Learner(head, autocast=False)(Features(model, dialogues, None, 10 ** 6).batch([0, 1]), None)
+    assert entry["eval_agreement"] == pytest.approx(alone.same.item() / entry["eval_positions"])
     assert entry["eval_n_alpha"] == pytest.approx([r / n_position for r in right], abs=1e-4)
     assert entry["eval_chain_length"] == pytest.approx(1 + leading / n_position)
     assert entry["eval_top1"] == pytest.approx(right[0] / n_position) and entry["eval_top1"] <= entry["eval_top2"] <= entry["eval_top3"]
+
+
+class Largest(TorchDispatchMode):
+    """`size`: elements of the largest tensor that an operator makes."""
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.size = max(self.size, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("draft_vocab", [None, list(range(10, 200))])
+def test_an_evaluation_needs_no_larger_tensors_than_a_training_step(model, checkpoint, monkeypatch, draft_vocab):
+    head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, seed=0)
+    head.set_draft_vocab(draft_vocab)
+    tokens = torch.randint(0, 200, (500,), dtype=torch.int32)
+    batch = Features(model, [Dialogue(1, tokens, torch.ones(500, dtype=torch.bool))], None, 10 ** 6).batch([0])
+    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 10 ** 5)
+    with Largest() as training:
+        sum(Learner(head, autocast=False)(batch, None)[:2]).backward()
+    monkeypatch.setattr(train_head, "MASK_AT_ONCE", 1)
+    with Largest() as evaluation:
+        blocks = draft_ranks(head, batch.tokens[0], batch.features[0], 5)
+    assert evaluation.size <= 1.01 * training.size      # of 499 pairs, where there are 498 whose next token is there too
+    monkeypatch.setattr(train_head, "MASK_AT_ONCE", 10 ** 9)
+    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 10 ** 9)
+    with Largest() as at_once:
+        whole = draft_ranks(head, batch.tokens[0], batch.features[0], 5)
+    assert at_once.size > 2 * training.size and (blocks != whole).sum() <= 5     # but for near ties
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,16 +549,150 @@ def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forks
     assert [e["cross_entropy"] for e in log_of(out, "lr")] == [e["cross_entropy"] for e in log_of(whole, "lr")]
 
 
-def test_a_training_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_path):
+def test_what_was_learnt_is_saved_before_an_evaluation_which_a_resume_makes_up_for(train, monkeypatch):
+    options = "--epochs", 2, "--eval-every", 7
+    _, _, whole = train(*options, out="whole")
+    evaluate, calls = train_head.evaluate, []
+
+    def too_large(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return evaluate(*args)
+
+    monkeypatch.setattr(train_head, "evaluate", too_large)
+    status, err, out = train(*options)
+    assert status == 2 and "memory" in one_error_line(err)
+    assert state_of(out)["step"] == 14 and [entry["step"] for entry in log_of(out, "eval_top1")] == [7]
+    shutil.copytree(out, out.with_name("without"))
+    status, err, _ = train(*options, "--resume")
+    assert status == 0, err
+    drop_speed = lambda out: [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in log_of(out, "step")]
+    assert drop_speed(out) == drop_speed(whole)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    status, err, out = train(*options, "--resume", "--eval-every", 0, out="without")
+    assert status == 0 and [entry["step"] for entry in log_of(out, "eval_top1")] == [7], err
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def other_target(checkpoint, folder, kind):
+    """A folder of the same names, and but for int8 of the same sizes, whose features are others."""
+    if kind == "int8":
+        assert quantize.main(quantize.parse_args(["--checkpoint", str(checkpoint), "--mode", "int8", "--out", str(folder)])) == 0
+        return folder
+    shutil.copytree(checkpoint, folder)
+    weights = read_safetensors(folder / "model.safetensors")
+    if kind == "a merged LoRA":
+        for key in weights:
+            if key.endswith(("q_proj.weight", "v_proj.weight")):
+                weights[key] += 0.1 * torch.randn(weights[key].shape[0], 1) @ torch.randn(1, weights[key].shape[1])
+    elif kind == "one embedding":
+        weights["model.embed_tokens.weight"][7] *= 2
+    if kind == "another RoPE base":
+        with edited_json(folder / "config.json") as config:
+            config["rope_theta"] *= 2
+    else:
+        save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def content_of(folder):
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def others(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "shout.jinja").write_text(TEMPLATE.replace("m.content", "m.content | upper"))
+    return {kind: other_target(checkpoint, folder / kind.replace(" ", "-"), kind)
+            for kind in ("a copy", "a merged LoRA", "one embedding", "another RoPE base", "int8")} | {"template": folder / "shout.jinja"}
+
+
+def test_a_resume_and_a_cache_belong_to_their_target_template_and_data(train, others, tmp_path):
+    cache = tmp_path / "cache"
+    options = "--epochs", 1, "--batch-size", 1000, "--cache-features", cache
+    status, err, out = train(*options)
+    assert status == 0, err
+    kept, features = content_of(out), content_of(cache)
+    targets = [(("--checkpoint", others[kind]), [str(others[kind])]) for kind in others if kind not in ("a copy", "template")]
+    template = ("--chat-template", others["template"]), ["chat template"]
+    for more, names in (*targets, template):
+        for again in (("--resume",), ("--out", tmp_path / "new")):
+            status, err, _ = train(*options, *more, *again)
+            assert status == 2 and all(name in one_error_line(err) for name in names), (more, again, err)
+    status, err, _ = train(*options, "--dtype", "bfloat16", "--out", tmp_path / "new")
+    assert status == 2 and "float32" in one_error_line(err) and "bfloat16" in err
+    assert content_of(out) == kept and content_of(cache) == features and not (tmp_path / "new").exists()
+    status, err, _ = train(*options, "--checkpoint", others["a copy"], "--resume")      # times differ, and the folder's name
+    assert status == 0 and content_of(cache) == features, err
+    status, err, _ = train(*options, "--checkpoint", others["a copy"], out="new")
+    assert status == 0 and content_of(cache) == features, err
+    (cache / "features.json").write_text('{"sha256": "x"}')
+    status, err, _ = train(*options, out="newer")
+    assert status == 2 and str(cache) in one_error_line(err) and "earlier version" in err
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "{{ strftime_now('%d %b %Y') }}" + TEMPLATE], ids=["no date", "date"])
+def test_a_training_has_one_date(train, tmp_path, monkeypatch, template):
+    """What is stopped and goes on the next day ends in the same bits, and features cached on one day serve on another."""
+    (tmp_path / "dated.jinja").write_text(template)
+
+    def on(day):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(2026, 11, day)
+        monkeypatch.setattr(train_head, "datetime", Clock)
+
+    options = "--epochs", 1, "--eval-dialogues", 0, "--chat-template", tmp_path / "dated.jinja"
+    on(26)
+    _, _, whole = train(*options, out="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_head.Stop, "asked", lambda self, world, device: setattr(self, "seen", True) or True)
+        status, err, out = train(*options)
+    assert status == 130 and state_of(out)["step"] == 1, err
+    on(27)
+    status, err, _ = train(*options, "--resume")
+    assert status == 0 and ("2026-11-26" in err) == ("strftime" in template), err
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    if template == TEMPLATE:
+        return
+    _, _, other = train(*options, out="other")
+    assert (other / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()     # the date is learnt
+    assert train(*options, "--cache-features", tmp_path / "cache", out="one")[0] == 0
+    on(28)
+    status, err, two = train(*options, "--cache-features", tmp_path / "cache", out="two")
+    assert status == 0 and "2026-11-27" in err, err
+    assert (two / "model.safetensors").read_bytes() == (tmp_path / "one" / "model.safetensors").read_bytes()
+    status, err, _ = train(*options, "--cache-features", tmp_path / "cache", "--resume", out="whole")
+    assert status == 2 and "--cache-features" in one_error_line(err)
+
+
+def test_a_training_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_path, monkeypatch):
     assert train("--epochs", 1)[0] == 0
     written = {file.name: file.read_bytes() for file in (tmp_path / "head").iterdir()}
-    for options, names in (((), ["--resume", "--out"]), (("--resume", "--lr", 1), ["lr", "3e-05", "1.0"]),
-                           (("--resume", "--epochs", 2), ["epochs"])):
+    changes = {"lr": (1, "3e-05", "1.0"), "epochs": (2,), "noise": (0.2, "0.1"), "seed": (1, "0"), "levels": (2, "1"),
+               "cls-weight": (1, "0.1"), "clip": (1, "0.5"), "warmup": (3, "None"), "batch-size": (4,), "accumulate": (2, "1"),
+               "max-length": (100,), "draft-vocab": (20,), "eval-dialogues": (0,), "dtype": ("bfloat16", "float32")}
+    for options, names in (((), ["--resume", "--out"]), (("--resume", "--no-bias"), ["bias", "True", "False"]),
+                           (("--resume", "--cache-features", tmp_path / "cache"), ["--cache-features"]),
+                           *((("--resume", f"--{key}", now), [key.replace("-", "_"), str(now), *was])
+                             for key, (now, *was) in changes.items())):
         status, err, _ = train("--epochs", 1, *options)
+        assert status == 2 and all(name in one_error_line(err) for name in names), err
+    for name, value, names in (("get_num_threads", lambda: 5, ["1 threads", "OMP_NUM_THREADS=1"]), ("__version__", "2.0", [torch.__version__, "2.0"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, name, value)
+            status, err, _ = train("--epochs", 1, "--resume")
         assert status == 2 and all(name in one_error_line(err) for name in names), err
     status, err, _ = train("--epochs", 1, "--resume", data=write_data(tmp_path / "other.jsonl", 60, seed=5))
     assert status == 2 and "data" in one_error_line(err)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "head").iterdir()} == written
+    assert {file.name: file.read_bytes() for file in (tmp_path / "head").iterdir()} == written and not (tmp_path / "cache").exists()
+    state = state_of(tmp_path / "head")
+    torch.save(state | {"settings": {"lr": "3e-05"}}, tmp_path / "head/checkpoint.pt")
+    assert "earlier version" in one_error_line(train("--epochs", 1, "--resume")[1])
+    (tmp_path / "head/checkpoint.pt").write_bytes((tmp_path / "head/checkpoint.pt").read_bytes()[:1000])
+    assert "checkpoint.pt is corrupt" in one_error_line(train("--epochs", 1, "--resume")[1])
 
 
 def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_last_checkpoint(train, tmp_path):
@@ -490,25 +702,104 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_last_checkpoint
     assert all(w.isfinite().all() for w in read_safetensors(out / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("kind", ["target", "gradient", "init", "quantised init", "weights"])
+def test_what_is_not_finite_never_enters_the_weights(train, checkpoint, tmp_path, monkeypatch, kind):
+    options, names, refused_early = [], ["step 0", "lines"], False
+    if kind == "target":
+        folder = other_target(checkpoint, tmp_path / "nan", "a copy")
+        weights = read_safetensors(folder / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+        save_file(weights, folder / "model.safetensors")
+        options = ["--checkpoint", folder]
+        status, err, _ = train(*options, "--cache-features", tmp_path / "cache", out="cached")
+        assert status == 2 and "line " in one_error_line(err) and not list((tmp_path / "cache").glob("*.safetensors"))
+    elif kind == "gradient":
+        backward = SoftCrossEntropy.backward
+        monkeypatch.setattr(SoftCrossEntropy, "backward", staticmethod(lambda ctx, *grads: (
+            backward(ctx, *grads)[0] * math.inf, None, None, None)))
+        names = ["norm of the gradient", *names]
+    elif kind == "weights":
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [p.data.fill_(math.nan) for p in self.param_groups[0]["params"]])
+        names = ["weights are not finite after step 1"]
+    else:
+        _, _, first = train("--epochs", 1, "--batch-size", 1000, out="first")
+        options, names, refused_early = ["--init", first], ["--init", str(first)], True
+        if kind == "quantised init":
+            argv = ["--checkpoint", str(first), "--mode", "int8", "--out", str(tmp_path / "int8")]
+            assert quantize.main(quantize.parse_args(argv)) == 0
+            options, names = ["--init", tmp_path / "int8"], ["--init", "quantised"]
+        else:
+            weights = read_safetensors(first / "model.safetensors")
+            weights["fc.weight"][1, 2] = math.inf
+            save_file(weights, first / "model.safetensors")
+            names.append("fc.weight")
+    status, err, out = train("--epochs", 1, "--save-minutes", 0, *options)
+    assert status == 2 and all(name in one_error_line(err) for name in names), err
+    assert not (out / "model.safetensors").exists() and (not refused_early or not out.exists())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
-@pytest.mark.parametrize("options", [(), ("--shard-target",)], ids=["whole target", "sharded target"])
+@pytest.mark.parametrize("kind, format", [("gqa", None), ("gqa", Format("int4", 32)), ("mixtral", Format("int8"))])
+def test_a_sharded_layer_is_whole_while_it_runs_and_a_part_otherwise(tmp_path, monkeypatch, kind, format):
+    folder, _ = tiny(kind, tmp_path, hidden_size=64, intermediate_size=64)
+    load = lambda: Transformer.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    whole, ranks, kept = load(), [load(), load()], []
+    for rank, model in enumerate((whole, *ranks)):
+        if format is not None:
+            quantize_in_place(model, format)
+    held = lambda model: sum(t.numel() * t.element_size() for t in (*model.layers.parameters(), *model.layers.buffers()))
+    before = held(ranks[0])
+    kept = [train_head.shard_layers(model, torch.device("cpu"), rank, 2) for rank, model in enumerate(ranks)]
+    parts = [sum(piece.mine.untyped_storage().nbytes() for piece in pieces) for pieces in kept]
+    assert parts[0] == parts[1] and 0.5 * before <= parts[0] < 0.55 * before
+    assert all(held(model) == 0 for model in ranks)
+    running = []
+
+    def gather(out, mine):      # what the other process would send
+        n = len(running)
+        running.append(held(ranks[0]))
+        out.copy_(torch.cat([pieces[n].mine for pieces in kept]))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    tokens = torch.tensor([tokens_of(20)])
+    with torch.no_grad():
+        for _ in range(2):
+            running.clear()
+            assert_close(ranks[0].features(tokens, torch.arange(20)), whole.features(tokens, torch.arange(20)), 1e-6)
+            assert running == [0] * len(ranks[0].layers)        # the layer before is gone when the next one comes
+            assert held(ranks[0]) == 0
+
+
+def test_ctrl_c_in_one_process_stops_them_all_at_the_same_step(monkeypatch):
+    stop, other = train_head.Stop(), 0
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag: flag.add_(other))
+    assert not stop.asked(2, torch.device("cpu"))
+    other = 1
+    assert stop.asked(2, torch.device("cpu")) and stop.seen
+    told, mine, other = [], train_head.Stop(), 0
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag: told.append(flag.item()))
+    signal.raise_signal(signal.SIGINT)
+    assert mine.asked(2, torch.device("cpu")) and told == [1]
+
+@pytest.mark.parametrize("options", [("--batch-size", 500), ("--batch-size", 125, "--accumulate", 4, "--shard-target")],
+                         ids=["whole target", "sharded target, in four parts"])
 def test_two_processes_have_the_gradients_of_one(checkpoint, data, tmp_path, train, options):
     """The same global batch: half the batch size, twice the processes. The moments tell the gradient, unclipped."""
     settings = "--epochs", 1, "--clip", 1e9, "--warmup", 0
     status, err, one = train(*settings, "--batch-size", 1000, "--max-length", 200, out="one")
     assert status == 0, err
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          ROOT / "train_head.py", *command(checkpoint, data, tmp_path / "two", *settings, "--batch-size", 500,
-                                                           "--max-length", 200, *options)],
+                          ROOT / "train_head.py", *command(checkpoint, data, tmp_path / "two", *settings, "--max-length", 200,
+                                                           *options)],
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     ours, theirs = state_of(tmp_path / "two"), state_of(one)
     assert ours["step"] == theirs["step"] == 1
     for a, b in zip(ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values()):
         assert_close(a["exp_avg"], b["exp_avg"], 1e-5)
-    for key in ("cross_entropy", "smooth_l1", "top1", "grad_norm"):
+    for key in ("cross_entropy", "smooth_l1", "agreement", "top1", "grad_norm"):
         assert log_of(tmp_path / "two", "lr")[0][key] == pytest.approx(log_of(one, "lr")[0][key], rel=1e-4)
     ours, theirs = log_of(tmp_path / "two", "eval_top1")[0], log_of(one, "eval_top1")[0]
     assert ours["eval_positions"] == theirs["eval_positions"]
@@ -625,6 +916,10 @@ def test_batches_hold_everything_once_within_their_size_with_little_padding():
     assert max(padded) <= 4 * 2048
     assert 1 - sum(lengths) / sum(padded) < 0.1
     assert batches != make_batches(lengths, 4 * 2048, random.Random(2))
+    dealt = make_batches(lengths, 4 * 2048, random.Random(1), n_part=3)
+    parts = [part for batch in dealt for rank in range(3) for part in parts_of(batch, rank, 3, 1)]
+    assert sorted(i for part in parts for i in part) == list(range(3000))
+    assert 4 * 2048 * 0.9 < max(len(part) * max(lengths[i] for i in part) for part in parts if part) <= 4 * 2048
 
 
 def test_cached_features_train_to_the_same_bits_and_a_cut_cache_is_completed(train, tmp_path, monkeypatch):
