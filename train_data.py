@@ -17,6 +17,7 @@ the target would get for it, never from a search in the text.
 
 Shapes: B dialogues, T tokens.
 """
+import contextlib
 import hashlib
 import json
 import random
@@ -121,6 +122,19 @@ def read_dialogues(file: Path, tokenizer: Tokenizer, vocab_size: int, max_length
         + f", {sum(len(d.tokens) for d in dialogues)} tokens, {sum(int(d.learnt.sum()) for d in dialogues)} of them learnt"
         + (f"; left out: {left_out}" if left_out.counts else "") + "".join(f"; {n} {what}" for what, n in noted.items() if n))
     return dialogues
+
+
+def holds_records(file: Path) -> bool:
+    """Whether a file holds JSON, lines or an array, rather than lines of text: by its name, else by how it begins."""
+    with open(file, "rb") as content:
+        begin = next((line for line in content if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
+        begin = begin.removeprefix(b"\xef\xbb\xbf")
+        if begin and file.suffix in (".jsonl", ".ndjson", ".json"):
+            return True
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = begin + content.read() if begin.lstrip().startswith(b"[") else begin
+            return isinstance(json.loads(whole), dict | list)
+    return False
 
 
 # What a line says
