@@ -16,14 +16,21 @@ from pathlib import Path
 import torch
 
 
-def command(stopped: str = "") -> Callable[[Callable], Callable[[argparse.Namespace], int]]:
+def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], Callable[[argparse.Namespace], int]]:
     """A decorator of main(args), which may return an exit status: 0 where it returns none; 2 with one line for what the
-    user can mend; 130 on Ctrl-C, with the line `stopped`; 141 where the reader of our output has left, as `head` does."""
+    user can mend; 130 on Ctrl-C, with the line `stopped`; 141 where the reader of our output has left, as `head` does.
+    Under torchrun only a main that works `in_ranks` is called: others would all do the same work on the same files."""
     from safetensors import SafetensorError
+
+    from ranks import launched
 
     def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int]:
         @functools.wraps(main)
         def status(args: argparse.Namespace) -> int:
+            if launched() and not in_ranks:
+                if os.environ.get("RANK", "0") == "0":
+                    say(f"error: {Path(sys.argv[0]).name} runs in one process: start it without torchrun")
+                return 2
             try:
                 return main(args) or 0
             except BrokenPipeError:
@@ -69,6 +76,21 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
     return parse
 
 
+def json_object(text: str) -> dict:
+    """An argparse type: {"name": value, ...}."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as {{\"enable_thinking\": false}}")
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """How dialogues become text: what Tokenizer.from_pretrained takes of the same names."""
+    parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
+    parser.add_argument("--template-args", type=json_object, metavar="JSON",
+                        help="more variables for the chat template, such as '{\"enable_thinking\": false}'")
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Beside it, then renamed: it is there whole or not at all."""
     part = file.with_name(file.name + ".part")
@@ -77,12 +99,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def read_text(file: Path) -> str:
-    """A text file that somebody wrote: UTF-8, with or without a byte order mark.
+    """A text file that somebody wrote: UTF-8, with or without a byte order mark; its lines end at \\n, whatever ended them.
 
     Raises FileNotFoundError, or ValueError naming the byte that does not fit.
     """
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: byte {error.start} does not fit") from None
 

@@ -13,6 +13,7 @@ V vocabulary.
 import functools
 import json
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 
 PREFILL_CHUNK = 512  # prompt tokens a pass
+NOT_FINITE = -2      # in the place of a token: the logits it was to come from hold NaN or infinity
 
 # On Hopper torch prefers cuDNN's attention, which plans anew for every length it meets: 0.4 s each has been reported
 # (FunASR#3704), so a first token would wait for it at every prompt.
@@ -65,15 +67,15 @@ class ModelArgs:
         if model_type not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
             raise ValueError(f"config.json: model_type {model_type!r} is not supported "
                              "(llama, mistral, mixtral, qwen2 and qwen3 are)")
-        for key in ("quantization_config", "attention_bias", "mlp_bias"):
+        for key in ("quantization_config", "attention_bias", "mlp_bias", "transformers_weights"):
             if config.get(key):
                 raise ValueError(f"config.json: {key} {config[key]!r} is not supported")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported (silu is)")
+        config = config | _whole_numbers(config)
         rope = _rope_parameters(config)
         try:
-            n_head = int(config["num_attention_heads"])
-            windowed = config.get("use_sliding_window", model_type in ("mistral", "mixtral"))
+            n_head = config["num_attention_heads"]
             args = cls(
                 model_type=model_type,
                 dim=config["hidden_size"],
@@ -83,15 +85,14 @@ class ModelArgs:
                 head_dim=config.get("head_dim") or (128 if model_type == "qwen3" else config["hidden_size"] // n_head),
                 intermediate_size=config["intermediate_size"],
                 vocab_size=config["vocab_size"],
-                # Vicuna-16k states the length it was trained for beside the one its positions are scaled from.
-                block_size=max(config.get("max_position_embeddings", 2048), config.get("max_sequence_length") or 0),
-                norm_eps=config.get("rms_norm_eps", 1e-6),
+                block_size=_context(config),
+                norm_eps=config.get("rms_norm_eps", 1e-5 if model_type == "mixtral" else 1e-6),
                 rope_theta=rope.pop("rope_theta"),
                 rope_scaling=rope or None,
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
                 qkv_bias=model_type == "qwen2",
                 qk_norm=model_type == "qwen3",
-                sliding_window=config.get("sliding_window") if windowed else None,
+                sliding_window=_sliding_window(config),
                 n_expert=config["num_local_experts"] if model_type == "mixtral" else 0,
                 n_expert_active=config["num_experts_per_tok"] if model_type == "mixtral" else 0,
             )
@@ -109,27 +110,84 @@ class ModelArgs:
         return args
 
 
-def _rope_parameters(config: dict) -> dict:
-    """RoPE settings of either generation of config.json: {"rope_theta"} alone, or with "rope_type" and its keys."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _whole_numbers(config: dict) -> dict:
+    """The sizes that config.json writes as floats, as integers: some converters write 32000.0."""
+    whole = {}
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+                "intermediate_size", "max_position_embeddings", "max_sequence_length", "sliding_window",
+                "max_window_layers", "num_local_experts", "num_experts_per_tok"):
+        value = config.get(key)
+        if value is not None and type(value) is not int:
+            if not isinstance(value, float) or not value.is_integer():
+                raise ValueError(f"config.json: {key} {value!r} is not a whole number")
+            whole[key] = int(value)
+    return whole
+
+
+# What transformers takes where config.json says nothing: max_position_embeddings of each model_type.
+POSITIONS = {"llama": 2048, "mistral": 131072, "mixtral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+
+def _context(config: dict) -> int:
+    """Tokens of context. Under linear scaling max_position_embeddings counts positions before they are stretched."""
+    rope = _rope_parameters(config)
+    positions = config.get("max_position_embeddings", POSITIONS[config["model_type"]])
+    if _rope_type(config) == "dynamic":
+        # Scaling changes the base past these positions: the angle of a token would depend on the length, and keys
+        # already in a cache would be wrong.
+        return positions
+    # Vicuna-16k states the length it was trained for too.
+    stated = config.get("max_sequence_length") or 0
+    if rope.get("rope_type") != "linear":
+        return max(positions, stated)
+    return max(positions, stated, int(rope.get("original_max_position_embeddings", positions) * rope["factor"]))
+
+
+def _sliding_window(config: dict) -> int | None:
+    """The window of the layers that have one; None where no layer has."""
+    model_type = config["model_type"]
+    window = config.get("sliding_window", None if model_type == "mixtral" else 4096)
+    if model_type in ("mistral", "mixtral"):
+        return window
+    if model_type not in ("qwen2", "qwen3") or not config.get("use_sliding_window"):
+        return None
+    full = config.get("max_window_layers", 28)  # these many layers, the first ones, see everything
+    kinds = config.get("layer_types")
+    windowed = "sliding_attention" in kinds if kinds else full < config["num_hidden_layers"]
+    return window if windowed else None
+
+
+def _rope_settings(config: dict) -> dict:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: rope_scaling {rope!r} is not an object")
-    rope = dict(rope)
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    rope_type = rope.pop("type", None)
-    rope_type = rope.pop("rope_type", rope_type) or "default"
+    return rope
+
+
+def _rope_type(config: dict) -> str:
+    rope = _rope_settings(config)
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _rope_parameters(config: dict) -> dict:
+    """RoPE settings of either generation of config.json: {"rope_theta"} alone, or with "rope_type" and its keys."""
+    rope_type = _rope_type(config)
+    rope = {key: value for key, value in _rope_settings(config).items() if key not in ("type", "rope_type")}
+    rope.setdefault("rope_theta", config.get("rope_theta") or (1e6 if config["model_type"] == "mixtral" else 1e4))
+    if rope_type == "llama3":
+        before = config.get("original_max_position_embeddings")
+        before = before or rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        rope["original_max_position_embeddings"] = before
     if rope_type not in ("default", "linear", "dynamic", "llama3"):
         raise ValueError(f"config.json: rope_type {rope_type!r} is not supported (linear, dynamic and llama3 are)")
     needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
                                                "original_max_position_embeddings"]}
     for key in needed.get(rope_type, []):
-        if not isinstance(rope.get(key), (int, float)):
+        if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < 1e9:
             raise ValueError(f"config.json: rope_type {rope_type!r} needs a number under the key {key!r}")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    if rope_type in ("default", "dynamic"):
-        # Dynamic scaling changes the base only past max_position_embeddings, which is where block_size ends: there
-        # the angle of a token would depend on the length, and keys already in a cache would be wrong.
+    if rope_type in ("default", "dynamic"):  # dynamic scaling begins where _context ends
         return {"rope_theta": rope["rope_theta"]}
     return {"rope_type": rope_type, **rope}
 
@@ -202,6 +260,8 @@ class Transformer(nn.Module):
         Raises ValueError when S passes the model's context or a sliding window that would begin to matter.
         """
         c = self.config
+        if min(max_batch_size, max_seq_length) < 1:
+            raise ValueError(f"caches of {max_batch_size} rows and {max_seq_length} slots: at least 1 of each is needed")
         if max_seq_length > c.block_size:
             raise ValueError(f"max_seq_length {max_seq_length} is beyond the model's context of {c.block_size} tokens")
         if c.sliding_window is not None and max_seq_length > c.sliding_window:
@@ -230,6 +290,7 @@ class Transformer(nn.Module):
     def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
                  mask: Tensor | None = None) -> Tensor:
         """`forward` without the LM head: features [B, T, dim]."""
+        check_block(tokens, self.kv_cache)
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
         x = self.tok_embeddings(tokens)
@@ -240,6 +301,15 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[i])
         return self.norm(x)
+
+
+def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
+    """Raises ValueError unless tokens are [B, T] integers and fit into kv_cache [..., B, K, S, D], where there is one."""
+    if tokens.dim() != 2 or tokens.dtype not in (torch.long, torch.int):
+        raise ValueError(f"tokens are [B, T] int64, not {list(tokens.shape)} {tokens.dtype}")
+    if kv_cache is not None and (tokens.shape[0] > kv_cache.shape[-4] or tokens.shape[1] > kv_cache.shape[-2]):
+        raise ValueError(f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens do not fit into caches of "
+                         f"{kv_cache.shape[-4]} rows and {kv_cache.shape[-2]} slots: call setup_caches")
 
 
 def causal_mask(input_pos: Tensor, n_slot: int | None) -> Tensor:
@@ -260,16 +330,21 @@ def bucket(length: int, n_slot: int) -> int:
 
 
 def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """bool [B, T, S] -> additive [B, 1, G*T, S], once a pass, with a row for each query head of a key/value group."""
+    """bool [B, T, S] -> additive [B, 1, G*T, S], once a pass, with a row for each query head of a key/value group.
+
+    What is additive already is taken as it is.
+    """
+    if mask.is_floating_point():
+        return mask
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     return bias.repeat(1, group, 1)[:, None]
 
 
 def rope_cos_sin(input_pos: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[B, T] positions -> cosines and signed sines [B, T, 1, D] for `apply_rope`."""
-    angle = input_pos[:, :, None, None].float() * inv_freq
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    # Cosine is even and sine odd: the first half of the frequencies negated gives both at full width and with their signs.
+    angle = input_pos[:, :, None, None] * torch.cat((-inv_freq, inv_freq))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -435,6 +510,15 @@ class Sampling(NamedTuple):
     top_k: int | None = None
     top_p: float | None = None
 
+    def check(self) -> None:
+        """Raises ValueError, naming the option and its value, for one that is out of range."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} is not a number of 0 or more")
+        if self.top_k is not None and not self.top_k >= 1:
+            raise ValueError(f"top_k {self.top_k} is not a number of 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not a number above 0, up to 1")
+
 
 def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                     top_p: float | None = None) -> Tensor:
@@ -454,24 +538,58 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None 
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        ordered, tokens = probs.sort(dim=-1, descending=True)
+        # On a GPU a sort is quick, and nothing may be decided by values; nor in a graph of torch.compile.
+        by_values = probs.is_cpu and not torch.compiler.is_compiling()
+        ordered, tokens = likeliest(probs, top_p) if by_values else probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: 0 for the first, which always stays
         probs = torch.zeros_like(probs).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0))
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
 
+@torch.jit.script_if_tracing
+def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The first of probs.sort(descending=True, stable=True), values and tokens [..., n]: as many as hold top_p in every row.
+
+    On a CPU a sort of the whole vocabulary takes 20 times as long as to find the few that usually do. TorchScript keeps
+    the decision in a trace.
+    """
+    V, n = probs.shape[-1], 256
+    if n < V:
+        # Bits of a number that is not negative have its order; with the token they make keys of which no two are equal.
+        keys = probs.view(torch.int32).long() * V - torch.arange(V)
+    while n < V:
+        tokens = keys.topk(n, dim=-1).indices
+        ordered = probs.gather(-1, tokens)
+        before = ordered.sum(-1) - ordered[..., n - 1]
+        if bool((before >= top_p + 1e-5).all()):    # more than sums in another order may differ by
+            return ordered, tokens
+        n = n * 16
+    return torch.sort(probs, dim=-1, descending=True, stable=True)
+
+
 def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token a row, [..., V] -> [...], by a race of exponential clocks: no host synchronisation."""
+    """Draw one token a row, [..., V] -> [...], by a race of exponential clocks: no host synchronisation.
+
+    NOT_FINITE where a row holds NaN.
+    """
     clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
-    return (probs / clocks).argmax(-1)
+    return tokens_of_finite((probs / clocks).max(-1))
 
 
 def next_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[..., V] -> [...]: the largest logit at temperature 0, else a draw from torch's own generator."""
+    """[..., V] -> [...]: the largest logit at temperature 0, else a draw from torch's own generator.
+
+    NOT_FINITE for a row that holds NaN or +inf, or nothing but -inf; single tokens at -inf are merely impossible.
+    """
     if sampling.temperature == 0:
-        return logits.max(-1).indices  # argmax takes four times as long on a CPU in bf16
+        return tokens_of_finite(logits.max(-1))  # argmax takes four times as long on a CPU in bf16
     return sample(logits_to_probs(logits, *sampling))
+
+
+def tokens_of_finite(largest: "torch.return_types.max") -> Tensor:
+    """Indices of the largest values, NOT_FINITE for those that are NaN or infinite: torch's max is NaN where one value is."""
+    return largest.indices.masked_fill(largest.values - largest.values != 0, NOT_FINITE)
 
 
 # Loading
@@ -482,19 +600,25 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
 
     Raises FileNotFoundError or ValueError in one line for a repository that is missing, gated or out of reach.
     """
-    folder = Path(checkpoint).expanduser()
+    try:
+        folder = Path(checkpoint).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{checkpoint}: ~ stands for a home directory, and this user has none") from None
     if folder.is_dir():
         return folder
     name = str(checkpoint)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise FileNotFoundError(f"{checkpoint}: no such folder (a hub id has the form owner/name)")
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):  # empty, they would put the cache into the working directory
+        if not os.environ.get(variable, "unset"):
+            del os.environ[variable]
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-    patterns = ["*.json", "tokenizer.model", "*.jinja"]
+    patterns = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
     try:
         wanted = [*patterns, "model*.safetensors"] if weights else patterns
         local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
-        if weights and not any(Path(local).glob("model*.safetensors")):
+        if weights and find_weights(Path(local)) is None:
             local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except GatedRepoError:
         raise ValueError(f"{name} is gated: accept its licence on its hub page, then `hf auth login`") from None
@@ -519,8 +643,7 @@ def install_quantized(model: nn.Module, folder: Path) -> bool:
 
 def quantize_settings(folder: Path) -> dict:
     """What quantize.json says; empty where there is none."""
-    file = folder / "quantize.json"
-    return read_json(file) if file.exists() else {}
+    return read_json(folder / "quantize.json", absent={})
 
 
 Part = Callable[[str, list[int]], tuple[slice, ...]]  # a key and the shape stored under it -> the slice to read
@@ -602,25 +725,32 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
 
     Only tensors whose key is `wanted` are read, of each the `part` or the whole.
     """
-    for name, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index, single = folder / f"{name}.{suffix}.index.json", folder / f"{name}.{suffix}"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{index} has no weight_map: it does not say which shard holds which weight")
-            for file in sorted(set(weight_map.values())):
-                yield from _read_shard(folder / file, wanted, part)
-            return
-        if single.exists():
-            yield from _read_shard(single, wanted, part)
-            return
-    raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
-                            "nor an index of shards of them")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its base model, which is what is read")
+    file = find_weights(folder)
+    if file is None:
+        raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
+                                "nor an index of shards of them")
+    if file.suffix != ".json":
+        yield from _read_shard(file, wanted, part)
+        return
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{file} has no weight_map: it does not say which shard holds which weight")
+    for name in sorted(set(weight_map.values())):
+        yield from _read_shard(folder / name, wanted, part)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The file of weights, or the index of its shards, that counts where several lie in a folder: as in transformers."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the checkpoint is incomplete, fetch it again")
+    refuse_lfs_pointer(file)
     from safetensors import SafetensorError, safe_open
     try:
         if file.suffix == ".safetensors":
@@ -638,21 +768,33 @@ def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) ->
                 raise RuntimeError("it does not hold a dictionary of tensors")
             for key in filter(wanted, content):
                 yield key, content[key] if part is None else content[key][part(key, list(content[key].shape))], file
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError:  # torch's own words advise to let the file run code
+        raise ValueError(f"{file} is corrupt, or holds more than tensors, which could run code: it is not read") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
 
 
-def read_json(file: Path) -> dict:
-    """Parse a JSON object, with one-line errors."""
+def read_json(file: Path, absent: dict | None = None) -> dict:
+    """Parse a JSON object, with one-line errors. `absent` is what stands for a file that is not there, if it may be."""
     if not file.exists():
+        if absent is not None:
+            return absent
         raise FileNotFoundError(f"{file} is missing")
+    refuse_lfs_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return content
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Git without LFS leaves three lines of text in the place of a large file."""
+    with open(file, "rb") as content:
+        if content.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
 
 
 def _one_line(error: Exception) -> str:

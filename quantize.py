@@ -16,6 +16,7 @@ columns to come, for the error made, weighted by the activations of calibration 
 Shapes: N rows and K columns of a weight, G groups of a row, T tokens.
 """
 import argparse
+import datetime
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from console import Parser, command, number, pick_device, write_atomically
+from console import Parser, command, number, pick_device, read_text, write_atomically
 from model import (ModelArgs, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    iterate_weights, read_json, resolve_checkpoint, rope_cos_sin, rope_inv_freq)
 from quantized import GROUP_SIZES, Format, fit_grid, install, pack, round_to_nearest, to_grid
@@ -43,6 +44,7 @@ LINEAR = re.compile(r"(?:self_attn\.([qkvo])_proj|mlp\.(gate|up|down)_proj|exper
 INPUT = {"q": "wqkv", "k": "wqkv", "v": "wqkv", "o": "wo", "gate": "w13", "up": "w13", "down": "w2",
          "w1": "w13", "w3": "w13", "w2": "w2", "fc": "fc"}
 LAYER = re.compile(r"(?:model\.)?layers\.\d+\.")
+LARGEST = torch.finfo(torch.float32).max ** 0.5     # of a weight: beyond it a norm's squares overflow, and scales may
 
 
 @command(stopped="stopped; the same command goes on from here")
@@ -72,6 +74,7 @@ def check(args: argparse.Namespace) -> None:
     for name, file in (("--data", args.data), ("--eval", args.eval)):
         if file and not file.is_file():
             raise ValueError(f"{name} {file}: no such file")
+    args.text = read_text(args.eval) if args.eval else None
     if args.mode == "int4":
         args.group_size = args.group_size or 32
     if args.method == "gptq":
@@ -85,7 +88,8 @@ def check(args: argparse.Namespace) -> None:
 def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
     """Write the quantised checkpoint `out` of `folder`, through out.part.
 
-    Raises ValueError when `folder` is quantised already, `out` exists, or the group size does not divide a row.
+    Raises ValueError when `folder` is quantised already or holds values that are not finite, when `out` exists, or the
+    group size does not divide a row.
     """
     config = read_json(folder / "config.json")
     if (folder / "quantize.json").exists():
@@ -97,7 +101,7 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
     if is_head and (args.lm_head or args.method == "gptq"):
         raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: no --lm-head, --method rtn")
     if not is_head:
-        ModelArgs.from_config(config)
+        model_args = ModelArgs.from_config(config)
     format = Format(args.mode, args.group_size)
     lm_head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"   # a tied one is untied
     for key, shape in shapes.items():
@@ -105,23 +109,28 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
             format.n_group(shape[-1])
         elif key == lm_head and args.lm_head:
             format.of_lm_head(args.lm_head).n_group(shape[-1])
-    settings = {"mode": args.mode, "group_size": args.group_size, "method": args.method, "act_order": args.act_order,
-                "lm_head": args.lm_head, "source": str(args.checkpoint)}
-    if args.data:
-        settings["calibration"] = {"dialogues": args.dialogues, "max_length": args.max_length,
-                                   "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
 
     part = out.with_name(out.name + ".part")
     stamp = part / "settings.json"  # not quantize.json yet: no name that makes a folder loadable comes before the end
-    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
-               for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
     begun = any(part.glob("*.safetensors"))
-    if begun and read_json(stamp) != settings | {"weights": weights}:
-        raise ValueError(f"{part} was begun with other settings or other weights: finish it with those, or delete it")
-    calibration = Calibration(folder, ModelArgs.from_config(config), settings, args) if args.method == "gptq" else None
+    settings = {"mode": args.mode, "group_size": args.group_size, "method": args.method, "act_order": args.act_order,
+                "lm_head": args.lm_head, "source": str(args.checkpoint)}
+    # What else the result comes from, and a resumed run must find as it was.
+    source = {"config": config, "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file
+                                            in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]}
+    if not begun:
+        check_values(folder)
+    calibration = None
+    if args.method == "gptq":
+        date = read_json(stamp).get("calibration", {}).get("date") if begun else None
+        calibration = Calibration(folder, model_args, settings, args, date)
+        settings["calibration"] = calibration.described
+    if begun and read_json(stamp) != settings | source:
+        raise ValueError(f"{part} was begun with other settings, other weights or other calibration tokens: "
+                         "finish it with those, or delete it")
     part.mkdir(parents=True, exist_ok=True)
     if not begun:
-        write_atomically(stamp, json.dumps(settings | {"weights": weights}) + "\n")
+        write_atomically(stamp, json.dumps(settings | source) + "\n")
 
     units = sorted({unit_of(key) for key in shapes}, key=unit_order)
     weight_map = {}
@@ -131,9 +140,9 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
             tensors = {key: tensor for key, tensor, _ in iterate_weights(folder, lambda key: unit_of(key) == unit)
                        if not key.endswith("rotary_emb.inv_freq")}
             hessians = calibration.hessians(unit, tensors) if calibration and unit else {}
-            idle = sorted({name for name in map(linear_of, tensors) if name and name not in hessians} if hessians else ())
-            if idle:
-                tqdm.write(f"{unit}: no token reached {', '.join(idle)}: rounded to nearest", file=sys.stderr)
+            if calibration and (idle := sorted({name for name in map(linear_of, tensors) if name} - hessians.keys())):
+                tqdm.write(f"{unit}: no token reached {', '.join(idle)}, or with zeros alone: rounded to nearest",
+                           file=sys.stderr)
             done = {key: value for name in list(tensors)
                     for key, value in quantize_weight(name, tensors.pop(name), format, hessians, args.act_order).items()}
             if args.lm_head and not unit:
@@ -157,6 +166,18 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
     shutil.copyfile(folder / "config.json", part / "config.json")
     part.rename(out)
     (out / stamp.name).unlink()     # after the renaming: without it nothing could go on from the .part
+
+
+def check_values(folder: Path) -> None:
+    """Raises ValueError naming the first tensor that holds NaN, infinity or a number that no product survives."""
+    for key, tensor, _ in tqdm(iterate_weights(folder), "checking", unit=" tensors", leave=False, disable=None):
+        if not tensor.is_floating_point() or tensor.numel() == 0 or key.endswith("rotary_emb.inv_freq"):
+            continue
+        low, high = (bound.item() for bound in tensor.aminmax())    # NaN where there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{key} holds values that are not finite")
+        if max(-low, high) > LARGEST:
+            raise ValueError(f"{key} holds {max(-low, high):.3g}, of which products in float32 are not finite")
 
 
 def list_shapes(folder: Path) -> dict[str, list[int]]:
@@ -188,7 +209,7 @@ def quantize_weight(key: str, weight: Tensor, format: Format, hessians: dict[str
     name = linear_of(key)
     if name is None:
         return {key: weight}
-    hessian = hessians.get(name)    # none: nothing was calibrated, or no token went to this expert
+    hessian = hessians.get(name)    # none: nothing was calibrated, or nothing but zeros came to it
     if hessian is None:
         stored = round_to_nearest(weight, format)
     else:
@@ -245,6 +266,9 @@ def gptq(weight: Tensor, hessian: Tensor, format: Format, act_order: bool = Fals
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of a hessian with `damping` of its mean diagonal added, or of more if need be."""
+    if not hessian.isfinite().all():
+        raise ValueError("GPTQ cannot invert the second moments of the inputs, which are not finite: a weight of this "
+                         "layer or of one before it is far too large")
     mean = hessian.diagonal().mean()
     for share in (damping, 0.1, 1.0):
         damped = hessian.clone()
@@ -261,18 +285,28 @@ class Calibration:
     """Dialogues on their way through the layers: the inputs of one layer at a time, as the quantised layers before it
     make them."""
 
-    def __init__(self, folder: Path, config: ModelArgs, settings: dict, args: argparse.Namespace):
+    def __init__(self, folder: Path, config: ModelArgs, settings: dict, args: argparse.Namespace,
+                 date: str | None = None):
+        """date: what a chat template that asks for it is told, as `described` has it of a run that was interrupted."""
         self.config, self.settings, self.device = config, settings, args.device
         self.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
-        dialogues = read_dialogues(args.data, Tokenizer.from_pretrained(folder), config.vocab_size, args.max_length)
+        now = datetime.datetime.now() if date is None else datetime.datetime.fromisoformat(date)
+        tokenizer = Tokenizer.from_pretrained(folder, date=now)
+        dialogues = read_dialogues(args.data, tokenizer, config.vocab_size, args.max_length)[:args.dialogues]
+        tokens = hashlib.sha256(json.dumps([dialogue.tokens.tolist() for dialogue in dialogues]).encode())
+        self.described = {"dialogues": len(dialogues), "max_length": args.max_length,
+                          "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+                          "tokens_sha256": tokens.hexdigest(), "device": args.device.type}
+        if tokenizer.uses_date:
+            self.described["date"] = now.isoformat()
         *_, embedding = (tensor for _, tensor, _ in iterate_weights(folder, lambda key: key.endswith("embed_tokens.weight")))
         self.states = [embedding[dialogue.tokens.long()][None].to(self.device, self.dtype)      # each [1, T, dim]
-                       for dialogue in dialogues[:args.dialogues]]
+                       for dialogue in dialogues]
         self.inv_freq = rope_inv_freq(config, self.device)
 
     @torch.no_grad()
     def hessians(self, unit: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of x x^T over all inputs x of each linear of a 16-bit layer, fp32 [K, K]."""
+        """The sum of x x^T over all inputs x of each linear of a 16-bit layer, fp32 [K, K], unless it is all zero."""
         block, sums = self._block(unit, tensors), {}
 
         def add(name: str, x: Tensor) -> None:
@@ -294,7 +328,7 @@ class Calibration:
             ffn._expert, ffn._gathered, ffn.PREFILL_ROWS = expert, ffn._routed_rows, 0  # only rows routed to it count
         for x in self.states:
             self._run(block, x)
-        return sums
+        return {name: hessian for name, hessian in sums.items() if hessian.any()}
 
     @torch.no_grad()
     def advance(self, unit: str, tensors: dict[str, Tensor]) -> None:
@@ -336,7 +370,10 @@ def report(folder: Path, args: argparse.Namespace) -> None:
     if args.eval and "fc.weight" not in list_shapes(folder):
         model = Transformer.from_pretrained(folder, args.device, getattr(torch, args.dtype))
         tokenizer = Tokenizer.from_pretrained(folder)
-        tokens = tokenizer.encode(args.eval.read_text(encoding="utf-8"), bos=tokenizer.adds_bos)
+        tokens = tokenizer.encode(args.text, bos=tokenizer.adds_bos)
+        if max(tokens, default=0) >= model.config.vocab_size:
+            raise ValueError(f"the tokenizer gives token {max(tokens)}, "
+                             f"the model's vocabulary has {model.config.vocab_size}")
         line += f", perplexity {perplexity(model, tokens):.4f} over {len(tokens) - 1} tokens of {args.eval}"
     print(line, flush=True)
 
@@ -344,7 +381,7 @@ def report(folder: Path, args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def perplexity(model: Transformer, tokens: list[int], window: int = 1024) -> float:
     """exp of the mean negative log likelihood of all tokens but the first. The window moves on by half its length, so
-    that a token has as much before it, or the whole of the text."""
+    that a token has as much before it, or the whole of the text. Raises ValueError where that is no finite number."""
     if len(tokens) < 2:
         raise ValueError("a perplexity needs a text of two tokens or more")
     window = min(window, model.config.block_size)
@@ -357,7 +394,13 @@ def perplexity(model: Transformer, tokens: list[int], window: int = 1024) -> flo
         logits = model.output(features[:, n_scored - 1 - begin:]).float()
         total += F.cross_entropy(logits[0], ids[0, n_scored:end], reduction="sum").item()
         n_scored = end
-    return math.exp(total / (len(tokens) - 1))
+    mean = total / (len(tokens) - 1)
+    if not mean < math.log(sys.float_info.max):     # NaN is not
+        dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+        wider = " or ".join(other for other in ("bfloat16", "float32") if other != dtype)
+        raise ValueError(f"the perplexity is not finite in {dtype}: "
+                         + ("its weights are broken" if dtype == "float32" else f"try --dtype {wider}"))
+    return math.exp(mean)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

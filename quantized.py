@@ -175,11 +175,13 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: Tensor, format: Format, bias: Tensor | None = None) -> "QuantLinear":
-        """weight [N, K] or [E, N, K], rounded to nearest."""
+        """weight [N, K] or [E, N, K], rounded to nearest. Raises ValueError where it holds NaN or infinity."""
         n_expert = weight.shape[0] if weight.dim() == 3 else None
         with torch.device("meta"):
             linear = cls(weight.shape[-1], weight.shape[-2], format, bias is not None, n_expert)
         stored = round_to_nearest(weight, format)
+        if not stored["scales"].isfinite().all():
+            raise ValueError(f"a weight of shape {list(weight.shape)} holds values that are not finite")
         linear.q, linear.scales, linear.bias = stored["weight"], stored["scales"].to(weight.dtype), bias
         linear.zeros = stored["zeros"].to(weight.dtype) if "zeros" in stored else None
         return linear
@@ -349,7 +351,7 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
     """
     found, peers = {}, defaultdict(list)
     with contextlib.suppress(OSError, ValueError, RuntimeError):    # not there, not to be read, broken, no home: measured anew
-        cache = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "eagle-kernels.json"
+        cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-kernels.json"
         found = read_json(cache)
     before = dict(found)
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

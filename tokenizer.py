@@ -1,6 +1,6 @@
 """
-Text to token ids and back: tokenizer.json (`tokenizers`) or tokenizer.model (`sentencepiece`) behind one class, chat
-templates, and a decoder for streams.
+Text to token ids and back: tokenizer.json or vocab.json with merges.txt (`tokenizers`) or tokenizer.model
+(`sentencepiece`) behind one class, chat templates, and a decoder for streams.
 
     tok = Tokenizer.from_pretrained("checkpoints/SmolLM2-135M-Instruct")     # a folder, or a hub id
     ids = tok.apply_chat_template([{"role": "user", "content": "Who was Ada Lovelace?"}])
@@ -9,8 +9,9 @@ templates, and a decoder for streams.
         print(stream.push(new_ids), end="", flush=True)
     print(stream.flush())
 
-Everything about a checkpoint comes from files in its folder: tokenizer.json, tokenizer.model, tokenizer_config.json,
-special_tokens_map.json, added_tokens.json, chat_template.jinja, config.json, generation_config.json.
+Everything about a checkpoint comes from files in its folder: tokenizer.json, tokenizer.model, vocab.json, merges.txt,
+tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja, additional_chat_templates/,
+config.json, generation_config.json. Which of them counts where they differ is as in transformers 5.
 """
 import datetime
 import functools
@@ -19,6 +20,9 @@ import json
 import re
 from pathlib import Path
 from typing import Iterable
+
+from console import read_text
+from model import read_json, refuse_lfs_pointer, resolve_checkpoint
 
 Messages = list[dict]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]; the template sees other keys too
 
@@ -38,11 +42,8 @@ class Tokenizer:
         date: datetime.datetime | None = None,
     ) -> "Tokenizer":
         """checkpoint: folder or hub id; the rest: see __init__. Raises FileNotFoundError, ValueError."""
-        if not Path(checkpoint).is_dir():
-            from model import resolve_checkpoint
-
-            checkpoint = resolve_checkpoint(checkpoint)
-        return cls(Path(checkpoint), chat_template=chat_template, template_args=template_args, date=date)
+        folder = resolve_checkpoint(checkpoint, weights=False)
+        return cls(folder, chat_template=chat_template, template_args=template_args, date=date)
 
     def __init__(
         self,
@@ -54,28 +55,30 @@ class Tokenizer:
     ):
         """chat_template: "vicuna", "llama2", "mixtral", a jinja file or jinja text, instead of the checkpoint's own.
         template_args: more variables for the template, such as {"enable_thinking": False}."""
-        settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
-        config = read_json(folder / "config.json")
-        if (folder / "tokenizer.json").is_file():
-            self._backend = HuggingFaceBackend(folder, settings)
-        elif (folder / "tokenizer.model").is_file():
-            self._backend = SentencePieceBackend(folder, settings)
+        settings = tokenizer_settings(folder)
+        config = read_json(folder / "config.json", absent={})
+        if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+            self._backend = HuggingFaceBackend(folder, settings, config)
         else:
-            raise FileNotFoundError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model")
+            self._backend = SentencePieceBackend(folder, settings)
         self.vocab_size: int = self._backend.vocab_size
         self.special_ids: frozenset[int] = self._backend.special_ids
 
-        self._special_text = special_text(settings)
+        unsaid = {name: text for name, text in self._backend.default_text.items() if name not in settings}
+        self._special_text = unsaid | special_text(settings)
         self.bos_id = self._id(self._special_text.get("bos_token"))
         if self.bos_id is None and "bos_token" not in settings:  # null, as Qwen2 has it, means that there is none
-            self.bos_id = config.get("bos_token_id", self._backend.bos_id)
-        self.adds_bos: bool = self.bos_id is not None and settings.get("add_bos_token", self._backend.adds_bos)
+            self.bos_id = self._backend.bos_id
+            if self.bos_id is None and config.get("bos_token_id") in range(self.vocab_size):
+                self.bos_id = int(config["bos_token_id"])
+        self.adds_bos: bool = self.bos_id is not None and self._backend.adds_bos
 
-        text, self._is_builtin = find_chat_template(folder, settings, config, chat_template)
-        self._chat_template = None if text is None else ChatTemplate(text)
+        templates, self._is_builtin = find_chat_templates(folder, settings, config, self._backend, chat_template)
+        self._chat_templates = {name: ChatTemplate(text) for name, text in templates.items()}
         self._template_args = check_template_args(template_args or {})
         self.date = date
-        self.stop_ids: frozenset[int] = self._find_stop_ids(config, read_json(folder / "generation_config.json"))
+        generation_config = read_json(folder / "generation_config.json", absent={})
+        self.stop_ids: frozenset[int] = self._find_stop_ids(config, generation_config)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Special tokens written out in `text`, such as "</s>", become their ids; none is added but bos on request,
@@ -134,34 +137,34 @@ class Tokenizer:
     @property
     def uses_date(self) -> bool:
         """Whether the chat template asks for the date."""
-        return self._chat_template is not None and self._chat_template.uses_date
+        return any(template.uses_date for template in self._chat_templates.values())
 
     @property
     def template_digest(self) -> str:
         """sha256 over the chat template and its arguments, but not the date: what a chat's tokens come from."""
-        text = self._chat_template and self._chat_template.text
-        return hashlib.sha256(json.dumps([text, self._template_args], sort_keys=True).encode()).hexdigest()
+        texts = {name: template.text for name, template in self._chat_templates.items()}
+        return hashlib.sha256(json.dumps([texts, self._template_args], sort_keys=True).encode()).hexdigest()
 
     def render_chat(
         self, messages: Messages, add_generation_prompt: bool = True, *, tools: list[dict] | None = None
     ) -> str:
-        if self._chat_template is None:
-            names = "|".join(BUILTIN_TEMPLATES)
+        template = (tools is not None and self._chat_templates.get("tool_use")) or self._chat_templates.get("default")
+        if template is None:
+            names = "|".join([*self._chat_templates, *BUILTIN_TEMPLATES])
             raise ValueError(f"this checkpoint has no chat template: use --raw, or --chat-template {names}")
         if not messages:
             raise ValueError("a chat needs at least one message")
         variables = {"tools": None, "documents": None, **self._special_text, **self._template_args}
         if tools is not None:
             variables["tools"] = tools
-        return self._chat_template.render(
-            self.date, messages=messages, add_generation_prompt=add_generation_prompt, **variables
-        )
+        messages = [said_keys(message) for message in messages]
+        return template.render(self.date, messages=messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def _find_stand_ins(self, messages: Messages) -> dict[str, str]:
         """{a character that nobody uses: a special token written in a message}"""
         said = "\n".join(strings(messages))
         special = [token for token in self._backend.special_tokens if token in said]
-        used = said + self._chat_template.text
+        used = said + "".join(template.text for template in self._chat_templates.values())
         private = (chr(i) for i in range(0xF0000, 0xFFFFE) if chr(i) not in used)  # private use: means nothing
         # Longest first, as one token may begin another.
         return dict(zip(private, sorted(special, key=len, reverse=True)))
@@ -176,14 +179,17 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def _find_stop_ids(self, config: dict, generation_config: dict) -> frozenset[int]:
-        stops = set()
+        eos = self._special_text.get("eos_token", self._backend.default_text.get("eos_token"))
+        stops = {self._id(eos)}
         for source in (generation_config, config):
             ids = source.get("eos_token_id")
-            stops.update(ids if isinstance(ids, list) else [ids])
-        eos = self._special_text.get("eos_token")
-        stops.add(self._backend.eos_id if eos is None else self._id(eos))
+            ids = ids if isinstance(ids, list) else [ids]
+            if source.get("bos_token_id") not in (None, self.bos_id):
+                # Early LLaMA folders count one token less: what they call eos is the vocabulary's bos.
+                ids = [i for i in ids if i != self.bos_id]
+            stops.update(ids)
         # A chat model may end its turn with a token that its config does not list.
-        written = "" if self._chat_template is None else self._chat_template.text
+        written = "".join(template.text for template in self._chat_templates.values())
         stops.update(self._id(token) for token in END_OF_TURN if token in written)
         return frozenset(stops - {None})
 
@@ -237,30 +243,27 @@ def certain_length(text: str) -> int:
 
 
 class HuggingFaceBackend:
-    """tokenizer.json."""
+    """tokenizer.json, or vocab.json with merges.txt, and the tokens that only other JSON files declare."""
 
-    def __init__(self, folder: Path, settings: dict):
-        import tokenizers
-
-        path = folder / "tokenizer.json"
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} is not a tokenizer the tokenizers library can read: {error}") from error
+    def __init__(self, folder: Path, settings: dict, config: dict):
+        self._tokenizer = load_tokenizer(folder, settings, config)
         self._tokenizer.no_truncation()  # a saved training setting, which would cut long prompts
         self._tokenizer.no_padding()
         self.token_to_id = self._tokenizer.token_to_id
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        named = (self.token_to_id(token) for token in special_text(settings).values())
         added = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.special_ids = frozenset({*named, *added} - {None})
+        self.special_ids = frozenset(added)
         self.special_tokens = [token.content for token in added.values()]
         self.byte_ids = frozenset()
         if "ByteFallback" in str(self._tokenizer.decoder):
             self.byte_ids = frozenset(map(self.token_to_id, BYTE_TOKENS)) - {None}
-        self.bos_id = self.eos_id = None
         first = self._tokenizer.encode("a", add_special_tokens=True).ids[:1]
-        self.adds_bos = bool(first) and first[0] in self.special_ids
+        self.bos_id = first[0] if first and first[0] in self.special_ids else None
+        self.adds_bos = self.bos_id is not None
+        self.default_text = {}
+        if str(settings.get("tokenizer_class")).startswith("LlamaTokenizer"):
+            defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            self.default_text = {name: text for name, text in defaults.items() if self.token_to_id(text) is not None}
 
     def encode(self, text: str, stand_ins: dict[str, str] = {}) -> list[int]:
         """stand_ins: {character: the special token it stands for, which is to be encoded as text}"""
@@ -289,6 +292,89 @@ class HuggingFaceBackend:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def load_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.Tokenizer":
+    """With every token that is declared beside it. Raises FileNotFoundError, ValueError."""
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        refuse_lfs_pointer(path)
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer the tokenizers library can read: {error}") from error
+    else:
+        tokenizer = build_tokenizer(folder, settings, config)
+
+    declared = declared_tokens(folder, settings)
+    if path.is_file() and any(tokenizer.token_to_id(token["content"]) != i for i, token in declared.items()):
+        tokenizer = insert_tokens(path, declared)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = [tokenizers.AddedToken(**declared[i]) for i in sorted(declared)]
+    named = set(special_tokens(settings)) - known - {token.content for token in tokens}
+    tokens += [tokenizers.AddedToken(token, special=True, normalized=False) for token in sorted(named)
+               if tokenizer.token_to_id(token) is not None]  # what has no id would get one that no model has
+    tokenizer.add_tokens(tokens)  # one that is known takes the flags that it has here
+    return tokenizer
+
+
+def insert_tokens(path: Path, declared: dict[int, dict]) -> "tokenizers.Tokenizer":
+    """tokenizer.json with the declared tokens that it lacks, each under its id. The library counts added tokens on
+    from the vocabulary without a gap, so one that is missing in the middle would move all behind it."""
+    import tokenizers
+
+    content = read_json(path)
+    added = {token["id"]: token for token in content["added_tokens"]}
+    vocab = content["model"]["vocab"]
+    taken = {*added, *(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))}
+    texts = {token["content"] for token in added.values()}
+    added |= {i: {"id": i, **token} for i, token in declared.items() if i not in taken and token["content"] not in texts}
+    content["added_tokens"] = [added[i] for i in sorted(added)]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    for i, token in added.items():
+        if tokenizer.token_to_id(token["content"]) != i:
+            raise ValueError(f"{path}: the ids of its added tokens have a gap before {i}, {token['content']!r}, and no file "
+                             "beside it declares what is missing")
+    return tokenizer
+
+
+# Splits text as Qwen2's published tokenizer.json does.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.Tokenizer":
+    """Byte-level BPE from vocab.json and merges.txt, of the kinds whose rules these two files leave out."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    if not all(file.is_file() for file in files):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model, or vocab.json with merges.txt"
+        )
+    by_model = "Qwen2Tokenizer" if config.get("model_type") in ("qwen2", "qwen3") else None
+    kind = str(settings.get("tokenizer_class") or by_model).removesuffix("Fast")
+    if kind not in ("Qwen2Tokenizer", "GPT2Tokenizer"):
+        raise ValueError(f"{folder} has vocab.json and merges.txt only, which are read for tokenizer_class Qwen2Tokenizer "
+                         f"and GPT2Tokenizer, not {kind}: tokenizer.json is needed")
+    for file in files:
+        refuse_lfs_pointer(file)
+    try:
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(*map(str, files)))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{folder}: vocab.json and merges.txt cannot be read: {error}") from error
+    prefix = bool(settings.get("add_prefix_space"))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    if kind == "Qwen2Tokenizer":
+        words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
+        parts = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Sequence([words, parts])
+    return tokenizer
+
+
 class SentencePieceBackend:
     """tokenizer.model, with the added tokens that transformers keeps in JSON files beside it.
 
@@ -305,6 +391,7 @@ class SentencePieceBackend:
         from tokenizers import decoders
 
         path = folder / "tokenizer.model"
+        refuse_lfs_pointer(path)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
             proto = self._model.serialized_model_proto() + self.NO_PREFIX
@@ -314,22 +401,29 @@ class SentencePieceBackend:
         size = self._model.get_piece_size()
         self.special_ids = frozenset(i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i))
         self.byte_ids = frozenset(i for i in range(size) if self._model.is_byte(i))
-        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
-        self.adds_bos = True
+        ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id(), "unk_token": self._model.unk_id()}
+        self.default_text = {name: self._model.id_to_piece(i) for name, i in ids.items() if i >= 0}
+        self.bos_id = ids["bos_token"] if ids["bos_token"] >= 0 else None
+        self.adds_bos = settings.get("add_bos_token", True)
 
         self._pieces = dict(enumerate(self._model.id_to_piece(list(range(size)))))
-        self._added = {self._pieces[i]: i for i in self.special_ids} | read_json(folder / "added_tokens.json")
-        special = set(special_text(settings).values())
-        for i, token in settings.get("added_tokens_decoder", {}).items():
-            self._added[token["content"]] = int(i)
-            special |= {token["content"]} if token.get("special") else set()
+        self._added = {self._pieces[i]: i for i in self.special_ids}
+        special = set(special_tokens(settings))
+        declared = declared_tokens(folder, settings)
+        for i, token in declared.items():
+            self._added[token["content"]] = i
+            special |= {token["content"]} if token["special"] else set()
+        self._takes_left = {token["content"] for token in declared.values() if token["lstrip"]}
+        self._takes_right = {token["content"] for token in declared.values() if token["rstrip"]}
         self._added |= {token: i for token in special if (i := self.token_to_id(token)) is not None}
         self.special_ids |= {self._added[token] for token in special if token in self._added}
         self.special_tokens = [token for token, i in self._added.items() if i in self.special_ids]
         self._pieces |= {i: token for token, i in self._added.items()}
         self.vocab_size = max(self._pieces) + 1
         # Longest first, as one added token may begin another.
-        added = "|".join(re.escape(token) for token in sorted(self._added, key=len, reverse=True))
+        words = {token["content"] for token in declared.values() if token["single_word"]}
+        patterns = {token: re.escape(token) for token in sorted(self._added, key=len, reverse=True)}
+        added = "|".join(rf"(?<!\w){text}(?!\w)" if token in words else text for token, text in patterns.items())
         self._split = re.compile(f"({added})" if added else "(?!)()")
 
         self._legacy = settings.get("legacy") is not False
@@ -347,12 +441,19 @@ class SentencePieceBackend:
 
     def encode(self, text: str, stand_ins: dict[str, str] = {}) -> list[int]:
         """stand_ins: {character: the special token it stands for, which is to be encoded as text}"""
-        ids = []
-        for n, part in enumerate(self._split.split(text)):  # text, added token, text, ..., text
+        ids, parts = [], self._split.split(text)  # text, added token, text, ..., text
+        for n in range(1, len(parts), 2):
+            if parts[n] in self._takes_left:
+                parts[n - 1] = parts[n - 1].rstrip()
+            if parts[n] in self._takes_right:
+                parts[n + 1] = parts[n + 1].lstrip()
+        for n, part in enumerate(parts):
             if n % 2:
                 ids.append(self._added[part])
             elif part:
-                ids += (self._model if n == 0 or self._legacy else self._bare).encode(reveal(part, stand_ins))
+                # Text behind a token that brings a space of its own gets no other in transformers 5.
+                prefixed = n == 0 or (self._legacy and part[0] not in " ▁")
+                ids += (self._model if prefixed else self._bare).encode(reveal(part, stand_ins))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -367,26 +468,58 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # how SentencePiece writes what has no piece of its own
 
 
-def read_json(path: Path) -> dict:
-    """An absent file is an empty one."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, not {type(content).__name__}")
-    return content
+def tokenizer_settings(folder: Path) -> dict:
+    """tokenizer_config.json and special_tokens_map.json, without what is empty: a special token "" is no statement."""
+    settings = read_json(folder / "tokenizer_config.json", absent={})
+    mapped = read_json(folder / "special_tokens_map.json", absent={})
+    # The map counts for more until tokenizer_config.json declares tokens with their ids itself.
+    settings = {**mapped, **settings} if "added_tokens_decoder" in settings else {**settings, **mapped}
+    return {name: value for name, value in settings.items() if value != "" and text_of(value) != ""}
+
+
+def text_of(token: object) -> str | None:
+    """The text of a special token: a string, or {"content": string}, as older files have it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def special_text(settings: dict) -> dict[str, str]:
-    """{"eos_token": "</s>", ...}; older files wrap the text in {"content": ...}."""
-    tokens = {name: settings.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    for n, token in enumerate(settings.get("additional_special_tokens") or []):
-        tokens[f"additional_special_token_{n}"] = token
-    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
-    return {name: token for name, token in tokens.items() if token}
+    """{"eos_token": "</s>", ...}"""
+    named = {name: text_of(settings.get(name)) for name in NAMED_TOKENS}
+    return {name: text for name, text in named.items() if text is not None}
+
+
+def special_tokens(settings: dict) -> list[str]:
+    """The texts of all special tokens that tokenizer_config.json names."""
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    more = more.values() if isinstance(more, dict) else more
+    of_model = [value for name, value in settings.items() if name.endswith("_token") and name not in NAMED_TOKENS]
+    texts = [*special_text(settings).values(), *map(text_of, more), *map(text_of, of_model)]
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def declared_tokens(folder: Path, settings: dict) -> dict[int, dict]:
+    """{id: {"content", "special", "lstrip", "rstrip", "single_word", "normalized"}} of the tokens that JSON files add:
+    tokenizer_config.json's added_tokens_decoder or, where there is none, added_tokens.json {text: id}."""
+    decoder = settings.get("added_tokens_decoder")
+    if decoder is None:
+        special = special_tokens(settings)
+        added = read_json(folder / "added_tokens.json", absent={})
+        decoder = {i: {"content": text, "special": text in special} for text, i in added.items()}
+    try:
+        declared = {int(i): token_flags(token) for i, token in decoder.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder}: the added tokens in tokenizer_config.json or added_tokens.json are not ids and texts") from None
+    return {i: token for i, token in declared.items() if token["content"]}
+
+
+def token_flags(token: dict) -> dict:
+    special = bool(token.get("special"))
+    flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+    return {"content": str(token["content"]), "special": special, "normalized": token.get("normalized", not special), **flags}
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
@@ -420,38 +553,83 @@ BUILTIN_TEMPLATES = {
 }
 
 
-def find_chat_template(folder: Path, settings: dict, config: dict, choice: str | None) -> tuple[str | None, bool]:
-    """(jinja text or None, whether it is a built-in one)"""
+def find_chat_templates(
+    folder: Path, settings: dict, config: dict, backend: "HuggingFaceBackend | SentencePieceBackend", choice: str | None
+) -> tuple[dict[str, str], bool]:
+    """({"default": jinja text, ...}, whether it is a built-in one); "tool_use" is taken where a chat has tools."""
     if choice in BUILTIN_TEMPLATES:
-        return BUILTIN_TEMPLATES[choice], True
+        if not fits_template(choice, backend):
+            raise ValueError(f"chat template {choice!r} writes [INST] as text, which is one token of this vocabulary")
+        return {"default": BUILTIN_TEMPLATES[choice]}, True
+    if choice is not None and ("{{" in choice or "{%" in choice):
+        return {"default": choice}, False
+    templates = checkpoint_templates(folder, settings)
+    if choice in templates:
+        return {"default": templates[choice]}, False
     if choice is not None:
-        if "{{" in choice or "{%" in choice:
-            return choice, False
         if not Path(choice).is_file():
-            names = "|".join(BUILTIN_TEMPLATES)
+            names = "|".join([*templates, *BUILTIN_TEMPLATES])
             raise ValueError(f"chat template {choice!r} is no file, no jinja text and none of {names}")
-        return Path(choice).read_text(encoding="utf-8"), False
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8"), False
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name: "default", "tool_use", ...
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if template is not None:
-        return template, False
-    name = builtin_name(config)
-    return BUILTIN_TEMPLATES.get(name), name is not None
+        return {"default": read_text(Path(choice))}, False
+    if templates:
+        return templates, False
+    name = builtin_name(config, backend)
+    return {} if name is None else {"default": BUILTIN_TEMPLATES[name]}, name is not None
 
 
-def builtin_name(config: dict) -> str | None:
-    name = str(config.get("_name_or_path")).lower()
-    if config.get("model_type") in ("mixtral", "mistral"):
-        return "mixtral"
-    if config.get("model_type") == "llama" and config.get("vocab_size") == 32000:
-        if "vicuna" in name:
-            return "vicuna"
-        if "llama-2" in name and "chat" in name:
-            return "llama2"
+def checkpoint_templates(folder: Path, settings: dict) -> dict[str, str]:
+    """{"default": ..., "tool_use": ...}: chat_template.jinja and additional_chat_templates/NAME.jinja, else
+    tokenizer_config.json's chat_template: one text, or several by name. Raises ValueError."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if found := {name: read_template(file) for name, file in files.items() if file.is_file()}:
+        return found
+    template = settings.get("chat_template") or {}
+    if isinstance(template, str):
+        return {"default": template}
+    try:
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        if all(isinstance(text, str) for text in template.values()):
+            return template
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is neither a text nor texts by name")
+
+
+def read_template(file: Path) -> str:
+    refuse_lfs_pointer(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} does not fit") from None
+
+
+def builtin_name(config: dict, backend: "HuggingFaceBackend | SentencePieceBackend") -> str | None:
+    kind, named = config.get("model_type"), str(config.get("_name_or_path")).lower()
+    if config.get("vocab_size", 32000) != 32000:
+        return None
+    if kind in ("mixtral", "mistral"):  # their later vocabularies have other spaces around [INST]
+        return "mixtral" if fits_template("mixtral", backend) else None
+    if kind == "llama" and "vicuna" in named:
+        return "vicuna"
+    if kind == "llama" and "llama-2" in named and "chat" in named:
+        return "llama2"
     return None
+
+
+def fits_template(name: str, backend: "HuggingFaceBackend | SentencePieceBackend") -> bool:
+    """Whether this vocabulary writes as text what the built-in template does."""
+    return "[INST]" not in BUILTIN_TEMPLATES[name] or backend.token_to_id("[INST]") is None
+
+
+def said_keys(message: dict) -> dict:
+    """Without keys whose value is null, which templates would write as "None"; reasoning under its usual name too."""
+    message = {key: value for key, value in message.items() if value is not None}
+    for name in ("thinking", "reasoning"):
+        if name in message:
+            message.setdefault("reasoning_content", message[name])
+    return message
 
 
 class ChatTemplate:

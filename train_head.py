@@ -651,7 +651,7 @@ def draw_curves(log: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
-@command()
+@command(in_ranks=True)
 def main(args: argparse.Namespace) -> int:
     """Exit status 130 when stopped, with everything saved."""
     return train(args)

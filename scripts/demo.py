@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> None:
     prompts = [cli.encode(text, tokenizer, raw=False) for text in args.prompt]
     tree = load_tree(args.tree)
     n_slot = cli.slots_for(max(map(len, prompts)) + args.max_new_tokens + tree.n_room, model)
-    cli.check_prompts(prompts, n_slot)
+    cli.check_prompts(prompts, n_slot, model.config.vocab_size)
     cli.setup_caches(model, head, 1, n_slot)
     plain = cli.Decoder(model, 1, compile=args.compile)
     eagle = cli.Decoder(model, 1, compile=args.compile, head=head, tree=tree)
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None)
+    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None, template_args=None)
     return parser.parse_args(argv)
 
 

@@ -320,7 +320,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts and token counts")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
-    parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
+    cli.add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
 import ranks
 import tp
-from console import Parser, command, number, parse_json, read_records, read_text, say
+from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
 from model import Sampling, Transformer, resolve_checkpoint
 from tokenizer import Tokenizer
 from train_data import LeftOut, Unusable, answer_text, chat_of, check_same, holds_records, target_stamp
@@ -67,6 +67,7 @@ famous people|inventions|money|weather|transport|fashion|etiquette""".replace("\
 MARK = "\u241f"  # stands where the user's text goes in a template
 
 
+READING = 3600.0        # seconds that the first process may read the target's files while the others wait
 IDLE_ROUNDS = 100       # of the target asking itself without one dialogue to keep, after which it is hopeless
 
 
@@ -88,19 +89,21 @@ class Job(NamedTuple):
     n_round: int                        # rounds that those took
 
 
-@command(stopped="stopped; the same command goes on from here")
+@command(stopped="stopped; the same command goes on from here", in_ranks=True)
 def main(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: not a file in an existing folder")
     if args.checkpoint is None:
         from scripts.download import download_demo
         args.checkpoint = str(download_demo(log=say))
-    tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template)
+    tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template, template_args=args.template_args)
     tokenizer.apply_chat_template(asked_by("Hi", args).turns)   # what cannot be rendered at all shows now
-    shard = tp.Shard.world() if ranks.launched() else None
-    writes = shard is None or shard.rank == 0
-    job = prepare(args, tokenizer) if writes else None
-    job = job if shard is None else shard.from_rank_0(job)
+    writes = not ranks.launched() or tp.Shard.world().rank == 0
+    if ranks.launched():
+        job = ranks.in_turn(writes, pick_device(args.device), lambda alive: prepare(args, tokenizer), READING)
+        job = tp.Shard.world().from_rank_0(job)
+    else:
+        job = prepare(args, tokenizer)
     if job.settings["date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(job.settings["date"])
 
@@ -399,7 +402,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
+    add_chat_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message of dialogues that have none")
     parser.set_defaults(eagle=None, tree=None, top_k=None)
     return parser.parse_args(argv)

@@ -262,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_draft_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.set_defaults(compile=None, temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None)
+    parser.set_defaults(compile=None, temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None, template_args=None)
     return parser.parse_args(argv)
 
 

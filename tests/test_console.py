@@ -27,6 +27,19 @@ def test_a_command_answers_with_an_exit_status_and_one_line(outcome, status, lin
     assert err.startswith(line) and err.count("\n") == bool(line)
 
 
+def test_under_torchrun_only_commands_that_work_in_ranks_are_called(monkeypatch, capsys):
+    called = []
+    alone, in_ranks = command()(called.append), command(in_ranks=True)(called.append)
+    monkeypatch.setattr("sys.argv", ["scripts/report.py"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, line in (("0", "error: report.py runs in one process: start it without torchrun\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert alone(None) == 2 and capsys.readouterr().err == line and not called
+    assert in_ranks("in ranks") == 0
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert alone("alone") == 0 and called == ["in ranks", "alone"]
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_records_are_read_from_lines_and_from_an_array(tmp_path, mark):
     entries = [{"n": 1, "text": "a\u2028b"}, {"n": 2, "text": "ü\u0085"}, {"n": 3}]
@@ -35,7 +48,7 @@ def test_records_are_read_from_lines_and_from_an_array(tmp_path, mark):
     array.write_bytes(mark + json.dumps(entries, indent=2, ensure_ascii=False).encode())
     for file in (lines, array):
         assert list(console.read_records(file)) == list(enumerate(entries, start=1))
-    lines.write_bytes(mark + b"one\ntwo\n")
+    lines.write_bytes(mark + b"one\r\ntwo\n")
     assert console.read_text(lines) == "one\ntwo\n"
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Transformer
+from model import ModelArgs, Transformer, resolve_checkpoint
 from reference import (BASE, KINDS, VOCAB, assert_close, edited_json, expected, naive_decode, read_safetensors, tiny,
                        tokens_of)
 
@@ -304,7 +304,8 @@ def test_config_fields_are_those_of_config_json(zoo, kind):
     assert (ours.dim, ours.n_layer, ours.n_head, ours.n_kv_head, ours.head_dim) == (
         theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads, theirs.num_key_value_heads, head_dim)
     assert (ours.intermediate_size, ours.vocab_size) == (theirs.intermediate_size, theirs.vocab_size)
-    assert ours.block_size == theirs.max_position_embeddings
+    stretched = 4 if kind == "llama_linear" else 1
+    assert ours.block_size == theirs.max_position_embeddings * stretched
 
 
 @all_kinds
@@ -325,6 +326,65 @@ def test_the_context_of_vicuna_16k_is_max_sequence_length(tmp_path):
     assert model.config.block_size == 128
     model.setup_caches(1, 128)
     assert_equal_outputs(feed(model, tokens), expected(hf, tokens))
+
+
+@pytest.mark.parametrize("rope, keys, context", [
+    (dict(type="linear", factor=4.0), {}, 4 * 256),         # positions before they are stretched, as vLLM reads it too
+    (dict(rope_type="linear", factor=2.5), {}, 640),
+    (dict(rope_type="linear", factor=4.0, original_max_position_embeddings=64), {}, 256),
+    (dict(rope_type="linear", factor=4.0), dict(max_sequence_length=4096), 4096),
+    (dict(type="dynamic", factor=4.0), {}, 256),            # past it the angles of all tokens would change
+    (dict(type="dynamic", factor=4.0), dict(max_sequence_length=1024), 256),
+    (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+          original_max_position_embeddings=64), {}, 256),
+    (None, dict(max_sequence_length=300), 300),
+], ids=str)
+def test_the_context_under_each_scaling_of_rope(zoo, rope, keys, context):
+    config = json.loads((zoo("llama2").folder / "config.json").read_text()) | keys
+    assert ModelArgs.from_config(config | {"rope_scaling": rope}).block_size == context
+    if rope:
+        rope = {"rope_type": rope.get("type"), **rope, "rope_theta": 1e4}
+        assert ModelArgs.from_config(config | {"rope_scaling": None, "rope_parameters": rope}).block_size == context
+
+
+def test_where_two_keys_scale_rope_transformers_takes_rope_scaling(tmp_path):
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    folder, _ = tiny("llama_linear", tmp_path)
+    with edited_json(folder / "config.json") as config:
+        config["rope_parameters"] = dict(rope_type="linear", factor=2.0, rope_theta=1e4)
+    theirs = AutoConfig.from_pretrained(folder).rope_parameters["factor"]
+    assert load(folder).config.rope_scaling["factor"] == theirs == 4.0
+    llama3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    for keys in ({}, {"original_max_position_embeddings": 64}):     # beside rope_scaling, or max_position_embeddings
+        with edited_json(folder / "config.json") as config:
+            config.pop("rope_parameters", None)
+            config.update(rope_scaling=llama3, **keys)
+        theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
+        assert_close(load(folder).inv_freq, theirs)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mistral", "qwen2", "qwen3"])
+def test_what_config_json_leaves_out_is_what_transformers_takes(zoo, kind):
+    from transformers import AutoConfig
+    config = json.loads((zoo(kind).folder / "config.json").read_text())
+    for key in ("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window"):
+        config.pop(key, None)
+    ours, theirs = ModelArgs.from_config(config), AutoConfig.for_model(**config)
+    assert (ours.block_size, ours.norm_eps, ours.rope_theta, ours.sliding_window) == (
+        theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"],
+        theirs.sliding_window)
+
+
+def test_whole_numbers_may_be_written_as_floats(zoo):
+    config = json.loads((zoo("mixtral").folder / "config.json").read_text())
+    keys = [key for key, value in config.items() if type(value) is int and not key.endswith("token_id")]
+    assert {"vocab_size", "num_local_experts", "max_position_embeddings"} <= set(keys)
+    args = ModelArgs.from_config(config | {key: float(config[key]) for key in keys})
+    assert args == ModelArgs.from_config(config) and type(args.n_head) is type(args.block_size) is int
+    for key, wrong in [("vocab_size", 96.5), ("hidden_size", "32"), ("num_hidden_layers", True), ("head_dim", 1e400)]:
+        with refused(key, repr(wrong), "whole number"):
+            ModelArgs.from_config(config | {key: wrong})
 
 
 def test_absent_optional_keys_take_the_defaults_of_transformers(zoo, tmp_path):
@@ -403,10 +463,31 @@ def test_a_sliding_window_that_qwen2_does_not_use_is_ignored(tmp_path):
     assert_equal_outputs(feed(model, tokens), expected(hf, tokens))
 
 
-def test_a_sliding_window_that_qwen2_uses_in_some_layers_is_refused(tmp_path):
-    folder, _ = tiny("qwen2", tmp_path, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+@pytest.mark.parametrize("kind, keys", [
+    ("qwen2", dict(max_window_layers=1)), ("qwen3", dict(max_window_layers=0)),
+    ("qwen2", dict(max_window_layers=2, layer_types=["full_attention", "sliding_attention"]))], ids=str)
+def test_a_sliding_window_that_qwen_uses_in_some_layers_is_refused(tmp_path, kind, keys):
+    folder, _ = tiny(kind, tmp_path, use_sliding_window=True, sliding_window=16, **keys)
     with refused("sliding_window", 16):
         load(folder).setup_caches(1, 17)
+
+
+@pytest.mark.parametrize("kind, keys", [
+    ("qwen2", dict(max_window_layers=2)), ("qwen3", dict(max_window_layers=28)),
+    ("qwen3", dict(max_window_layers=0, layer_types=["full_attention", "full_attention"]))], ids=str)
+def test_a_sliding_window_that_no_layer_of_qwen_has_is_ignored(tmp_path, kind, keys):
+    folder, hf = tiny(kind, tmp_path, use_sliding_window=True, sliding_window=16, **keys)
+    with edited_json(folder / "config.json") as config:
+        if keys["max_window_layers"]:
+            config.pop("layer_types", None)     # as published
+    model, tokens = load(folder), tokens_of(40)
+    model.setup_caches(1, SLOTS)
+    assert_equal_outputs(feed(model, tokens), expected(hf, tokens))
+
+
+def test_mistral_has_a_window_whatever_the_switch_of_qwen_says(zoo):
+    config = json.loads((zoo("mistral").folder / "config.json").read_text()) | {"use_sliding_window": False}
+    assert ModelArgs.from_config(config).sliding_window == 4096
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,7 +609,7 @@ def test_a_missing_shard_or_index_is_refused_by_name(tmp_path, binary):
         load(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": ["model.safetensors"]}'])
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 5}}'])
 def test_a_broken_index_is_refused_by_name(tmp_path, text):
     folder, _ = tiny("llama2", tmp_path, sharded=True)
     (folder / "model.safetensors.index.json").write_text(text)
@@ -543,6 +624,65 @@ def test_files_that_the_index_does_not_name_are_not_read(zoo, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"safetensors are preferred")
     reference = zoo("llama2").model.state_dict()
     assert all(torch.equal(value, reference[key]) for key, value in load(folder).state_dict().items())
+
+
+def test_one_file_counts_before_an_index_as_in_transformers(zoo, tmp_path):
+    """As left by whoever merged the shards: the index is stale, and so may the shards be."""
+    from transformers import AutoModelForCausalLM
+    for binary in (False, True):
+        folder, _ = tiny("llama2", tmp_path / str(binary), sharded=True, binary=binary, seed=1)
+        whole, _ = tiny("llama2", tmp_path / f"{binary} whole", binary=binary, seed=2)
+        file = whole / ("pytorch_model.bin" if binary else "model.safetensors")
+        shutil.copy(file, folder)
+        ours, theirs = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        assert torch.equal(ours.norm.weight, theirs.model.norm.weight)
+        assert torch.equal(ours.norm.weight, load(whole).norm.weight)
+
+
+def test_adapters_and_other_formats_are_refused_by_name(llama):
+    (llama / "adapter_config.json").write_text("{}")
+    (llama / "adapter_model.safetensors").write_bytes(b"")
+    with refused("adapter_config.json", "merge it"):
+        load(llama)
+    (llama / "adapter_config.json").unlink()
+    with edited_json(llama / "config.json") as config:
+        config["transformers_weights"] = "other.safetensors"
+    with refused("transformers_weights", "other.safetensors"):
+        load(llama)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_named_as_such(llama, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n"
+    if name != "config.json":
+        (llama / "model.safetensors").unlink()
+    (llama / name).write_text(pointer)
+    with refused(name, "Git LFS pointer", "git lfs pull"):
+        load(llama)
+
+
+def test_an_empty_variable_puts_no_cache_into_the_working_directory(tmp_path, monkeypatch):
+    import sys
+    monkeypatch.chdir(tmp_path)
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, "")
+    seen = types.SimpleNamespace(snapshot_download=lambda *args, **options: seen.env.update(os.environ) or tmp_path, env={})
+    monkeypatch.setitem(sys.modules, "huggingface_hub", seen)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", types.SimpleNamespace(
+        GatedRepoError=KeyError, LocalEntryNotFoundError=KeyError, RepositoryNotFoundError=KeyError))
+    assert resolve_checkpoint("owner/name", weights=False) == tmp_path
+    assert not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & set(seen.env)
+
+    import quantized
+    looked_at = []
+    monkeypatch.setattr(quantized, "read_json", lambda file: looked_at.append(file) or {})
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    quantized.tune(torch.nn.Module())
+    assert looked_at == [tmp_path / "home/.cache/eagle-kernels.json"]
+    monkeypatch.setattr("pathlib.Path.expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    with refused("~/model", "home directory"):
+        resolve_checkpoint("~/model")
 
 
 def test_missing_folder_config_or_weights_is_a_file_not_found(llama, tmp_path):

@@ -1,11 +1,15 @@
 """Quantised weights: the format, the products, folders, GPTQ, and decoding on a quantised target."""
+import datetime
 import itertools
 import json
 import operator
 import os
+import shutil
 import subprocess
 import sys
+import types
 import weakref
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +25,8 @@ from generate import generate
 from model import Transformer, _hf_targets, iterate_weights
 from quantized import Format, QuantLinear, dequantize, pack, quantize_in_place, round_to_nearest, tune, unpack
 from tokenizer import Tokenizer
-from reference import VOCAB, assert_close, assert_near_greedy, naive_decode, tiny, tokens_of, write_checkpoint
+from train_data import read_dialogues
+from reference import VOCAB, assert_close, assert_near_greedy, edited_json, naive_decode, tiny, tokens_of, write_checkpoint
 from test_eagle_lossless import PartlyRightHead, head_of
 
 FORMATS = [Format("int8"), Format("int4", 32), Format("int4", 64)]
@@ -203,6 +208,15 @@ def test_as_many_weights_take_turns_as_no_cache_holds(monkeypatch):
     assert set(turns) == {3}
 
 
+def test_a_block_takes_the_kernel_of_the_next_larger_number_of_rows(monkeypatch):
+    linear = QuantLinear.from_weight(torch.randn(48, 64), Format("int4", 32))
+    linear.kernels = {rows: str(rows) for rows in quantized.ROWS}
+    monkeypatch.setattr(QuantLinear, "product", lambda self, name, x, expert: name)
+    wanted = {1: "1", 2: "2", 3: "4", 5: "8", 8: "8", 9: "16", 26: "32", 33: "64", 60: "64", 65: "64", 512: "64"}
+    assert {rows: linear(torch.ones(1, rows, 64)) for rows in wanted} == wanted
+    assert linear(torch.ones(3, 11, 64)) == "64"       # of a batch all rows count
+
+
 def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
     linear = QuantLinear.from_weight(torch.randn(48, 64).bfloat16(), Format("int4", 32))
     calls = []
@@ -325,12 +339,9 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
     else:
         tiny(kind, folder, **WIDE, vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"])
     data = tmp_path / "data.jsonl"
-    words = "the quick brown fox jumps over a lazy dog and then other dogs sleep for rest of day".split()
-    shuffled = lambda: " ".join(words[i] for i in torch.randint(len(words), (12,)).tolist())
-    data.write_text("".join(json.dumps({"messages": [
-        {"role": "user", "content": shuffled()}, {"role": "assistant", "content": shuffled()}]}) + "\n" for _ in range(24)))
+    write_dialogues(data, 24)
     errors = {}
-    tokens = torch.tensor([Tokenizer.from_pretrained(folder).encode(shuffled())])
+    tokens = torch.tensor([Tokenizer.from_pretrained(folder).encode("the lazy dog sleeps over other dogs and a fox")])
     pos = torch.arange(tokens.shape[1])
     exact = Transformer.from_pretrained(folder, dtype=torch.float32)(tokens, pos)[0]
     for method, options in (("rtn", ()), ("gptq", ("--data", data))):
@@ -350,6 +361,139 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
         assert "model.layers.0.: no token reached w13.4, w13.5, w13.6, w13.7, w2.4, " in capsys.readouterr().err
     else:
         assert "no token reached" not in capsys.readouterr().err
+
+
+def test_calibration_sums_over_all_dialogues_through_the_quantised_layers_before_and_by_the_routers_choice(sound, tmp_path, monkeypatch):
+    tokens_from, data = sound
+    folder, out = tmp_path / "mixtral", tmp_path / "q"
+    config = json.loads((tokens_from / "config.json").read_text())
+    tiny("mixtral", folder, **WIDE, vocab_size=config["vocab_size"], eos_token_id=config["eos_token_id"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokens_from / name, folder)
+    found, hessians = {}, quantize.Calibration.hessians
+    monkeypatch.setattr(quantize.Calibration, "hessians", lambda self, unit, tensors:
+                        found.setdefault(unit, hessians(self, unit, tensors)))
+    assert run("--checkpoint", folder, "--out", out, "--device", "cpu", *GPTQ, data) == 0
+
+    dialogues = read_dialogues(data, Tokenizer.from_pretrained(folder), config["vocab_size"], 512)
+    model, quantised = (Transformer.from_pretrained(f, dtype=torch.float32) for f in (folder, out))
+    assert len(dialogues) == 4
+    for i, layer in enumerate(model.layers):
+        inputs = defaultdict(list)
+        for name, module in (("wqkv", layer.attention.wqkv), ("wo", layer.attention.wo), ("experts", layer.feed_forward)):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0].flatten(0, 1)))
+        for dialogue in dialogues:
+            model(dialogue.tokens[None].long(), torch.arange(len(dialogue.tokens)))
+        rows = {name: torch.cat(parts) for name, parts in inputs.items()}
+        x, ffn = rows.pop("experts"), layer.feed_forward
+        chosen = ffn.gate(x).topk(2).indices
+        for e in range(8):
+            to_e = x[(chosen == e).any(1)]
+            gate, up = (to_e @ ffn.w13[e].T).chunk(2, -1)
+            rows |= {f"w13.{e}": to_e, f"w2.{e}": torch.nn.functional.silu(gate) * up} if len(to_e) else {}
+        assert found[f"model.layers.{i}."].keys() - {"gate"} == rows.keys()
+        for name, x in rows.items():
+            assert_close(found[f"model.layers.{i}."][name], x.T @ x, 1e-4)
+        model.layers[i] = quantised.layers[i]
+
+
+# Broken numbers
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """(folder, file of dialogues) of a tiny model with a tokenizer."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("sound") / "m")
+    tiny("gqa", folder, **WIDE, vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"])
+    return folder, write_dialogues(folder.parent / "data.jsonl", 4)
+
+
+def write_dialogues(file, n):
+    words = "the quick brown fox jumps over a lazy dog and then other dogs sleep for rest of day".split()
+    shuffled = lambda: " ".join(words[i] for i in torch.randint(len(words), (12,)).tolist())
+    file.write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": shuffled()}, {"role": "assistant", "content": shuffled()}]}) + "\n" for _ in range(n)))
+    return file
+
+
+def spoiled(folder, copy, change):
+    """A copy of a checkpoint in which change(weights) has edited the tensors."""
+    shutil.copytree(folder, copy)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+GPTQ = ("--mode", "int4", "--method", "gptq", "--data")
+
+
+@pytest.mark.parametrize("key, value, options", [
+    ("model.layers.1.mlp.up_proj.weight", "nan", ("--mode", "int8")), ("model.layers.0.self_attn.q_proj.weight", "inf", ("--mode", "int4")),
+    ("model.layers.1.mlp.down_proj.weight", "3e38", ("--mode", "int4")), ("model.layers.1.mlp.up_proj.weight", "nan", GPTQ),
+    ("model.embed_tokens.weight", "nan", GPTQ), ("model.norm.weight", "-inf", ("--mode", "int8")),
+    ("lm_head.weight", "-inf", ("--mode", "int8", "--lm-head", "int8")), ("model.layers.0.mlp.down_proj.weight", "-3e38", GPTQ),
+    ("fc.weight", "nan", ("--mode", "int8")), ("layers.0.post_attention_layernorm.weight", "inf", ("--mode", "int4"))])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_written(sound, key, value, options, tmp_path, capsys):
+    folder, data = sound
+    if not key.startswith(("model", "lm_head")):
+        folder = random_head(tmp_path / "head", Transformer.from_pretrained(folder))
+    folder = spoiled(folder, tmp_path / "m", lambda weights: weights[key].view(-1)[3].fill_(float(value)))
+    options += (data,) if options is GPTQ else ()
+    assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *options) == 2
+    line = capsys.readouterr().err.split("\n")[-2]
+    assert line.startswith(f"error: {key} holds ") and "not finite" in line and not list(tmp_path.glob("q*"))
+
+
+def test_a_loaded_weight_that_is_not_finite_is_refused():
+    for format in FORMATS:
+        head = torch.nn.ModuleDict({"fc": torch.nn.Linear(64, 8)})
+        head["fc"].weight.data[3, 40] = torch.nan
+        with pytest.raises(ValueError, match=r"a weight of shape \[8, 64\] holds values that are not finite"):
+            quantize_in_place(head, format)
+
+
+@pytest.mark.parametrize("dtype, advice", [("float16", "try --dtype bfloat16 or float32"), ("float32", "its weights are broken")])
+def test_a_perplexity_that_is_not_finite_is_refused(sound, dtype, advice, tmp_path, capsys):
+    """In fp16 the logits overflow; in fp32 they do not, but the perplexity is e to the power of thousands."""
+    grow = lambda weights: weights["model.norm.weight"].mul_(1e6)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.")
+    argv = ("--checkpoint", spoiled(sound[0], tmp_path / "m", grow), "--eval", text, "--dtype", dtype, "--device", "cpu")
+    assert run(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"error: the perplexity is not finite in {dtype}: {advice}\n"
+
+
+def test_an_eval_text_is_read_with_or_without_a_byte_order_mark(sound, tmp_path, capsys):
+    text, found = tmp_path / "text.txt", []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        text.write_bytes(mark + b"The quick brown fox jumps over the lazy dog.")
+        assert run("--checkpoint", sound[0], "--eval", text, "--dtype", "float32") == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1] and "perplexity" in found[0]
+    text.write_bytes(b"caf\xe9")
+    assert run("--checkpoint", sound[0], "--eval", text, "--mode", "int8", "--out", tmp_path / "q") == 2
+    assert "is not UTF-8 text: byte 3" in capsys.readouterr().err and not list(tmp_path.glob("q*"))
+
+
+def test_gptq_rounds_to_nearest_what_gets_nothing_but_zeros(sound, tmp_path, capsys):
+    folder, data = sound
+
+    def silence(weights):
+        weights["model.layers.0.input_layernorm.weight"].zero_()     # so values, and wo's inputs, are zero too
+        weights["model.layers.1.mlp.gate_proj.weight"].zero_()
+    folder = spoiled(folder, tmp_path / "m", silence)
+    assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *GPTQ, data) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "rounded" in line] == [
+        "model.layers.0.: no token reached wo, wqkv, or with zeros alone: rounded to nearest",
+        "model.layers.1.: no token reached w2, or with zeros alone: rounded to nearest"]
+    key, stored = "model.layers.1.mlp.down_proj.", {key: tensor for key, tensor, _ in iterate_weights(tmp_path / "q")}
+    nearest = round_to_nearest(load_file(folder / "model.safetensors")[key + "weight"], Format("int4", 32))
+    assert all(torch.equal(stored[key + kind], tensor) for kind, tensor in nearest.items())
+
+
+# Interruptions and refusals
 
 
 def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -393,6 +537,38 @@ def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch,
     for file in whole.glob("*.safetensors"):
         ours, theirs = load_file(out / file.name), load_file(file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_resumed_calibration_keeps_its_date_and_is_bound_to_its_tokens_and_config(sound, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(sound[0], tmp_path / "m")
+    with edited_json(folder / "tokenizer_config.json") as config:
+        config["chat_template"] = "{{ strftime_now('%d') }}" + config["chat_template"]
+
+    def quantise_on(day, out, stop=False):
+        class Clock(datetime.datetime):
+            now = classmethod(lambda cls, zone=None: cls(2026, 11, day, tzinfo=zone))
+        save = lambda tensors, file, **options: (raise_(KeyboardInterrupt) if stop and "001" in file.name
+                                                 else save_file(tensors, file, **options))
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, "datetime", types.SimpleNamespace(datetime=Clock))
+            patch.setattr(quantize, "save_file", save)
+            return run("--checkpoint", folder, "--out", tmp_path / out, "--device", "cpu", *GPTQ, sound[1])
+    assert quantise_on(26, "whole") == 0 and quantise_on(27, "other") == 0
+    assert quantise_on(26, "q", stop=True) == 130 and (tmp_path / "q.part/model-layer-000.safetensors").exists()
+    capsys.readouterr()
+    for file, change in (("tokenizer_config.json", lambda c: c.update(chat_template="New: " + c["chat_template"])),
+                         ("config.json", lambda c: c.update(rms_norm_eps=1e-5))):
+        before = (folder / file).read_text()
+        with edited_json(folder / file) as config:
+            change(config)
+        assert quantise_on(26, "q") == 2
+        assert "other weights or other calibration tokens: finish it" in capsys.readouterr().err
+        (folder / file).write_text(before)
+    assert quantise_on(27, "q") == 0
+    whole, other, ours = ({key: t for key, t, _ in iterate_weights(tmp_path / out)} for out in ("whole", "other", "q"))
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
+    assert not all(torch.equal(other[key], whole[key]) for key in whole)
+    assert json.loads((tmp_path / "q/quantize.json").read_text())["calibration"]["date"].startswith("2026-11-26")
 
 
 def raise_(error, *args, **options):

@@ -159,6 +159,162 @@ def test_decoding_any_ids_equals_transformers(any_folder):
     assert tok.decode([tok.vocab_size + 3, -1, 10**12]) == ""
 
 
+# --- tokens that JSON files beside the tokenizer declare ----------------------------------------------------------------
+
+PIECES = "a <x>b <x> c<y>\n <y>d</s><z> e<|im_end|>f <think>g</think> [PAD]h x<w>y <w>"
+
+
+def edited(file: Path, **changes) -> None:
+    write(file.parent, **{file.stem: (json.loads(file.read_text()) if file.exists() else {}) | changes})
+
+
+def declared(*tokens: tuple[int, str], **flags) -> dict:
+    return {str(i): {"content": text, "special": True, **flags} for i, text in tokens}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": declared((420, "<x>"), (421, "<y>"), lstrip=True)}},
+        {"tokenizer_config": {"added_tokens_decoder": declared((420, "<x>"), (421, "<y>"), rstrip=True)}},
+        {"tokenizer_config": {"added_tokens_decoder": declared((420, "<x>"), lstrip=True) | declared((421, "<w>"), single_word=True)}},
+        {"tokenizer_config": {"added_tokens_decoder": declared((420, "<x>"), special=False, normalized=True)}},
+        {"added_tokens": {"<x>": 420, "[PAD]": 421}, "special_tokens_map": {"pad_token": "[PAD]", "eos_token": "</s>"}},
+        {"added_tokens": {"<y>": 420}, "tokenizer_config": {"added_tokens_decoder": declared((420, "<x>"))}},
+        {"added_tokens": {"<y>": 420}, "tokenizer_config": {"additional_special_tokens": ["<y>"], "eos_token": "x"},
+         "special_tokens_map": {"eos_token": "</s>"}},
+    ],
+    ids=["lstrip", "rstrip", "single_word", "plain", "added_tokens.json", "decoder outweighs added_tokens.json", "map"],
+)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_declared_tokens_of_a_sentencepiece_model_are_those_of_transformers(tmp_path, sentencepiece_model, files, legacy):
+    from transformers import AutoTokenizer
+
+    folder = write(tmp_path / "llama", **files, config={"model_type": "llama"})
+    edited(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", legacy=legacy)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model)
+    tok, reference = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tok.encode(PIECES) == reference.encode(PIECES, add_special_tokens=False)
+    ids = tok.encode(PIECES)
+    assert tok.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert set(reference.all_special_ids) <= tok.special_ids and tok.stop_ids == {2}
+
+
+@pytest.fixture(scope="module")
+def qwen_like(tmp_path_factory):
+    """Byte-level BPE whose added tokens lie behind the vocabulary, as Qwen's: tokenizer.json and vocab.json, merges.txt."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("qwen_like")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(CORPUS, trainer)
+    bpe.model.save(str(folder))
+    bpe.add_tokens([AddedToken(text, special=text != "<think>") for text in QWEN_ADDED])
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+QWEN_ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<x>"]  # 300, 301, ...
+
+
+def qwen_folder(source: Path, target: Path, kept: list[str] = QWEN_ADDED, **tokenizer_config) -> Path:
+    """Its tokenizer.json holds the `kept` ones of its added tokens."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    write(target, tokenizer_config=settings | tokenizer_config, config={"model_type": "llama"})
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in kept]
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    return target
+
+
+def test_tokens_missing_from_tokenizer_json_have_the_ids_that_its_neighbours_declare(qwen_like, tmp_path):
+    from transformers import AutoTokenizer
+
+    whole = AutoTokenizer.from_pretrained(qwen_folder(qwen_like, tmp_path / "whole"))
+    chat = [{"role": "user", "content": "Hi <think> <x>a"}]
+    expected = whole.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert {301, 302, 303, 304} <= set(expected)
+    decoder = {str(i): {"content": text, "special": text != "<think>"} for i, text in enumerate(QWEN_ADDED, 300)}
+    kept = ["<|endoftext|>", "<think>", "<x>"]  # the two in the middle are missing
+    folder = qwen_folder(qwen_like, tmp_path / "middle", kept, added_tokens_decoder=decoder)
+    tok = Tokenizer.from_pretrained(folder)
+    assert tok.apply_chat_template(chat) == expected and tok.stop_ids == {302} and tok.special_ids == {300, 301, 302, 304}
+
+    folder = qwen_folder(qwen_like, tmp_path / "older", QWEN_ADDED[:1])
+    write(folder, added_tokens={text: i for i, text in enumerate(QWEN_ADDED, 300)})
+    edited(folder / "tokenizer_config.json", extra_special_tokens=["<|im_start|>", "<x>"])
+    tok, reference = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tok.apply_chat_template(chat) == expected == reference.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert tok.decode(expected) == reference.decode(expected, skip_special_tokens=True)
+
+    folder = qwen_folder(qwen_like, tmp_path / "gap", kept, added_tokens_decoder=declared((301, "<|im_start|>")))
+    with pytest.raises(ValueError, match="tokenizer.json: the ids of its added tokens have a gap before 303, '<think>'"):
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"added_tokens_decoder": declared((302, "<|im_end|>"), (304, "<x>"), lstrip=True)},
+        {"added_tokens_decoder": declared((304, "<x>"), rstrip=True) | declared((303, "<think>"))},
+        {"added_tokens_decoder": declared((305, "<y>"), single_word=True) | declared((306, "<w>"), single_word=True)},
+        {"added_tokens_decoder": declared((5, "<y>"))},  # an id that is taken
+        {"pad_token": "e", "image_token": "<x>"},
+        {"eos_token": {"content": "<x>", "lstrip": True, "__type": "AddedToken"}},
+        {"bos_token": "<|endoftext|>", "add_bos_token": True},
+    ],
+    ids=["lstrip", "rstrip", "single_word", "taken id", "named", "wrapped", "bos"],
+)
+def test_declared_tokens_of_a_tokenizer_json_are_those_of_transformers(qwen_like, tmp_path, changes):
+    from transformers import AutoTokenizer
+
+    folder = qwen_folder(qwen_like, tmp_path / "folder", **changes)
+    tok, reference = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tok.encode(PIECES) == reference.encode(PIECES, add_special_tokens=False)
+    ids = tok.encode(PIECES)
+    assert tok.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert tok.encode("a", bos=tok.adds_bos) == reference.encode("a")
+    assert set(reference.all_special_ids) - {None} <= tok.special_ids
+
+
+@pytest.mark.parametrize("model_type, kind", [("qwen2", "Qwen2Tokenizer"), ("qwen3", None), ("llama", "GPT2Tokenizer")])
+def test_vocab_json_with_merges_gives_what_transformers_gives(qwen_like, tmp_path, model_type, kind):
+    from transformers import AutoTokenizer
+
+    decoder = {str(i): {"content": text, "special": text != "<think>"} for i, text in enumerate(QWEN_ADDED, 300)}
+    settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder} | ({"tokenizer_class": kind} if kind else {})
+    folder = write(tmp_path / "slow", tokenizer_config=settings, config={"model_type": model_type})
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((qwen_like / name).read_bytes())
+    tok, reference = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(8)
+    for text in [PIECES, "it's 1234 e\u0301\n\n  x"] + [random_text(rng) for _ in range(50)]:
+        ids = tok.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False), text
+        assert tok.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert tok.stop_ids == {302} and not tok.adds_bos
+    edited(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    with pytest.raises(ValueError, match="not BertTokenizer: tokenizer.json is needed"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_an_empty_special_token_is_no_statement(tmp_path, sentencepiece_model, llama_folder):
+    """LLaMA-1's first folders: "" in tokenizer_config.json, and ids in config.json that count one token less."""
+    empty = {"bos_token": "", "eos_token": {"content": ""}, "unk_token": ""}
+    write(llama_folder, tokenizer_config=empty, special_tokens_map=empty, generation_config={"bos_token_id": 0, "eos_token_id": 1},
+          config={"model_type": "llama", "vocab_size": 32000, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1})
+    tok = Tokenizer.from_pretrained(llama_folder, chat_template="vicuna")
+    assert tok.bos_id == 1 and tok.adds_bos and tok.stop_ids == {2}
+    assert tok.encode("Hello", bos=tok.adds_bos) == [1, *tok.encode("Hello")]
+    assert tok.apply_chat_template(CHAT)[0] == 1
+    assert Tokenizer.from_pretrained(llama_folder, chat_template="{{ bos_token }}a").apply_chat_template(CHAT)[0] == 1
+    (llama_folder / "generation_config.json").unlink()
+    write(llama_folder, config={"eos_token_id": [1, 7], "bos_token_id": 1})  # the same bos: what it calls eos counts
+    assert Tokenizer.from_pretrained(llama_folder).stop_ids == {1, 2, 7}
+
+
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +476,13 @@ def test_the_builtin_template_follows_from_config_json_alone(llama_folder):
     assert first_words(model_type="mixtral") == "[INST]"
     assert first_words(model_type="mistral") == "[INST]"
     assert first_words(model_type="llama", vocab_size=128256, _name_or_path="vicuna") is None
+    assert first_words(model_type="mistral", vocab_size=32768) is None  # other spaces around [INST]
+    edited(llama_folder / "tokenizer_config.json", added_tokens_decoder=declared((420, "[INST]")))
+    assert first_words(model_type="mistral", vocab_size=32000) is None
+    with pytest.raises(ValueError, match="'mixtral' writes \\[INST\\] as text"):
+        Tokenizer.from_pretrained(llama_folder, chat_template="mixtral")
+    assert first_words(**llama, _name_or_path="/data/Vicuna_v1.3") == "A chat"
+    edited(llama_folder / "tokenizer_config.json", added_tokens_decoder={})
     named = llama_folder.rename(llama_folder.parent / "vicuna-7b-v1.3")
     write(named, config=llama)
     with pytest.raises(ValueError, match="no chat template"):
@@ -425,6 +588,69 @@ def test_a_template_is_taken_from_option_then_file_then_config(chatml_folder, tm
         rendered("alpaca")
 
 
+@pytest.mark.parametrize(
+    "files, config",
+    [
+        ({}, {"default": "by name", "tool_use": "tools"}),
+        ({}, [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "by name"}]),
+        ({"chat_template.jinja": "file"}, {"default": "by name"}),
+        ({"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "more"}, "one text"),
+        ({"additional_chat_templates/default.jinja": "more"}, "one text"),
+        ({"additional_chat_templates/tool_use.jinja": "more"}, "one text"),
+        ({"chat_template.json": '{"chat_template": "of a processor"}'}, "one text"),
+    ],
+    ids=range(7),
+)
+def test_which_template_of_a_checkpoint_counts_is_as_in_transformers(chatml_folder, files, config):
+    from transformers import AutoTokenizer
+
+    edited(chatml_folder / "tokenizer_config.json", chat_template=config)
+    (chatml_folder / "additional_chat_templates").mkdir()
+    for name, text in files.items():
+        (chatml_folder / name).write_text(text)
+    tok, reference = Tokenizer.from_pretrained(chatml_folder), AutoTokenizer.from_pretrained(chatml_folder)
+    for tools in (None, [{"type": "function"}]):
+        try:
+            expected = reference.apply_chat_template(CHAT, tools=tools, tokenize=False)
+        except ValueError:  # no default among several
+            with pytest.raises(ValueError, match="no chat template: use --raw, or --chat-template tool_use"):
+                tok.render_chat(CHAT, tools=tools)
+            assert Tokenizer.from_pretrained(chatml_folder, chat_template="tool_use").render_chat(CHAT) == "more"
+        else:
+            assert tok.render_chat(CHAT, tools=tools) == expected
+
+
+def test_a_chat_template_of_another_kind_is_refused_in_one_line(chatml_folder):
+    for wrong in (5, ["a"], {"default": 5}, [{"name": "default"}]):
+        edited(chatml_folder / "tokenizer_config.json", chat_template=wrong)
+        with pytest.raises(ValueError, match="chat_template is neither a text nor texts by name$"):
+            Tokenizer.from_pretrained(chatml_folder)
+
+
+def test_a_template_file_of_the_user_may_begin_with_a_byte_order_mark(chatml_folder, tmp_path):
+    (tmp_path / "windows.jinja").write_bytes("\ufeff{{ messages[0].content }}é".encode())
+    tok = Tokenizer.from_pretrained(chatml_folder, chat_template=str(tmp_path / "windows.jinja"))
+    assert tok.render_chat(CHAT) == "Hi, it's\nmeé"
+    (tmp_path / "latin.jinja").write_bytes("{{ messages[0].content }}é".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.jinja is not UTF-8 text: byte 25"):
+        Tokenizer.from_pretrained(chatml_folder, chat_template=str(tmp_path / "latin.jinja"))
+
+
+def test_keys_that_are_null_and_names_of_reasoning_are_as_in_transformers(chatml_folder):
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}{{ m.content }}|{{ m.reasoning_content }}|{{ m.tool_calls is defined }};{% endfor %}"
+    edited(chatml_folder / "tokenizer_config.json", chat_template=template)
+    messages = [
+        {"role": "user", "content": "a", "tool_calls": None},
+        {"role": "assistant", "content": None, "thinking": "b", "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "assistant", "content": "c", "reasoning": "d"},
+    ]
+    expected = AutoTokenizer.from_pretrained(chatml_folder).apply_chat_template(messages, tokenize=False)
+    assert Tokenizer.from_pretrained(chatml_folder).render_chat(messages) == expected
+    assert messages[0]["tool_calls"] is None and "reasoning_content" not in messages[1]
+
+
 def test_templates_have_what_transformers_gives_them():
     text = "{% for i in [1, 2] %}{% generation %}{{ i }}{% endgeneration %}{% break %}{% endfor %}\n"
     text += "  {% if true %}\n{{ ['é<'] | tojson }} {{ strftime_now('%Y') | length }}{% endif %}"
@@ -491,7 +717,27 @@ def test_unusable_files_are_named_in_one_line(tmp_path, llama_folder, chatml_fol
     (chatml_folder / "tokenizer_config.json").write_text("{")
     assert "tokenizer_config.json is not valid JSON" in message(chatml_folder)
     (chatml_folder / "tokenizer_config.json").write_text("[]")
-    assert "should hold a JSON object" in message(chatml_folder)
+    assert "does not hold a JSON object" in message(chatml_folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
+                                  "chat_template.jinja"])
+def test_a_git_lfs_pointer_is_named_as_such(qwen_like, tmp_path, sentencepiece_model, name):
+    folder = write(tmp_path / "folder", config={"model_type": "qwen2"})
+    for file in ("vocab.json", "merges.txt"):
+        (folder / file).write_bytes((qwen_like / file).read_bytes())
+    oid = "0" * 64
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*`git lfs pull`$"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_declared_tokens_of_another_form_are_refused_in_one_line(llama_folder, chatml_folder):
+    for folder in (llama_folder, chatml_folder):
+        for wrong in ({"x": {"content": "a"}}, {"5": "a"}, {"5": {}}, ["a"]):
+            edited(folder / "tokenizer_config.json", added_tokens_decoder=wrong)
+            with pytest.raises(ValueError, match="are not ids and texts$"):
+                Tokenizer.from_pretrained(folder)
 
 
 def test_text_that_is_not_unicode_is_refused(any_folder):

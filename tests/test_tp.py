@@ -5,6 +5,7 @@
 The processes of a group are started once and run functions of this file, the same on every rank, as torchrun would.
 """
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -330,6 +331,17 @@ def test_a_rank_reads_only_its_slices(zoo, tmp_path, monkeypatch, binary):
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do(zoo, size, message):
     with pytest.raises(ValueError, match=message):
         Transformer.from_pretrained(zoo("gqa")[0], shard=tp.Shard(0, size))
+
+
+@pytest.mark.parametrize("vocab_size, sizes", [(9, [1, 2]), (10, [1, 2, 4]), (16, [1, 2, 4, 8]), (3, [1, 2])])
+def test_every_rank_has_a_part_of_the_vocabulary(zoo, vocab_size, sizes):
+    """Four ranks would take three of 9 tokens each, and the last one none."""
+    config = dataclasses.replace(plan.describe(zoo("gqa")[0])[0], vocab_size=vocab_size)
+    assert [size for size in (1, 2, 4, 8) if tp.divides(config, size)] == sizes
+    for size in sizes:
+        parts = [tp.Shard(rank, size).vocab(vocab_size) for rank in range(size)]
+        assert all(part.start < part.stop for part in parts)
+        assert [i for part in parts for i in range(vocab_size)[part]] == list(range(vocab_size))
 
 
 def test_the_demo_model_in_two_processes_is_refused_with_the_numbers_that_work(demo_folder):
