@@ -31,6 +31,7 @@ from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (NOT_FINITE, Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
                    read_ids, read_json, resolve_checkpoint)
 from replay import can_trace, capture, trace
+from tokenizer import common_prefix
 
 DEFAULT_PROMPT = "Why is the sky blue?"
 
@@ -656,10 +657,6 @@ def chat(args: argparse.Namespace, model: Transformer, head: EagleHead | None, t
         if new_ids:  # else interrupted in the prefill: of the cache only the old part is known to be written
             cached = prompt + new_ids[:-1]  # the last token was produced, but has not been an input
         messages.append({"role": "assistant", "content": tokenizer.decode(new_ids)})
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @contextlib.contextmanager

@@ -93,6 +93,10 @@ class Tokenizer:
         ids = self._backend.encode(text, stand_ins)
         return [self.bos_id, *ids] if bos and self.bos_id not in (None, *ids[:1]) else ids
 
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of what render_chat gives."""
+        return self.encode(text, bos=self._is_builtin and self.adds_bos)
+
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
         """The text that `ids` add behind the ids `after`: where text goes on, the first word keeps its space, which
         SentencePiece drops at the beginning of a text. Special tokens, and ids beyond the vocabulary (a padded output
@@ -461,6 +465,11 @@ class SentencePieceBackend:
 
     def decode(self, ids: list[int]) -> str:
         return self._decoder.decode([self._pieces[i] for i in ids if i in self._pieces])
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # how SentencePiece writes what has no piece of its own

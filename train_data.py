@@ -1,10 +1,23 @@
 """What a head learns from: dialogues as token ids with a mask of what the assistant says, and the target's features.
 
-Data are JSON lines of dialogues, `messages` or ShareGPT's `conversations`. The mask comes from the chat template by
-construction: what rendering a dialogue with an answer adds to rendering it without, never from offsets in a string.
+A data file is UTF-8, JSON lines or one JSON array. Each entry is a dialogue:
+
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}       # ShareGPT
+
+Both ways to write a turn do under "messages", "conversations" and "conversation"; the speakers' names are in SPEAKERS,
+and a content may be a list of text parts. An entry may also hold "system" or "system_prompt" (the first message),
+"tools" (a list, or JSON of one), "finish_reason" ("length": the last answer was cut) and "tokens" (for each assistant
+turn the ids that the target generated, as scripts/generate_data.py keeps them: those very ids are then learnt). Other
+keys of a turn, such as "reasoning_content" and "tool_calls", go to the chat template. What cannot be learnt is left
+out and counted.
+
+The mask comes from the chat template by construction: what rendering a dialogue with an answer adds to the prompt that
+the target would get for it, never from a search in the text.
 
 Shapes: B dialogues, T tokens.
 """
+import contextlib
 import hashlib
 import json
 import random
@@ -20,95 +33,325 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from console import say, write_atomically
+from console import read_records, say, write_atomically
 from model import Transformer, read_json
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, common_prefix
 
 
 class Dialogue(NamedTuple):
-    line: int           # in the data file, from 1
+    line: int           # in the data file, from 1; several have the same where one line gives several examples
     tokens: Tensor      # [T] int32
     learnt: Tensor      # [T] bool: tokens that the assistant says, the one that ends its turn among them
 
 
+class Chat(NamedTuple):
+    """What a line of a data file says."""
+    messages: list[dict]                # {"role", "content"}; other keys are for the chat template
+    tools: list[dict] | None            # that the template is told of
+    said: list[list[int] | None]        # for each message: the ids that the target generated, where the line has them
+    is_cut: bool                        # the last answer met the length limit
+    n_opening: int                      # answers before the first question, which are left off
+
+
+class Unusable(ValueError):
+    """Of a line that is left out: the name under which it is counted, and what is wrong with this one."""
+
+    def __init__(self, name: str, why: str = ""):
+        super().__init__(name, why)
+        self.name, self.why = name, why
+
+
+class LeftOut:
+    """Counts what of a file is not used, by name, and remembers where that was seen first."""
+    SHOWN = 3           # places of each name
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+
+    def add(self, name: str, line: int, why: str = "") -> None:
+        self.counts[name] += 1
+        if self.counts[name] <= self.SHOWN:
+            self.places.setdefault(name, []).append(f"line {line}" + (f": {why}" if why else ""))
+
+    def add_broken(self, line: int, why: str) -> None:
+        """For console.read_records."""
+        is_text = not why.startswith(("not UTF-8", "half a character"))
+        self.add("broken lines" if is_text else "not valid text", line, why)
+
+    def __str__(self) -> str:
+        more = {name: ", ..." if count > self.SHOWN else "" for name, count in self.counts.items()}
+        return ", ".join(f"{count} {name} ({'; '.join(self.places[name])}{more[name]})" for name, count in self.counts.items())
+
+
 def read_dialogues(file: Path, tokenizer: Tokenizer, vocab_size: int, max_length: int,
                    log: Callable[[str], None] = say) -> list[Dialogue]:
-    """Tokenised dialogues of a JSON-lines file, the bad ones counted, reported in one line and left out.
+    """Tokenised dialogues of a data file, the bad ones counted, reported in one line and left out.
 
-    Raises ValueError when none is left, or when the tokenizer cannot be the target's.
+    A dialogue gives one example, or several where the chat template words earlier turns anew (`examples_of`). Raises
+    ValueError when none is left, or when the tokenizer cannot be the target's.
     """
-    dialogues, bad, n_cut = [], Counter(), 0
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line, text in enumerate(tqdm(lines, desc="tokenising", unit=" dialogues", disable=None), start=1):
-            if not text.strip():
-                continue
-            try:
-                entry = json.loads(text)
-                messages = messages_of(entry)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                bad["broken lines"] += 1
-                continue
-            if not any(message["role"] == "assistant" for message in messages):
-                bad["without an assistant turn"] += 1
-                continue
-            try:
-                tokens, learnt = encode_dialogue(tokenizer, messages, entry.get("finish_reason") == "length")
-            except ValueError:
-                bad["refused by the chat template"] += 1
-                continue
+    dialogues, left_out, noted = [], LeftOut(), Counter()
+    for line, entry in tqdm(read_records(file, left_out.add_broken), desc="tokenising", unit=" dialogues", disable=None):
+        try:
+            chat = chat_of(entry)
+            examples = examples_of(tokenizer, without_foreign_ids(tokenizer, chat, noted), max_length)
+        except Unusable as error:
+            left_out.add(error.name, line, error.why)
+            continue
+        except ValueError as error:
+            left_out.add("refused by the chat template", line, str(error))
+            continue
+        for tokens, _ in examples:
             if max(tokens) >= vocab_size:
                 raise ValueError(f"{file}, line {line}: token {max(tokens)}, but the target's vocabulary has {vocab_size}: "
                                  "this tokenizer is not the target's")
-            n_cut += len(tokens) > max_length
-            if not any(learnt[2:max_length]):
-                bad["with no answer within the length"] += 1
-                continue
-            dialogues.append(Dialogue(line, torch.tensor(tokens[:max_length], dtype=torch.int32),
-                                      torch.tensor(learnt[:max_length])))
-    left_out = ", ".join(f"{n} {what}" for what, n in bad.items())
+        noted[f"cut at {max_length} tokens"] += sum(len(tokens) > max_length for tokens, _ in examples)
+        examples = [(tokens, learnt) for tokens, learnt in examples if any(learnt[2:max_length])]
+        if not examples:
+            left_out.add("with no answer within the length", line)
+            continue
+        noted["answers before the first question left off"] += chat.n_opening
+        noted["empty answers not learnt"] += sum(is_empty(message) for message in chat.messages)
+        dialogues += [Dialogue(line, torch.tensor(tokens[:max_length], dtype=torch.int32), torch.tensor(learnt[:max_length]))
+                      for tokens, learnt in examples]
     if not dialogues:
-        raise ValueError(f"{file} holds no dialogue to learn from" + (f": {left_out}" if bad else ""))
-    log(f"{file}: {len(dialogues)} dialogues, {sum(len(d.tokens) for d in dialogues)} tokens, "
-        f"{sum(int(d.learnt.sum()) for d in dialogues)} of them learnt"
-        + (f"; left out: {left_out}" if bad else "") + (f"; {n_cut} cut at {max_length} tokens" if n_cut else ""))
+        raise ValueError(f"{file} holds no dialogue to learn from" + (f": {left_out}" if left_out.counts else ""))
+    n_line = len({dialogue.line for dialogue in dialogues})
+    log(f"{file}: {n_line} dialogues" + (f" ({len(dialogues)} examples)" if len(dialogues) > n_line else "")
+        + f", {sum(len(d.tokens) for d in dialogues)} tokens, {sum(int(d.learnt.sum()) for d in dialogues)} of them learnt"
+        + (f"; left out: {left_out}" if left_out.counts else "") + "".join(f"; {n} {what}" for what, n in noted.items() if n))
     return dialogues
 
 
-def messages_of(entry: dict) -> list[dict[str, str]]:
-    """{"role", "content"} messages of either format."""
-    if "messages" in entry:
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in entry["messages"]]
+def holds_records(file: Path) -> bool:
+    """Whether a file holds JSON, lines or an array, rather than lines of text: by its name, else by how it begins."""
+    with open(file, "rb") as content:
+        begin = next((line for line in content if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
+        begin = begin.removeprefix(b"\xef\xbb\xbf")
+        if begin and file.suffix in (".jsonl", ".ndjson", ".json"):
+            return True
+        with contextlib.suppress(ValueError, RecursionError):
+            whole = begin + content.read() if begin.lstrip().startswith(b"[") else begin
+            return isinstance(json.loads(whole), dict | list)
+    return False
+
+
+# What a line says
+
+
+SPEAKERS = {role: role for role in ("user", "assistant", "system", "developer", "tool")}
+SPEAKERS |= dict.fromkeys(("human", "prompter"), "user")
+SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "claude", "gemini", "model", "bot", "ai"), "assistant")
+# What an answer may hold too, and under which keys
+BESIDE_TEXT = {"reasoning": ("reasoning_content", "reasoning", "thinking"), "tool calls": ("tool_calls", "function_call")}
+
+
+def chat_of(entry: object) -> Chat:
+    """The dialogue of a line, in any of the formats above. Raises Unusable."""
+    lists = [entry.get(key) for key in ("messages", "conversations", "conversation")] if isinstance(entry, dict) else []
+    turns = next((turns for turns in lists if isinstance(turns, list)), None)
+    if turns is None:
+        raise Unusable("broken lines", 'no list of "messages" or "conversations"')
+    messages = [message_of(turn) for turn in turns]
+    said = ids_of(entry.get("tokens"), messages)
+    system = entry.get("system") or entry.get("system_prompt")
+    if system and not isinstance(system, str):
+        raise Unusable("broken lines", "a system message that is not text")
+    if system and messages[:1] != [{"role": "system", "content": system}]:
+        messages, said = [{"role": "system", "content": system}, *messages], [None, *said]
+    n_system = next((n for n, message in enumerate(messages) if message["role"] not in ("system", "developer")), len(messages))
+    begin = next((n for n in range(n_system, len(messages)) if messages[n]["role"] != "assistant"), len(messages))
+    return Chat(messages[:n_system] + messages[begin:], tools_of(entry.get("tools")), said[:n_system] + said[begin:],
+                entry.get("finish_reason") == "length", begin - n_system)
+
+
+def message_of(turn: object) -> dict:
+    """{"role", "content", ...} of a turn with "role" and "content" or "from" and "value"."""
+    if not isinstance(turn, dict):
+        raise Unusable("broken lines", "a turn that is no JSON object")
+    speaker = turn.get("role", turn.get("from"))
+    role = SPEAKERS.get(str(speaker).lower())
+    if role is None:
+        raise Unusable("with an unknown speaker", repr(speaker))
+    more = {key: value for key, value in turn.items()
+            if key not in ("role", "from", "content", "value") and value not in (None, "", [], {})}
+    content = turn.get("content", turn.get("value"))
+    if content is None and has_more(more):
+        content = ""
+    if isinstance(content, list):
+        content = "".join(map(text_of, content))
+    if not isinstance(content, str):
+        raise Unusable("broken lines", "a turn that is not text")
+    return {"role": role, "content": content, **more}
+
+
+def text_of(part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        raise Unusable("with parts that are not text", str(part.get("type")) if isinstance(part, dict) else "")
+    return text
+
+
+def tools_of(tools: object) -> list[dict] | None:
+    """Some files keep them as a text that is JSON."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise Unusable("with tools that are not JSON", str(error)) from None
+    if tools and not isinstance(tools, list):
+        raise Unusable("with tools that are not a list")
+    return tools or None
+
+
+def ids_of(tokens: object, messages: list[dict]) -> list[list[int] | None]:
+    """For each message the ids that its line keeps under "tokens", a list for each answer; None where there are none."""
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    said: list[list[int] | None] = [None] * len(messages)
+    is_ours = isinstance(tokens, list) and len(tokens) == len(answers) and all(
+        isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids) for ids in tokens)
+    for n, ids in zip(answers, tokens if is_ours else ()):
+        said[n] = ids
+    return said
+
+
+def without_foreign_ids(tokenizer: Tokenizer, chat: Chat, noted: Counter) -> Chat:
+    """Ids that do not say the answer's text are another tokenizer's, or the text has been edited: then the text counts."""
+    said = [ids if ids and answer_text(tokenizer, ids) == message["content"].strip() else None
+            for message, ids in zip(chat.messages, chat.said)]
+    noted["answers encoded anew: their ids do not say their text"] += sum(a != b for a, b in zip(said, chat.said))
+    return chat._replace(said=said)
+
+
+def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What generated ids say. Half a character at the length limit is left off."""
+    text = tokenizer.decode(ids)
+    return (text if ids[-1] in tokenizer.stop_ids else text.rstrip("\ufffd")).strip()
+
+
+def is_empty(message: dict) -> bool:
+    """Whether this is an answer that says nothing."""
+    return message["role"] == "assistant" and not message["content"].strip() and not has_more(message)
+
+
+def has_more(message: dict) -> bool:
+    """Whether it says something beside its text."""
+    return any(key in message for keys in BESIDE_TEXT.values() for key in keys)
+
+
+# What of it is learnt
+
+
+def examples_of(tokenizer: Tokenizer, chat: Chat, max_length: int) -> list[tuple[list[int], list[bool]]]:
+    """Token ids, and which of them the assistant says; answers that begin beyond max_length are left off.
+
+    Each answer is learnt behind the prompt that the target would get for it. Where that prompt prolongs the example
+    before, the two are one, so that most templates give one example a dialogue; a template that words earlier turns
+    anew, as those of reasoning models do, gives one for each answer. Raises Unusable, or ValueError for what the
+    template refuses.
+    """
+    answers = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if not answers:
+        raise Unusable("without an assistant turn")
+    chat = chat._replace(is_cut=chat.is_cut and not is_empty(chat.messages[answers[-1]]))
+    answers = [n for n in answers if not is_empty(chat.messages[n])]
+    if not answers:
+        raise Unusable("with empty answers only")
+    examples = encode_answers(tokenizer, chat, answers, max_length, piecewise=len(answers) > 1)
+    if examples is None:
+        examples = encode_answers(tokenizer, chat, answers, max_length, piecewise=False)
+    joined: list[tuple[list[int], list[bool]]] = []
+    for tokens, learnt in examples:
+        before, learnt_before = joined[-1] if joined else ([], [])
+        if joined and tokens[:len(before)] == before:
+            joined[-1] = tokens, learnt_before + learnt[len(before):]
+        else:
+            joined.append((tokens, learnt))
+    return joined
+
+
+def encode_answers(tokenizer: Tokenizer, chat: Chat, answers: list[int], max_length: int,
+                   piecewise: bool) -> list[tuple[list[int], list[bool]]] | None:
+    """One example for each of the answers, given by their numbers among the messages.
+
+    `piecewise` encodes only what each turn adds, which takes time in proportion to the dialogue's length instead of its
+    square. That is right if the pieces are, together, what the whole is: None where they are not.
+    """
+    examples, text, known = [], "", []      # known: the ids of text, the rendering up to the end of an answer
+    prompt = before = None
+
+    def encode(longer: str) -> list[int]:
+        return known + tokenizer.encode(longer[len(text):]) if text else tokenizer.encode_chat(longer)
+
+    for n in answers:
+        before = tokenizer.render_chat(chat.messages[:n], tools=chat.tools)
+        after = tokenizer.render_chat(chat.messages[:n + 1], add_generation_prompt=False, tools=chat.tools)
+        check_is_heard(tokenizer, chat, n, before, after)
+        if not before.startswith(text):
+            return None
+        prompt = encode(before)
+        if len(prompt) >= max_length:
+            break
+        is_cut = chat.is_cut and n == answers[-1]
+        examples.append(encode_answer(tokenizer, chat.messages[n], chat.said[n], prompt, before, after, encode, is_cut))
+        if piecewise:
+            text, known = after, encode(after)
+    if text and prompt != tokenizer.encode_chat(before):
+        return None
+    return examples
+
+
+def encode_answer(tokenizer: Tokenizer, message: dict, said: list[int] | None, prompt: list[int], before: str, after: str,
+                  encode: Callable[[str], list[int]], is_cut: bool) -> tuple[list[int], list[bool]]:
+    """One example: the prompt, whose text is `before`, and what the target says to it; `after` is the rendering with it.
+
+    What it says are its own ids where they are known. Else they are what the template makes of the message, up to the
+    token that ends the turn; or the mere text, where the template does not put the answer behind the prompt (which may
+    open a reasoning block) or has closed the reasoning of an answer that was cut inside.
+    """
+    if said is not None:
+        return prompt + said, [False] * len(prompt) + [True] * len(said)
+    text, more = message["content"], has_more(message)
+    added = after[len(before):] if after.startswith(before) else ""
+    if is_cut and not more:
+        text = text.rstrip("\ufffd")        # half a character
+        rest = added.lstrip()
+        space = added[:len(added) - len(rest)]
+        is_there = rest.startswith(text.lstrip())
+        whole = encode(before + space + text.lstrip()) if is_there else prompt + tokenizer.encode(text)
+        begin, end = common_prefix(prompt, whole), len(whole)
     else:
-        roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in entry["conversations"]]
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise TypeError("a turn is not text")
-    return messages
+        whole = encode(after) if added else tokenizer.encode_chat(after)
+        begin = common_prefix(prompt, whole)    # the last token of the prompt may have grown together with the answer
+        end = next((i + 1 for i in range(begin, len(whole)) if whole[i] in tokenizer.stop_ids), len(whole))
+        ended = whole[end - 1] in tokenizer.stop_ids
+        if not added and more or is_cut and not text.strip():
+            raise Unusable("with reasoning or tool calls that cannot be told from the template's own words")
+        if not added:
+            whole = prompt + tokenizer.encode(text) + whole[end - ended:end]
+            begin, end = len(prompt), len(whole)
+        if is_cut:
+            end -= ended
+    return whole[:end], [False] * begin + [True] * (end - begin)
 
 
-def encode_dialogue(tokenizer: Tokenizer, messages: list[dict[str, str]], cut: bool) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them the assistant says: those that rendering the dialogue with an answer adds to
-    rendering it without, up to the token that ends the turn. `cut` tells that the last answer was not ended."""
-    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-    tokens = tokenizer.apply_chat_template(messages[:last + 1], add_generation_prompt=False)
-    learnt = [False] * len(tokens)
-    for n, message in enumerate(messages[:last + 1]):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:n])
-        after = tokenizer.apply_chat_template(messages[:n + 1], add_generation_prompt=False)
-        begin = common_prefix(before, after)    # the last token of `before` may have grown together with the answer
-        if common_prefix(after, tokens) < len(after) - 1:
-            raise ValueError("the template changes what was said before")
-        end = next((i + 1 for i in range(begin, len(after)) if after[i] in tokenizer.stop_ids), len(after))
-        if cut and n == last and end > begin and after[end - 1] in tokenizer.stop_ids:
-            end -= 1
-        learnt[begin:end] = [True] * len(learnt[begin:end])
-    return tokens, learnt
+def check_is_heard(tokenizer: Tokenizer, chat: Chat, n: int, before: str, after: str) -> None:
+    """Raises Unusable where the template leaves out the tools, or what stands beside the text of answer n: then it is not
+    what the target would be told, or would say. `before` and `after` are the renderings without and with the answer."""
+    def is_same(rendered: str, messages: list[dict], **options) -> bool:
+        try:
+            return tokenizer.render_chat(messages, **options) == rendered
+        except ValueError:
+            return False
 
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    if chat.tools and is_same(before, chat.messages[:n]):
+        raise Unusable("with tools that the chat template leaves out")
+    for name, keys in BESIDE_TEXT.items():
+        less = {key: value for key, value in chat.messages[n].items() if key not in keys}
+        if less != chat.messages[n] and is_same(after, [*chat.messages[:n], less], add_generation_prompt=False,
+                                                tools=chat.tools):
+            raise Unusable(f"with {name} that the chat template leaves out")
 
 
 def common_tokens(dialogues: list[Dialogue], stop_ids: frozenset[int], n: int) -> list[int]:

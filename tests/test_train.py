@@ -33,7 +33,7 @@ from reference import TEMPLATE, assert_close, edited_json, read_safetensors, tin
 from scripts import export_head
 from test_eagle import written_out_head
 from tokenizer import Tokenizer
-from train_data import Dialogue, Features, encode_dialogue, make_batches, read_dialogues
+from train_data import Dialogue, Features, make_batches, read_dialogues
 from train_head import Learner, SoftCrossEntropy, draft_ranks, head_config, input_noise, new_head, parts_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -816,34 +816,6 @@ def test_two_processes_have_the_gradients_of_one(checkpoint, data, tmp_path, tra
 
 DIALOGUE = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": " jumps over"},
             {"role": "user", "content": "and then"}, {"role": "assistant", "content": "the dogs sleep"}]
-
-
-@pytest.mark.parametrize("template", [None, "vicuna", "llama2", "mixtral"])
-def test_the_mask_is_what_the_target_would_say_after_each_prompt(checkpoint, template):
-    tokenizer = Tokenizer.from_pretrained(checkpoint, chat_template=template)
-    ids, learnt = encode_dialogue(tokenizer, DIALOGUE, cut=False)
-    runs, n = [], 0
-    while n < len(ids):
-        end = next((i for i in range(n, len(ids)) if learnt[i] != learnt[n]), len(ids))
-        runs.append((learnt[n], n, end))
-        n = end
-    answers = [(begin, end) for said, begin, end in runs if said]
-    assert len(answers) == 2
-    for (begin, end), turn in zip(answers, (1, 3)):
-        said = [i for i in ids[begin:end] if i not in tokenizer.stop_ids]
-        # this tokenizer has no token for the end that the other templates write
-        assert tokenizer.decode(said).removesuffix("</s>").strip() == DIALOGUE[turn]["content"].strip()
-        prompt = tokenizer.apply_chat_template(DIALOGUE[:turn])
-        assert tokenizer.decode(ids[:begin]).rstrip() == tokenizer.decode(prompt).rstrip()
-        if template is None:
-            assert ids[:begin] == prompt and ids[end - 1] in tokenizer.stop_ids
-
-
-def test_an_answer_cut_at_the_length_limit_does_not_teach_to_end_there(checkpoint):
-    tokenizer = Tokenizer.from_pretrained(checkpoint)
-    ids, learnt = encode_dialogue(tokenizer, DIALOGUE, cut=True)
-    whole = encode_dialogue(tokenizer, DIALOGUE, cut=False)[1]
-    assert sum(whole) - sum(learnt) == 1 and ids[[a != b for a, b in zip(whole, learnt)].index(True)] in tokenizer.stop_ids
 
 
 def test_both_formats_of_dialogues_say_the_same(checkpoint, tmp_path):
