@@ -513,6 +513,9 @@ class EagleStep:
         """draw_drafts: children are drawn from the draft's distribution and verified by multi-round speculative
         sampling; else they are its likeliest tokens. None draws where it can be done: static trees at a temperature,
         where more drafts are accepted so (dev/log.md)."""
+        sampling.check()
+        if not isinstance(tree, StaticTree | DynamicTree):
+            raise ValueError(f"tree {tree!r} is no tree: load_tree makes one of a name or a file")
         can_draw = isinstance(tree, StaticTree) and sampling.temperature > 0
         if draw_drafts and not can_draw:
             raise ValueError("drafts can be drawn for static trees and chains, at a temperature above 0")

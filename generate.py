@@ -16,7 +16,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import ranks
 import tp
 from console import Parser, command, device_name, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
-from model import (Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
+from model import (NOT_FINITE, Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
                    read_json, resolve_checkpoint)
 from replay import can_trace, capture, trace
 
@@ -67,23 +67,29 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
 
     At temperature 0 every row gets what it would get alone, and the same with a head as without (exactly in fp32).
     With a seed the draws are repeatable; None goes on with torch's generator as it is. `on_tokens(row, ids, n_draft)`
-    is called with new tokens as they come, the first n_draft of them drafts that were accepted. Raises ValueError for
-    an empty prompt or one that leaves no room in the context. To answer many prompts, make one Decoder and call its
-    `generate`: what is compiled or traced is then kept.
+    is called with new tokens as they come, the first n_draft of them drafts that were accepted. The caches are made for
+    this call: those that model and head had before are theirs again afterwards. To answer many prompts, make one
+    Decoder and call its `generate`: what is compiled or traced is then kept.
+
+    Raises ValueError for options out of range, for a prompt that is empty, leaves no room in the context or holds a
+    token beyond the vocabulary, and for logits that are not finite (fp16 overflows in some models).
     """
     tree = load_tree(tree) if isinstance(tree, str) else tree
+    check_limit(max_new_tokens)
     if max_seq_length is None:
         room = tree.n_room if head is not None else 0
         max_seq_length = slots_for(max(map(len, prompts), default=0) + max_new_tokens + room, model)
-    check_prompts(prompts, max_seq_length)
-    setup_caches(model, head, len(prompts), max_seq_length)
-    decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head, tree=tree,
-                      draw_drafts=draw_drafts)
-    decoder.can_trace = False   # it hardly pays for one call, and torch keeps every trace for good
-    return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, on_tokens=on_tokens)
+    check_prompts(prompts, max_seq_length, model.config.vocab_size)
+    with restored_caches(model, head):
+        setup_caches(model, head, len(prompts), max_seq_length)
+        decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head,
+                          tree=tree, draw_drafts=draw_drafts)
+        decoder.can_trace = False   # it hardly pays for one call, and torch keeps every trace for good
+        return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, on_tokens=on_tokens)
 
 
-def check_prompts(prompts: list[list[int]], n_slot: int) -> None:
+def check_prompts(prompts: list[list[int]], n_slot: int, vocab_size: int) -> None:
+    """Raises ValueError for what cannot be continued in a cache of n_slot slots."""
     if not prompts:
         raise ValueError("there is no prompt")
     for prompt in prompts:
@@ -91,6 +97,15 @@ def check_prompts(prompts: list[list[int]], n_slot: int) -> None:
             raise ValueError("the prompt is empty")
         if len(prompt) >= n_slot:
             raise ValueError(f"the prompt has {len(prompt)} tokens, which leaves no room in a context of {n_slot}")
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"the prompt holds token {token}, the model's vocabulary has {vocab_size}: "
+                                 "the tokenizer is not this model's")
+
+
+def check_limit(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
 
 
 class PlainStep:
@@ -118,25 +133,29 @@ class PlainStep:
     def __call__(self, n_slot: int) -> None:
         """Looks at the first n_slot cache slots."""
         logits, _ = self.model(self.tokens, self.pos, mask=causal_mask(self.pos, n_slot))
-        self.tokens.copy_(next_tokens(logits, self.sampling))
-        self.produced.copy_(self.tokens)
+        self.produced.copy_(next_tokens(logits, self.sampling))
+        self.tokens.copy_(self.produced.clamp(min=0))   # NOT_FINITE is no token: the decoder ends with this step
         self.pos.add_(1).clamp_(max=self.model.kv_cache.shape[4] - 1)  # a finished row may idle at its end
 
 
 class Decoder:
     """Runs steps, captured where that is faster, until every row has stopped: plain ones, or EAGLE's with a head.
 
-    Keeps what is compiled and captured from one `generate` to the next. The model's caches must be set up, and the
-    head's with room for the nodes it expands (`setup_caches` below does both).
+    Keeps what is compiled and captured from one `generate` to the next, and with it the caches that model and head have
+    when it is made (`setup_caches` below makes both): whatever caches others set up later, it goes on with its own.
+    Raises ValueError for caches that are missing, too small or not alike, and for options out of range.
     """
     TRACE_FROM = 64     # new tokens: for fewer a trace, a quarter of a second, does not pay
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
                  head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):
-        self.model, self.compile = model, compile
+        sampling.check()
+        check_caches(model, head, batch_size)
+        self.model, self.head, self.compile = model, head, compile
+        self.caches = model.kv_cache, None if head is None else head.kv_cache
         self.eagle, device = None, model.inv_freq.device
         if head is not None:
-            self.eagle = EagleStep(model, head, tree, batch_size, sampling, draw_drafts)
+            self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts)
             tokens, pos = self.eagle.tokens, self.eagle.pos  # shared: the last slots of a cache are filled by plain steps
         else:
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
@@ -158,8 +177,27 @@ class Decoder:
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, seed: int | None = None,
                  stop_ids: Iterable[int] = (), on_tokens: Callable[[int, list[int], int], None] | None = None,
                  n_cached: int = 0) -> Generation:
-        """As the function `generate`. The first n_cached tokens of every prompt are in the cache already."""
-        check_prompts(prompts, self.n_slot)
+        """As the function `generate`, for as many prompts as the decoder has rows.
+
+        The first n_cached tokens of every prompt are in the caches already: prompt and answer of the last call, if no
+        other decoder of the same caches has run since.
+        """
+        check_limit(max_new_tokens)
+        check_prompts(prompts, self.n_slot, self.model.config.vocab_size)
+        if len(prompts) != len(self.plain.tokens):
+            raise ValueError(f"{len(prompts)} prompts for a decoder of {len(self.plain.tokens)} rows")
+        if not 0 <= n_cached < min(map(len, prompts)):
+            raise ValueError(f"n_cached is {n_cached}: the last token of a prompt, and what follows it, is never cached")
+        if seed is not None and not 0 <= seed < 2 ** 63:
+            raise ValueError(f"seed {seed} is not a number from 0 to 2^63 - 1")
+        with restored_caches(self.model, self.head):
+            self.model.kv_cache = self.caches[0]
+            if self.head is not None:
+                self.head.kv_cache = self.caches[1]
+            return self._generate(prompts, max_new_tokens, seed, stop_ids, on_tokens, n_cached)
+
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int, seed: int | None, stop_ids: Iterable[int],
+                  on_tokens: Callable[[int, list[int], int], None] | None, n_cached: int) -> Generation:
         stop_ids = frozenset(stop_ids)
         limits = [min(max_new_tokens, self.n_slot - len(prompt)) for prompt in prompts]
         result = Generation([[] for _ in prompts], [[] for _ in prompts], ["length"] * len(prompts))
@@ -171,7 +209,7 @@ class Decoder:
             (self.eagle or self.plain).prefill(prompts, min(n_cached, self.n_ingested) if self.eagle else n_cached)
         self.n_ingested = len(prompts[0]) - 1
         prefilled = self._clock()
-        self.warm_up(max(map(len, prompts)), max_new_tokens)
+        self.warm_up(list(map(len, prompts)), max_new_tokens)
         if seed is not None:
             torch.manual_seed(seed)
         warm = self._clock()
@@ -189,6 +227,10 @@ class Decoder:
             for row, ids in enumerate(produced.tolist()):  # sync: the step's one, to stream and to stop
                 if row not in running:
                     continue
+                if ids[0] == NOT_FINITE:
+                    for cache in filter(torch.is_tensor, self.caches):
+                        cache.zero_()   # a masked slot weighs 0, and 0 times NaN is NaN: no later prompt may meet one
+                    raise ValueError(not_finite(self.model.norm.weight.dtype, row, len(result.tokens[row])))
                 ids = [i for i in ids if i >= 0]
                 result.accept_lengths[row].append(len(ids))
                 kept = ids[:limits[row] - len(result.tokens[row])]
@@ -215,16 +257,27 @@ class Decoder:
             self.traces.get(eagle, step)(n_slot)
         return step.produced
 
-    def warm_up(self, length: int, max_new_tokens: int) -> None:
-        """Compile and record what the coming steps need. Nothing is left of the calls: their slots will be written again."""
-        last = min(length + max_new_tokens, self.n_slot) if self.compile else length
-        for length in range(length, last + 1):
-            eagle = self._tree_fits(length)
-            n_slot = self._n_slot(eagle, length)
+    def warm_up(self, lengths: list[int], max_new_tokens: int) -> None:
+        """Compile and record what the coming steps need, for prompts of these lengths. Nothing is left of the calls:
+        their slots will be written again."""
+        for eagle, n_slot in self.steps_ahead(lengths, max_new_tokens):
             key = eagle, n_slot if self.compile else 0      # without a graph one call readies all sizes
             tracing = self.can_trace and max_new_tokens >= self.TRACE_FROM and eagle not in self.traces
             if tracing or key not in self.graphs:
                 self.graphs[key] = self._record(eagle, n_slot, tracing)
+
+    def steps_ahead(self, lengths: list[int], max_new_tokens: int) -> list[tuple[bool, int]]:
+        """(is EAGLE's, cache slots looked at) of the steps that may come, whichever rows stop early."""
+        first = last = longest = max(lengths)
+        if self.compile:    # else what one step readies serves them all
+            first, last = min(lengths), min(longest + max_new_tokens, self.n_slot) - 1
+        ahead = range(first, last + 1)
+        steps = [(True, self._n_slot(True, length)) for length in ahead if self._tree_fits(length)]
+        if not self._tree_fits(longest):
+            steps = []      # the step would write over what a row has in its last slots
+        if not self._tree_fits(last):
+            steps += [(False, self._n_slot(False, length)) for length in ahead]
+        return list(dict.fromkeys(steps))
 
     def _record(self, eagle: bool, n_slot: int, tracing: bool) -> "torch.cuda.CUDAGraph | None":
         """Call the step, capture or trace it; its state stays as it was. Returns the graph that a GPU replays."""
@@ -257,6 +310,14 @@ class Decoder:
         return time.perf_counter()
 
 
+def not_finite(dtype: torch.dtype, row: int, n_token: int) -> str:
+    """What to say of logits that are NaN or infinite."""
+    name = str(dtype).removeprefix("torch.")
+    wider = " or ".join(other for other in ("bfloat16", "float32") if other != name)
+    why = "its weights may hold NaN" if name == "float32" else f"the model may be too large for it: try {wider}"
+    return f"the logits are not finite in {name} at new token {n_token + 1} of prompt {row + 1}: {why}"
+
+
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
     """Compile one layer; all share its code. Cold it takes seconds, where the whole graph takes a minute."""
     # One row, a block of rows, the head's layer, and each again when the number of cache slots begins to vary.
@@ -271,6 +332,32 @@ def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_
     model.setup_caches(batch_size, n_slot)
     if head is not None:
         head.setup_caches(batch_size, n_slot)
+
+
+def check_caches(model: Transformer, head: EagleHead | None, batch_size: int) -> None:
+    """Raises ValueError unless both have caches of as many slots, with batch_size rows."""
+    if model.kv_cache is None or head is not None and head.kv_cache is None:
+        raise ValueError(f"{'model' if model.kv_cache is None else 'head'} without caches: call setup_caches first")
+    if head is not None and head.target is not model:
+        raise ValueError("this head was loaded for another target: EagleHead.from_pretrained(..., target=model)")
+    rows, slots = model.kv_cache.shape[2], model.kv_cache.shape[4]
+    if not 1 <= batch_size <= rows:
+        raise ValueError(f"a decoder of {batch_size} rows needs caches with as many: these have {rows}")
+    if head is not None and (head.kv_cache.shape[1] < batch_size or head.kv_cache.shape[3] != slots):
+        raise ValueError(f"the head's caches have {head.kv_cache.shape[1]} rows of {head.kv_cache.shape[3]} slots, "
+                         f"the model's {rows} of {slots}")
+
+
+@contextlib.contextmanager
+def restored_caches(model: Transformer, head: EagleHead | None) -> Iterator[None]:
+    """Afterwards model and head have the caches that they have now."""
+    modules = [model] if head is None else [model, head]
+    before = [module.kv_cache for module in modules]
+    try:
+        yield
+    finally:
+        for module, cache in zip(modules, before):
+            module.kv_cache = cache
 
 
 def slots_for(length: int, model: Transformer) -> int:
@@ -423,12 +510,10 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
            report: dict) -> None:
     """Answer the prompts of the command line, all in one batch."""
     prompts = [encode(text, tokenizer, args.raw) for text in args.texts]
-    for token in (token for prompt in prompts for token in prompt if token >= model.config.vocab_size):
-        raise ValueError(f"the tokenizer gives token {token}, the model's vocabulary has {model.config.vocab_size}")
     longest = max(map(len, prompts)) + args.max_new_tokens
     room = 0 if head is None else load_tree(args.tree).n_room
     n_slot = args.max_seq_length or slots_for(longest + room, model)
-    check_prompts(prompts, n_slot)
+    check_prompts(prompts, n_slot, model.config.vocab_size)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
     say_loaded(report)
 

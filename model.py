@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 
 PREFILL_CHUNK = 512  # prompt tokens a pass
+NOT_FINITE = -2      # in the place of a token: the logits it was to come from hold NaN or infinity
 
 # On Hopper torch prefers cuDNN's attention, which plans anew for every length it meets: 0.4 s each has been reported
 # (FunASR#3704), so a first token would wait for it at every prompt.
@@ -200,6 +201,8 @@ class Transformer(nn.Module):
         Raises ValueError when S passes the model's context or a sliding window that would begin to matter.
         """
         c = self.config
+        if min(max_batch_size, max_seq_length) < 1:
+            raise ValueError(f"caches of {max_batch_size} rows and {max_seq_length} slots: at least 1 of each is needed")
         if max_seq_length > c.block_size:
             raise ValueError(f"max_seq_length {max_seq_length} is beyond the model's context of {c.block_size} tokens")
         if c.sliding_window is not None and max_seq_length > c.sliding_window:
@@ -228,6 +231,7 @@ class Transformer(nn.Module):
     def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
                  mask: Tensor | None = None) -> Tensor:
         """`forward` without the LM head: features [B, T, dim]."""
+        check_block(tokens, self.kv_cache)
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
         x = self.tok_embeddings(tokens)
@@ -238,6 +242,15 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[i])
         return self.norm(x)
+
+
+def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
+    """Raises ValueError unless tokens are [B, T] integers and fit into kv_cache [..., B, K, S, D], where there is one."""
+    if tokens.dim() != 2 or tokens.dtype not in (torch.long, torch.int):
+        raise ValueError(f"tokens are [B, T] int64, not {list(tokens.shape)} {tokens.dtype}")
+    if kv_cache is not None and (tokens.shape[0] > kv_cache.shape[-4] or tokens.shape[1] > kv_cache.shape[-2]):
+        raise ValueError(f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens do not fit into caches of "
+                         f"{kv_cache.shape[-4]} rows and {kv_cache.shape[-2]} slots: call setup_caches")
 
 
 def causal_mask(input_pos: Tensor, n_slot: int | None) -> Tensor:
@@ -432,6 +445,15 @@ class Sampling(NamedTuple):
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+
+    def check(self) -> None:
+        """Raises ValueError, naming the option and its value, for one that is out of range."""
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} is not a number of 0 or more")
+        if self.top_k is not None and not self.top_k >= 1:
+            raise ValueError(f"top_k {self.top_k} is not a number of 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not a number above 0, up to 1")
 
 
 def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,

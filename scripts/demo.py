@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> None:
     prompts = [cli.encode(text, tokenizer, raw=False) for text in args.prompt]
     tree = load_tree(args.tree)
     n_slot = cli.slots_for(max(map(len, prompts)) + args.max_new_tokens + tree.n_room, model)
-    cli.check_prompts(prompts, n_slot)
+    cli.check_prompts(prompts, n_slot, model.config.vocab_size)
     cli.setup_caches(model, head, 1, n_slot)
     plain = cli.Decoder(model, 1, compile=args.compile)
     eagle = cli.Decoder(model, 1, compile=args.compile, head=head, tree=tree)

@@ -171,6 +171,57 @@ def test_a_stop_or_a_limit_inside_a_step_cuts_where_plain_decoding_stops(llama, 
     assert cuts == set(range(tree.depth + 1)), "stops should fall on every place of a step"
 
 
+@all_trees
+def test_once_a_tree_no_longer_fits_all_rows_are_plain_to_the_end(zoo, tree, n_slot, monkeypatch):
+    """The head has not seen what plain steps said: drafts that went on from there would be wrong for nothing."""
+    target = zoo("gqa")
+    head = head_of(target)
+    prompts = [tokens_of(n_slot - 3, seed=1), tokens_of(2, seed=2)]
+    decoder, kinds = decoder_of(target, head, tree, 2, n_slot), []
+    run = decoder.run
+    monkeypatch.setattr(decoder, "run", lambda eagle, length: (kinds.append(eagle), run(eagle, length))[1])
+    result = decoder.generate(prompts, 12)
+    assert result.tokens == [naive_decode(target, prompts[0], 3), naive_decode(target, prompts[1], 12)]
+    assert kinds == sorted(kinds, reverse=True) and kinds.count(False) > 3
+
+
+def test_a_head_and_a_model_that_do_not_belong_together_are_refused(zoo):
+    target, other = zoo("gqa"), zoo("llama2")
+    head, tree = head_of(target), StaticTree.chain(2)
+    with pytest.raises(ValueError, match="head without caches"):
+        target.setup_caches(1, 40)
+        Decoder(target, 1, head=head, tree=tree)
+    setup_caches(other, head, 1, 40)
+    with pytest.raises(ValueError, match="another target"):
+        Decoder(other, 1, head=head, tree=tree)
+    setup_caches(target, head, 1, 40)
+    head.setup_caches(1, 32)
+    with pytest.raises(ValueError, match="32 slots.*40"):
+        Decoder(target, 1, head=head, tree=tree)
+    setup_caches(target, head, 1, 40)
+    with pytest.raises(ValueError, match="is no tree"):
+        EagleStep(target, head, [[0]], 1)
+    with pytest.raises(ValueError, match="temperature -1"):
+        EagleStep(target, head, tree, 1, Sampling(-1.0))
+    assert Decoder(target, 1, head=head).eagle.tree == StaticTree.paper()    # where none is named
+
+
+def test_a_kept_eagle_decoder_goes_on_with_its_own_caches(zoo):
+    target = zoo("gqa")
+    head = head_of(target)
+    prompts = [tokens_of(n, seed=n) for n in (20, 9, 12)]
+    decoder = decoder_of(target, head, StaticTree.chain(2), 1, 120)
+    first = decoder.generate(prompts[:1], 64)
+    wanted = decoder.generate(prompts[2:], 64)
+    caches = target.kv_cache, head.kv_cache
+    generate(target, prompts[1:], 20, head=head)
+    assert target.kv_cache is caches[0] and head.kv_cache is caches[1]
+    assert decoder.generate(prompts[:1], 64).accept_lengths == first.accept_lengths
+    generate(target, prompts[:1], 20, head=head)
+    again = decoder.generate(prompts[2:], 64)
+    assert (again.tokens, again.accept_lengths) == (wanted.tokens, wanted.accept_lengths)
+
+
 def decoder_of(target, head, tree, batch, n_slot, **options):
     setup_caches(target, head, batch, n_slot)
     return Decoder(target, batch, head=head, tree=tree, **options)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from generate import Decoder, Sampling, generate
-from model import PackedLinear, PackedRMSNorm, RMSNorm, Transformer, bucket, logits_to_probs, pack_for_cpu, sample
+from model import PackedLinear, PackedRMSNorm, RMSNorm, Transformer, bucket, logits_to_probs, pack_for_cpu, prefill, sample
 from reference import assert_close, expected, naive_decode, tiny, tokens_of
 
 CONTEXT = 400  # slots: bucket borders at 128, 192, 256, 384 and the end of the cache
@@ -103,6 +103,39 @@ def test_prompts_longer_than_a_prefill_chunk_equal_naive_decoding(tmp_path, leng
     model, prompt = load(folder), tokens_of(length)
     ours = generate(model, [prompt], 3).tokens
     assert ours == [naive_decode(model, prompt, 3)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("n_cached", [0, 200, 255])
+def test_a_prefill_by_chunks_fills_the_caches_as_one_pass_does(gqa, n_cached):
+    """Whatever chunk a token is in, it sees all before it: of greedy texts a narrow view changes few."""
+    prompts = [tokens_of(330, seed=1), tokens_of(300, seed=2)]
+    pos = torch.arange(330).expand(2, -1)
+    tokens = torch.tensor([prompt + [0] * (330 - len(prompt)) for prompt in prompts])
+    gqa.model.setup_caches(2, CONTEXT)
+    features = gqa.model.features(tokens, pos)
+    whole = gqa.model.kv_cache.clone()
+    gqa.model.kv_cache[..., n_cached:, :] = 9.0
+    chunks = list(prefill(gqa.model, prompts, n_cached, chunk=60))
+    assert_close(gqa.model.kv_cache[..., :329, :], whole[..., :329, :])
+    assert_close(torch.cat([chunk[2] for chunk in chunks], dim=1), features[:, n_cached:329])
+
+
+@pytest.mark.parametrize("lengths, n_new, stop", [((1, 250), 150, 0), ((120, 130), 9, 1), ((300,), 99, 0)])
+def test_every_step_of_a_ragged_batch_was_made_ready(gqa, monkeypatch, lengths, n_new, stop):
+    """Whichever row stops early. Those of the longest row alone were captured: the other row's ran without a graph."""
+    monkeypatch.setattr("generate.compile_layers", lambda layers: None)
+    for early in (None, *range(len(lengths))):
+        decoder = make_decoder(gqa.model, len(lengths), compile=True)
+        prompts, taken = [tokens_of(n, seed=n) for n in lengths], []
+        run = decoder.run
+        monkeypatch.setattr(decoder, "run", lambda eagle, length: (
+            taken.append((eagle, decoder._n_slot(eagle, length))), run(eagle, length))[1])
+        stops = set() if early is None else {gqa.oracle(prompts[early], 3)[2]}
+        decoder.generate(prompts, n_new, stop_ids=stops)
+        assert set(taken) <= set(decoder.graphs)
+        if early is None and len(lengths) == 1:     # and no other, but for the bucket that the last token fills
+            assert set(taken) == set(decoder.graphs)
 
 
 def test_attention_follows_the_used_length_not_the_allocated_one(gqa):
@@ -255,6 +288,108 @@ def test_a_cached_prefix_of_every_row_of_a_batch_is_used(gqa):
     said = decoder.generate(prompts, 10).tokens
     longer = [prompt + ids + tokens_of(n, seed=9) for n, (prompt, ids) in enumerate(zip(prompts, said))]
     assert decoder.generate(longer, 10, n_cached=20).tokens == [gqa.oracle(prompt, 10) for prompt in longer]
+
+
+def test_a_kept_decoder_goes_on_with_its_own_caches_whatever_else_was_decoded(gqa):
+    """A call of generate() used to leave its own caches behind, and a trace went on with the old ones: wrong text."""
+    prompts = [tokens_of(n, seed=n) for n in (20, 9, 31)]
+    decoder = make_decoder(gqa.model)
+    assert decoder.generate(prompts[:1], 64).tokens == [gqa.oracle(prompts[0], 64)] and decoder.traces
+    assert generate(gqa.model, prompts[1:], 64).tokens == [gqa.oracle(prompt, 64) for prompt in prompts[1:]]
+    assert decoder.generate(prompts[2:], 64).tokens == [gqa.oracle(prompts[2], 64)]
+    gqa.model.setup_caches(2, 40)       # and whatever is set up
+    other = Decoder(gqa.model, 2)
+    assert other.generate(prompts[:2], 4).tokens == [gqa.oracle(prompt, 4) for prompt in prompts[:2]]
+    said = gqa.oracle(prompts[2], 64)
+    longer = prompts[2] + said + tokens_of(5, seed=7)
+    assert decoder.generate([longer], 9, n_cached=len(prompts[2]) + 63).tokens == [gqa.oracle(longer, 9)]
+
+
+def test_decoding_leaves_the_caches_that_the_model_had(gqa):
+    gqa.model.kv_cache = None
+    generate(gqa.model, [tokens_of(9)], 3)
+    assert gqa.model.kv_cache is None
+    assert gqa.model(torch.tensor([tokens_of(60)] * 2), torch.arange(60))[0].shape[:2] == (2, 60)
+    gqa.model.setup_caches(1, 30)
+    cache = gqa.model.kv_cache
+    generate(gqa.model, [tokens_of(40)], 3)
+    with pytest.raises(KeyboardInterrupt):
+        generate(gqa.model, [tokens_of(40)], 3, on_tokens=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert gqa.model.kv_cache is cache
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, names", [
+    (dict(temperature=-1.0), "temperature -1.0"), (dict(temperature=float("nan")), "temperature nan"),
+    (dict(temperature=float("inf")), "temperature inf"), (dict(temperature=1.0, top_k=0), "top_k 0"),
+    (dict(top_p=0.0), "top_p 0.0"), (dict(top_p=1.5), "top_p 1.5"), (dict(seed=-1), "seed -1"), (dict(seed=2 ** 63), "seed"),
+    (dict(max_new_tokens=0), "max_new_tokens is 0"), (dict(max_seq_length=0), "0"), (dict(prompts=[]), "no prompt"),
+    (dict(prompts=[[1, 96]]), "token 96, the model's vocabulary has 96"), (dict(prompts=[[1], [-1]]), "token -1"),
+])
+def test_options_out_of_range_are_refused_by_name_and_value(gqa, options, names):
+    arguments = dict(prompts=[[1, 2]], max_new_tokens=4) | options
+    with pytest.raises(ValueError, match=names):
+        generate(gqa.model, **arguments)
+    sampling = Sampling(*(options.get(name) for name in ("temperature", "top_k", "top_p")))
+    if "max_seq_length" not in options:
+        with pytest.raises(ValueError, match=names):
+            make_decoder(gqa.model, max(1, len(arguments["prompts"])), sampling=sampling._replace(
+                temperature=options.get("temperature", 0.0))).generate(
+                    arguments["prompts"], arguments["max_new_tokens"], seed=options.get("seed"))
+
+
+def test_caches_that_do_not_fit_are_refused(gqa):
+    gqa.model.kv_cache = None
+    with pytest.raises(ValueError, match="setup_caches"):
+        Decoder(gqa.model, 1)
+    with pytest.raises(ValueError, match="4 rows.*2"):
+        gqa.model.setup_caches(2, 40)
+        Decoder(gqa.model, 4)
+    decoder = make_decoder(gqa.model, 3, 40)
+    with pytest.raises(ValueError, match="2 prompts for a decoder of 3 rows"):
+        decoder.generate([[1], [2]], 4)
+    for n_cached in (-1, 1, 9):
+        with pytest.raises(ValueError, match=f"n_cached is {n_cached}"):
+            decoder.generate([[1], [2, 3], [4]], 4, n_cached=n_cached)
+    for tokens, names in (([[1] * 41], "41 tokens"), ([[1]] * 4, "4 rows"), ([1, 2], r"\[2\]"), ([[1.0]], "float32")):
+        with pytest.raises(ValueError, match=names):
+            gqa.model(torch.tensor(tokens), torch.arange(1))
+    for rows, slots in ((0, 9), (1, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            gqa.model.setup_caches(rows, slots)
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, remedy", [(torch.float16, "bfloat16 or float32"), (torch.float32, "weights may hold NaN")])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(1.0, 5), Sampling(1.0, 5, 0.9), Sampling(1.0, None, 0.9)])
+def test_logits_that_are_not_finite_end_decoding_by_dtype_and_token(gqa, dtype, remedy, sampling):
+    """fp16 ends at 65504: Qwen2 in it said "!" for ever, with exit status 0."""
+    model = load(gqa.folder, dtype)
+    decoder, seen = make_decoder(model, 2, 100, sampling), []
+    fine = decoder.generate([[1, 2], [3]], 70, seed=0).tokens    # traced from here on
+    model.layers[0].feed_forward.w2.weight.mul_(torch.inf if dtype == torch.float32 else 6e4)
+    model.layers[0].feed_forward.w13.weight.mul_(100)
+    with pytest.raises(ValueError, match=f"not finite in {str(dtype)[6:]} at new token 1 of prompt [12]: .*{remedy}"):
+        decoder.generate([[1, 2], [3]], 70, seed=0, on_tokens=lambda *what: seen.append(what))
+    assert not seen and len(fine[0]) == 70
+    model.layers[0].feed_forward.w2.weight.copy_(load(gqa.folder, dtype).layers[0].feed_forward.w2.weight)
+    model.layers[0].feed_forward.w13.weight.div_(100)
+    assert decoder.generate([[1, 2], [3]], 70, seed=0).tokens == fine    # no NaN is left in the caches
+
+
+@torch.no_grad()
+def test_a_token_whose_embedding_is_nan_is_named_by_its_place(gqa):
+    """Not at the first token, and not for a row that has finished."""
+    model, prompts = load(gqa.folder), [tokens_of(9, seed=1), tokens_of(5, seed=2)]
+    whole = [gqa.oracle(prompt, 20) for prompt in prompts]
+    n, bad = next((n, token) for n, token in enumerate(whole[1]) if n > 3 and token not in sum(prompts, whole[0] + whole[1][:n]))
+    model.tok_embeddings.weight[bad] = torch.nan
+    with pytest.raises(ValueError, match=f"at new token {n + 2} of prompt 2"):
+        generate(model, prompts, 20)
+    assert generate(model, prompts, 20, stop_ids=[bad]).tokens[1] == whole[1][:n + 1]
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
