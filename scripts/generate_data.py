@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
 from console import Parser, command, number, say, write_atomically
 from model import Sampling
+from scripts.report import loops
 from tokenizer import Tokenizer
 
 OPENINGS = """A|Act as|An|Analyze|Answer|Are|Arrange|As a|Assume|Brainstorm|Calculate|Can you|Can you explain|Classify|
@@ -180,11 +181,6 @@ def answer(decoder: cli.Decoder, prompts: list[list[int]], seed: int, tokenizer:
         return []
     padded = prompts + prompts[:1] * (args.batch_size - len(prompts))
     return decoder.generate(padded, args.max_new_tokens, seed=seed, stop_ids=tokenizer.stop_ids).tokens[:len(prompts)]
-
-
-def loops(ids: list[int], n: int = 8, times: int = 3) -> bool:
-    """Whether some n-gram comes `times` times."""
-    return max(Counter(zip(*(ids[i:] for i in range(n)))).values(), default=0) >= times
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
