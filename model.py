@@ -271,16 +271,21 @@ def bucket(length: int, n_slot: int) -> int:
 
 
 def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """bool [B, T, S] -> additive [B, 1, G*T, S], once a pass, with a row for each query head of a key/value group."""
+    """bool [B, T, S] -> additive [B, 1, G*T, S], once a pass, with a row for each query head of a key/value group.
+
+    What is additive already is taken as it is.
+    """
+    if mask.is_floating_point():
+        return mask
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     return bias.repeat(1, group, 1)[:, None]
 
 
 def rope_cos_sin(input_pos: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[B, T] positions -> cosines and signed sines [B, T, 1, D] for `apply_rope`."""
-    angle = input_pos[:, :, None, None].float() * inv_freq
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    # Cosine is even and sine odd: the first half of the frequencies negated gives both at full width and with their signs.
+    angle = input_pos[:, :, None, None] * torch.cat((-inv_freq, inv_freq))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -474,24 +479,58 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None 
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        ordered, tokens = probs.sort(dim=-1, descending=True)
+        # On a GPU a sort is quick, and nothing may be decided by values; nor in a graph of torch.compile.
+        by_values = probs.is_cpu and not torch.compiler.is_compiling()
+        ordered, tokens = likeliest(probs, top_p) if by_values else probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: 0 for the first, which always stays
         probs = torch.zeros_like(probs).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0))
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
 
+@torch.jit.script_if_tracing
+def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The first of probs.sort(descending=True, stable=True), values and tokens [..., n]: as many as hold top_p in every row.
+
+    On a CPU a sort of the whole vocabulary takes 20 times as long as to find the few that usually do. TorchScript keeps
+    the decision in a trace.
+    """
+    V, n = probs.shape[-1], 256
+    if n < V:
+        # Bits of a number that is not negative have its order; with the token they make keys of which no two are equal.
+        keys = probs.view(torch.int32).long() * V - torch.arange(V)
+    while n < V:
+        tokens = keys.topk(n, dim=-1).indices
+        ordered = probs.gather(-1, tokens)
+        before = ordered.sum(-1) - ordered[..., n - 1]
+        if bool((before >= top_p + 1e-5).all()):    # more than sums in another order may differ by
+            return ordered, tokens
+        n = n * 16
+    return torch.sort(probs, dim=-1, descending=True, stable=True)
+
+
 def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token a row, [..., V] -> [...], by a race of exponential clocks: no host synchronisation."""
+    """Draw one token a row, [..., V] -> [...], by a race of exponential clocks: no host synchronisation.
+
+    NOT_FINITE where a row holds NaN.
+    """
     clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
-    return (probs / clocks).argmax(-1)
+    return tokens_of_finite((probs / clocks).max(-1))
 
 
 def next_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[..., V] -> [...]: the largest logit at temperature 0, else a draw from torch's own generator."""
+    """[..., V] -> [...]: the largest logit at temperature 0, else a draw from torch's own generator.
+
+    NOT_FINITE for a row that holds NaN or +inf, or nothing but -inf; single tokens at -inf are merely impossible.
+    """
     if sampling.temperature == 0:
-        return logits.max(-1).indices  # argmax takes four times as long on a CPU in bf16
+        return tokens_of_finite(logits.max(-1))  # argmax takes four times as long on a CPU in bf16
     return sample(logits_to_probs(logits, *sampling))
+
+
+def tokens_of_finite(largest: "torch.return_types.max") -> Tensor:
+    """Indices of the largest values, NOT_FINITE for those that are NaN or infinite: torch's max is NaN where one value is."""
+    return largest.indices.masked_fill(largest.values - largest.values != 0, NOT_FINITE)
 
 
 # Loading
