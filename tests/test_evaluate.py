@@ -474,15 +474,15 @@ def test_questions_and_turns_beyond_the_context_are_left_out_by_name(run, tmp_pa
     long = [*QUESTIONS, {"question_id": "long", "category": "math", "turns": ["the fox " * 40]}]
     file = tmp_path / "long.jsonl"
     file.write_text("".join(json.dumps(q) + "\n" for q in long))
-    status, text, err = run("--max-seq-length", 46, questions=file)
+    status, text, err = run("--max-seq-length", 34, questions=file)
     made = json.loads((tmp_path / "out/report.json").read_text())
     assert status == 0 and made["questions"] == 3 and [q["question_id"] for q in made["left_out"]] == ["long"], err
     assert "questions long (" in text and "question long has" in err
     asked = sum(len(line["choices"][0]["turns"]) for line in lines_of(tmp_path / "out", "plain"))
-    assert asked + made["turns_not_asked"] == 5 and made["turns_not_asked"] > 0 and f"the context of 46: {made['turns_not_asked']}." in text
+    assert asked + made["turns_not_asked"] == 5 and made["turns_not_asked"] > 0 and f"the context of 34: {made['turns_not_asked']}." in text
     shutil.rmtree(tmp_path / "out")
     file.write_text(json.dumps(long[-1]))
-    status, _, err = run("--max-seq-length", 46, questions=file)
+    status, _, err = run("--max-seq-length", 34, questions=file)
     assert status == 2 and "no question" in err and "--max-seq-length" in err and not (tmp_path / "out/run.json").exists()
 
 
