@@ -184,6 +184,8 @@ def draft_ranks(head: EagleHead, tokens: Tensor, features: Tensor, max_depth: in
 def rank_of(head: EagleHead, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Place of each token among the draft's guesses, 0 the first; the size of the vocabulary when it is not drafted."""
     logits = head.draft_logits(hidden.to(head.target.norm.weight.dtype)).float()
+    if not torch.is_tensor(logits):     # each rank has a part of the vocabulary
+        logits = logits.full()
     if head.draft_ids is None:
         return (logits > logits.gather(-1, tokens[..., None])).sum(-1)
     match = head.draft_ids == tokens[..., None]

@@ -4,6 +4,7 @@
 """
 import datetime
 import json
+import os
 import shutil
 import sys
 import types
@@ -16,7 +17,7 @@ import quantize
 from eagle_head import EagleStep, block_mask
 from model import Transformer
 from reference import edited_json, naive_decode, read_safetensors, write_checkpoint
-from scripts import evaluate, peers, report
+from scripts import evaluate, peers, report, tune_tree
 from test_eagle import head_config, head_weights, write_head
 from tokenizer import Tokenizer
 
@@ -429,6 +430,43 @@ def test_pictures_are_drawn(run, tmp_path):
     assert (out / "report.png").stat().st_size > 10_000
     assert report.main(report.parse_args([str(out), "--waterfall", str(tmp_path / "w.png")])) == 0
     assert (tmp_path / "w.png").stat().st_size > 5_000
+
+
+def as_rank(rank, store, options, folder):
+    """evaluate.py, then tune_tree.py, as one of two ranks; rank 1 has folders of its own, and a clock that says otherwise."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", EAGLE_TP_CHECK="1")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    measure_costs = tune_tree.measure_costs
+    if rank == 1:
+        tune_tree.measure_costs = lambda *args: measure_costs(*args) | {"target_by_rows": {1: 1.0, 2: 1.0, 3: 99.0, 4: 99.0}}
+    folder.mkdir()
+    out, questions = ["--out", str(folder / "out")], ["--questions", str(folder.parent / "set.jsonl")]
+    statuses = [evaluate.main(evaluate.parse_args([*options, *out, *more])) for more in (
+        [*questions, "--max-new-tokens", "12", "--tree", "chain:3", "--limit", "1"], [*questions, "--peers"])]
+    statuses.append(tune_tree.main(tune_tree.parse_args([
+        *options, *questions, "--out", str(folder / "tree.json"), "--max-new-tokens", "16", "--used-slots", "16", "--repeats", "3",
+        "--max-nodes", "3", "--max-depth", "2"])))
+    (folder / "statuses").write_text(str(statuses))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_under_torchrun_rank_0_writes_what_one_process_writes(run, pair, tmp_path, forkserver):
+    assert run("--tree", "chain:3", "--limit", 1, "--max-new-tokens", 12)[0] == 0
+    options = ["--checkpoint", str(pair[0]), "--eagle", str(pair[1]), "--device", "cpu", "--dtype", "float32"]
+    processes = [forkserver.Process(target=as_rank, args=(rank, tmp_path / "store", options, tmp_path / f"rank{rank}")) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [(tmp_path / f"rank{rank}/statuses").read_text() for rank in range(2)] == ["[0, 2, 0]"] * 2
+    for arm in ARMS[:2]:
+        ours, theirs = ([line["choices"][0]["tokens"] for line in lines_of(out, arm)] for out in (tmp_path / "out", tmp_path / "rank0/out"))
+        assert ours == theirs
+    assert len(json.loads((tmp_path / "rank0/tree.json").read_text())["paths"]) <= 3
+    assert [file.name for file in (tmp_path / "rank1").iterdir()] == ["statuses"]
 
 
 @pytest.mark.parametrize("folder", sorted(ROOT.glob("benchmarks/results/*/run.json")), ids=lambda file: file.parent.name)
