@@ -56,7 +56,7 @@ HUB_SETS = {
 TOP_LOGITS = 10     # the largest, on which rounding is measured
 
 
-@command(stopped="stopped; the same command goes on from here")
+@command(stopped="stopped; the same command goes on from here", in_ranks=True)
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> None:
     if args.peers and args.temperature > 0:

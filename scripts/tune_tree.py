@@ -59,7 +59,7 @@ QUESTIONS = [
 FINALISTS = 5   # trees that answer the questions
 
 
-@command()
+@command(in_ranks=True)
 def main(args: argparse.Namespace) -> None:
     args.tree = "static"
     if ranks.writes() and args.out is not None and not args.out.absolute().parent.is_dir():
