@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle_head import EagleHead, load_tree
+from eagle_head import EagleHead, load_tree, official_key
 from generate import load_draft_vocab, shipped_head
-from reference import read_safetensors
+from model import load_weights
 from test_eagle import head_config, head_weights, load, tiny, write_head, written_out_head
 
 
@@ -81,6 +81,15 @@ def test_a_converted_head_drafts_what_the_official_one_does(target, tmp_path, co
     tokens, features, ours = drafted(head)
     expected = written_out_head(config | {"bias": bool(bias)}, weights, target.tok_embeddings.weight, tokens, features)
     torch.testing.assert_close(ours, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_read_of_a_renamed_weight_goes_by_its_official_name(target, official, tmp_path):
+    config, weights = official
+    folder = write_head(tmp_path / "head", config, renamed(weights, SPECULATORS))
+    head = EagleHead.from_pretrained(folder, target)
+    asked = []
+    load_weights(head.weights(), folder, part=lambda key, shape: asked.append(key) or (slice(None),), rename=official_key)
+    assert sorted(asked) == sorted(weights)
 
 
 def test_biases_of_attention_as_sglang_has_them(target, tmp_path):

@@ -296,6 +296,12 @@ def test_declared_tokens_of_a_tokenizer_json_are_those_of_transformers(qwen_like
     assert set(reference.all_special_ids) - {None} <= tok.special_ids
 
 
+def test_a_special_token_that_has_no_id_gets_none(qwen_like, tmp_path):
+    """transformers gives it the next one, which is beyond the model's embedding."""
+    tok = Tokenizer.from_pretrained(qwen_folder(qwen_like, tmp_path / "folder", pad_token="[PAD]"))
+    assert tok.vocab_size == 305 and max(tok.encode(PIECES)) < 305
+
+
 @pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True, "normalized": True}, {"normalized": True, "special": False}],
                          ids=str)
 def test_declared_tokens_of_a_converted_sentencepiece_model_are_those_of_transformers(mistral_folder, flags):
