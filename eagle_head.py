@@ -145,8 +145,9 @@ def official_config(config: dict) -> dict:
 
     Raises ValueError for a head of another kind, by key and value.
     """
-    nested = next((config[key] for key in ("model", "transformer_layer_config") if isinstance(config.get(key), dict)), {})
-    outer = {key: value for key, value in config.items() if key not in ("model", "transformer_layer_config")}
+    outer = dict(config)
+    places = [outer.pop(key, None) for key in ("model", "transformer_layer_config")]
+    nested = next((place for place in places if isinstance(place, dict)), {})
     flat = {**outer, **nested, "architectures": [outer.get("architectures"), nested.get("architectures")]}
     if flat.get("speculators_model_type", "eagle") not in ("eagle", "eagle3"):
         raise ValueError(f"the head's config.json: speculators_model_type {flat['speculators_model_type']!r} is not "
@@ -155,10 +156,10 @@ def official_config(config: dict) -> dict:
         flat["eagle_version"] = 3
     for key in ("layernorms", "add_para_norm"):
         if flat.get(key):
-            raise ValueError(f"the head's config.json: {key} {flat[key]!r}, more norms than EAGLE has, is not supported")
+            raise ValueError(f"the head's config.json: {key} {flat[key]!r}, more norms than EAGLE has: not supported")
     if flat.get("truncated_vocab_size") not in (None, flat.get("vocab_size")):
-        raise ValueError(f"the head's config.json: truncated_vocab_size {flat['truncated_vocab_size']} is not supported: "
-                         "its LM head is not the target's")
+        raise ValueError("the head's config.json: truncated_vocab_size "
+                         f"{flat['truncated_vocab_size']} is not supported: its LM head is not the target's")
     for key in ("eagle_fc_bias", "fusion_bias"):
         if key in flat:
             flat.setdefault("bias", bool(flat[key]))

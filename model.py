@@ -608,7 +608,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     name = str(checkpoint)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise FileNotFoundError(f"{checkpoint}: no such folder (a hub id has the form owner/name)")
-    for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):  # empty, they would put the cache into the working directory
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):  # empty, they put the cache into the working directory
         if not os.environ.get(variable, "unset"):
             del os.environ[variable]
     from huggingface_hub import snapshot_download
@@ -616,7 +616,8 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     patterns = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
     try:
         wanted = [*patterns, "model*.safetensors"] if weights else patterns
-        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!a]*/*"])  # keeps additional_chat_templates/
+        # No folder but additional_chat_templates/.
+        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!a]*/*"])
         if weights and find_weights(Path(local)) is None:
             local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except GatedRepoError:
@@ -730,7 +731,7 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
     Only tensors whose key is `wanted` are read, of each the `part` or the whole.
     """
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its base model, which is what is read")
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its base model")
     file = find_weights(folder)
     if file is None:
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
@@ -739,14 +740,14 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
         yield from _read_shard(file, wanted, part)
         return
     weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
         raise ValueError(f"{file} has no weight_map: it does not say which shard holds which weight")
     for name in sorted(set(weight_map.values())):
         yield from _read_shard(folder / name, wanted, part)
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The file of weights, or the index of its shards, that counts where several lie in a folder: as in transformers."""
+    """The file of weights, or the index of its shards, that counts where several lie there: as in transformers."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return next((folder / name for name in names if (folder / name).exists()), None)
 
@@ -773,7 +774,7 @@ def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) ->
             for key in filter(wanted, content):
                 yield key, content[key] if part is None else content[key][part(key, list(content[key].shape))], file
     except pickle.UnpicklingError:  # torch's own words advise to let the file run code
-        raise ValueError(f"{file} is corrupt, or holds more than tensors, which could run code: it is not read") from None
+        raise ValueError(f"{file} is corrupt, or holds more than tensors, which could run code: not read") from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
 

@@ -24,7 +24,7 @@ from typing import Iterable
 from console import read_text
 from model import read_json, refuse_lfs_pointer, resolve_checkpoint
 
-Messages = list[dict]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]; the template sees other keys too
+Messages = list[dict]  # [{"role": "system" | "user" | "assistant", "content": text}, ...] and what else a template reads
 
 
 class Tokenizer:
@@ -128,7 +128,8 @@ class Tokenizer:
         stand_ins = self._find_stand_ins(messages) if plain_text else {}
         if not stand_ins:
             return self._encode(text, bos, {})
-        hidden = self.render_chat([hide(message, stand_ins) for message in messages], add_generation_prompt, tools=tools)
+        hidden = [hide(message, stand_ins) for message in messages]
+        hidden = self.render_chat(hidden, add_generation_prompt, tools=tools)
         ids = self._encode(hidden, bos, stand_ins)
         harmless = self.encode(reveal(hidden, dict.fromkeys(stand_ins, ".")), bos)
         if reveal(hidden, stand_ins) != text or self._marks(ids) != self._marks(harmless):
@@ -332,16 +333,17 @@ def insert_tokens(path: Path, declared: dict[int, dict]) -> "tokenizers.Tokenize
 
     content = read_json(path)
     added = {token["id"]: token for token in content["added_tokens"]}
-    vocab = content["model"]["vocab"]
+    vocab = content["model"].get("vocab", {})
     taken = {*added, *(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))}
     texts = {token["content"] for token in added.values()}
-    added |= {i: {"id": i, **token} for i, token in declared.items() if i not in taken and token["content"] not in texts}
+    new = {i: token for i, token in declared.items() if i not in taken and token["content"] not in texts}
+    added |= {i: {"id": i, **token} for i, token in new.items()}
     content["added_tokens"] = [added[i] for i in sorted(added)]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     for i, token in added.items():
         if tokenizer.token_to_id(token["content"]) != i:
-            raise ValueError(f"{path}: the ids of its added tokens have a gap before {i}, {token['content']!r}, and no file "
-                             "beside it declares what is missing")
+            raise ValueError(f"{path}: the ids of its added tokens have a gap before {i}, {token['content']!r}, and no "
+                             "file beside it declares what is missing")
     return tokenizer
 
 
@@ -364,8 +366,8 @@ def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.T
     by_model = "Qwen2Tokenizer" if config.get("model_type") in ("qwen2", "qwen3") else None
     kind = str(settings.get("tokenizer_class") or by_model).removesuffix("Fast")
     if kind not in ("Qwen2Tokenizer", "GPT2Tokenizer"):
-        raise ValueError(f"{folder} has vocab.json and merges.txt only, which are read for tokenizer_class Qwen2Tokenizer "
-                         f"and GPT2Tokenizer, not {kind}: tokenizer.json is needed")
+        raise ValueError(f"{folder} has vocab.json and merges.txt only, which are read for tokenizer_class "
+                         f"Qwen2Tokenizer and GPT2Tokenizer, not {kind}: tokenizer.json is needed")
     for file in files:
         refuse_lfs_pointer(file)
     try:
@@ -518,15 +520,19 @@ def declared_tokens(folder: Path, settings: dict) -> dict[int, dict]:
         decoder = {i: {"content": text, "special": text in special} for text, i in added.items()}
     try:
         declared = {int(i): token_flags(token) for i, token in decoder.items()}
+        if not all(0 <= i < 1 << 31 for i in declared):
+            raise ValueError("an id is no id")
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{folder}: the added tokens in tokenizer_config.json or added_tokens.json are not ids and texts") from None
+        files = "tokenizer_config.json or added_tokens.json"
+        raise ValueError(f"{folder}: the added tokens in {files} are not ids and texts") from None
     return {i: token for i, token in declared.items() if token["content"]}
 
 
 def token_flags(token: dict) -> dict:
     special = bool(token.get("special"))
     flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "single_word")}
-    return {"content": str(token["content"]), "special": special, "normalized": token.get("normalized", not special), **flags}
+    normalized = bool(token.get("normalized", not special))
+    return {"content": str(token["content"]), "special": special, "normalized": normalized, **flags}
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------

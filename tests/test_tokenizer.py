@@ -780,7 +780,7 @@ def test_a_git_lfs_pointer_is_named_as_such(qwen_like, tmp_path, sentencepiece_m
 
 def test_declared_tokens_of_another_form_are_refused_in_one_line(llama_folder, chatml_folder):
     for folder in (llama_folder, chatml_folder):
-        for wrong in ({"x": {"content": "a"}}, {"5": "a"}, {"5": {}}, ["a"]):
+        for wrong in ({"x": {"content": "a"}}, {"5": "a"}, {"5": {}}, ["a"], {"-1": {"content": "a"}}):
             edited(folder / "tokenizer_config.json", added_tokens_decoder=wrong)
             with pytest.raises(ValueError, match="are not ids and texts$"):
                 Tokenizer.from_pretrained(folder)
