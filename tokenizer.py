@@ -232,9 +232,13 @@ class StreamDecoder:
                 text += self._advance(backend)
         return text
 
+    def peek(self) -> str:
+        """The rest, as flush() would give it now: a character that lacks bytes is U+FFFD."""
+        return self._tokenizer._backend.decode(self._ids)[self._shown :]
+
     def flush(self) -> str:
         """The rest; the stream is then as new."""
-        text = self._tokenizer._backend.decode(self._ids)[self._shown :]
+        text = self.peek()
         self._ids, self._shown = [], 0
         return text
 
