@@ -379,14 +379,14 @@ def test_looping_and_empty_answers_are_counted_and_the_figures_of_the_rest_given
             "accept_lengths": [steps]}]} for n, (text, ids, s, steps) in enumerate(zip(texts, tokens, seconds, lengths))]
 
     loop, fine = [1, 2, 3, 4, 5, 6, 7, 8] * 3, list(range(24))
-    plain = lines("abcd", [loop, fine, fine, fine], [2, 2, 2, 2], [[1] * 24] * 4)
-    fast = lines(["a", "", "c", "d"], [loop, [9], fine, fine], [0.5, 0.1, 1, 2], [[4] * 6, [1], [2] * 12, [1] * 24])
+    plain = lines("abcde", [fine, fine, fine, fine, loop], [2, 2, 2, 2, 2], [[1] * 24] * 5)
+    fast = lines(["a", "", "c", "d", "e"], [loop, [9], fine, fine, fine], [0.5, 0.1, 1, 2, 0.1], [[4] * 6, [1], [2] * 12, [1] * 24, [6] * 4])
     made = report.figures_of_arms({"plain": plain, "fast": fast}, {"temperature": 1, "drafting": ["fast"]})
-    assert (made["plain"]["looping"], made["plain"]["empty"], made["plain"]["answers"]) == (1, 0, 4)
+    assert (made["plain"]["looping"], made["plain"]["empty"], made["plain"]["answers"]) == (1, 0, 5)
     assert (made["fast"]["looping"], made["fast"]["empty"]) == (1, 1)
     rest = made["fast"]["without_flaws"]
     assert rest["answers"] == 2 and rest["tokens_per_second"] == 48 / 3 and rest["mean_accept_length"] == 48 / 36
-    assert rest["speedup"] == pytest.approx(48 / 3 / (48 / 4)) and made["plain"]["without_flaws"]["tokens_per_second"] == 72 / 6
+    assert rest["speedup"] == pytest.approx(48 / 3 / (48 / 4)) and made["plain"]["without_flaws"]["tokens_per_second"] == 96 / 8
     assert report.rest_text(rest) == "16.0, 1.33x, 1.33"
 
 
@@ -538,8 +538,7 @@ def test_logits_that_are_not_finite_end_the_run_without_a_report(run, pair, tmp_
         peer([5, 9, 11], 4)
 
 
-def test_arms_take_turns_and_peers_come_after_plain(run, monkeypatch):
-    """Of each turn, who decoded when."""
+def test_arms_take_turns_and_peers_come_after_plain(run, pair, monkeypatch):
     order, generate = [], evaluate.cli.Decoder.generate
     monkeypatch.setattr(evaluate.cli.Decoder, "generate", lambda self, *args, **kwargs: order.append(
         "plain" if self.eagle is None else f"{self.eagle.tree.n_node}") or generate(self, *args, **kwargs))
@@ -547,8 +546,13 @@ def test_arms_take_turns_and_peers_come_after_plain(run, monkeypatch):
     plain, chain, static = "plain", "4", "26"
     assert [order[n:n + 3] for n in range(0, 15, 3)] == [
         [plain, chain, static]] * 2 + [[chain, static, plain]] + [[static, plain, chain]] * 2
-    orders = [evaluate.order_of(["plain", "a"], ["p", "q"], place) for place in range(4)]
-    assert orders == [["plain", "a", "p", "q"], ["a", "plain", "p", "q"], ["plain", "p", "q", "a"], ["plain", "q", "a", "p"]]
+    order.clear()
+    decodes = lambda name: lambda prompt, seed_or_count: order.append(name) or answer([65, 66], [1, 1])
+    args, tokenizer = evaluate.parse_args(["--questions", "", "--temperature", "1"]), Tokenizer.from_pretrained(pair[0])
+    ours, theirs = ({name: decodes(name) for name in names} for names in (("plain", "a"), ("p", "q")))
+    for place in range(4):
+        evaluate.ask(QUESTIONS[1] | {"place": place}, args, tokenizer, ours, theirs, 64)
+    assert "".join(name[-1] for name in order) == "napq" "anpq" "npqa" "nqap"    # n: plain
 
 
 def test_a_set_that_cannot_be_fetched_names_the_local_alternative(run, monkeypatch):
