@@ -345,10 +345,12 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
 def call_with_varying_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
                             cache_pos: Tensor, kv_cache: Tensor | None) -> Tensor:
     """A compiled TransformerBlock, told which sizes vary from call to call."""
+    # Slices get the strides of tensors of their own, or dynamo makes a graph for each kind: a view where there is one row.
+    *rope, cache_pos = (part[0][None] if len(part) == 1 else part.contiguous() for part in (*rope, cache_pos))
     for tensor in (x, *rope, cache_pos):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)         # new tokens
     torch._dynamo.maybe_mark_dynamic(bias, (2, 3))          # their rows, and cache slots
-    return compiled(x, rope, bias, cache_pos, kv_cache)
+    return compiled(x, tuple(rope), bias, cache_pos, kv_cache)
 
 
 def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
