@@ -13,6 +13,8 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # inductor need not try 
 # Tiny models gain little from a second thread; where it has to wait for a busy core, tests take ten times as long.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"     # of child processes
+# torch's key-value store looks up the names of addresses, local ones too: a name server out of reach costs 5 s each.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 @pytest.fixture(autouse=True)
