@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
 import ranks
-from console import Parser, command, number, read_records, say, write_atomically
+from console import Parser, add_chat_options, command, number, read_records, say, write_atomically
 from eagle_head import EagleHead, Tree, load_tree
 from model import Transformer, causal_mask, prefill, read_json, resolve_checkpoint
 from scripts import report
@@ -399,7 +399,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N")
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts and token counts")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
-    cli.add_chat_options(parser)
+    add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
 import ranks
-from console import Parser, command, device_name, number, read_records, say, write_atomically
+from console import Parser, add_chat_options, command, device_name, number, read_records, say, write_atomically
 from eagle_head import EagleHead, EagleStep, StaticTree
 from model import Transformer, bucket, causal_mask
 from replay import can_trace
@@ -288,9 +288,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--used-slots", type=number(int, 16), default=192, metavar="N", help="context to time at")
     parser.add_argument("--repeats", type=number(int, 3), default=15, metavar="N")
     cli.add_draft_options(parser)
+    add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.set_defaults(compile=None, temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None, template_args=None)
+    parser.set_defaults(compile=None, temperature=0.0, top_k=None, top_p=None, seed=None)
     return parser.parse_args(argv)
 
 

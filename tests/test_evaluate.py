@@ -190,6 +190,7 @@ CHANGES = {    # what has changed since the answers were given, and the word tha
     "head": lambda folder, argv: flip(folder / "head/model.safetensors") or argv,
     "target": lambda folder, argv: flip(folder / "tiny/model.safetensors") or argv,
     "template": lambda folder, argv: (folder / "t.jinja").write_text("{{ messages[0].content }}") and argv,
+    "another template": lambda folder, argv: argv + ["--template-args", '{"enable_thinking": false}'],
     "trees": lambda folder, argv: (folder / "tree.json").write_text("[[0]]") and argv,
     "questions": lambda folder, argv: (folder / "set.jsonl").write_text(json.dumps(QUESTIONS[1] | {"turns": ["other"]})) and argv,
 }
