@@ -6,9 +6,11 @@
 import argparse
 import contextlib
 import functools
+import io
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
                     say(f"error: {Path(sys.argv[0]).name} runs in one process: start it without torchrun")
                 return 2
             try:
+                show_what_can_be_shown()
                 return main(args) or 0
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,10 +42,10 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
             except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:    # SafetensorError: a full disk
                 say(f"error: {' '.join(str(error).split())}")
                 return 2
-            except RuntimeError as error:
-                if "allocate memory" not in str(error):
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                if (line := remedy(error)) is None:
                     raise
-                say("error: out of memory: shorter contexts, smaller batches and narrower dtypes take less")
+                say(f"error: {line}")
                 return 2
             except KeyboardInterrupt:
                 say(stopped)
@@ -51,8 +54,31 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
     return decorate
 
 
+def show_what_can_be_shown() -> None:
+    """A character that the output's encoding lacks is written as "?" from now on, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def remedy(error: Exception) -> str | None:
+    """One line for those errors of Python's and torch's own kinds that the user can mend."""
+    text = f"{type(error).__name__}: {error}"
+    if "allocate memory" in text:
+        return "out of memory: shorter contexts, smaller batches and narrower dtypes take less"
+    if "home directory" in text:    # where huggingface-hub keeps what it fetches
+        return "this user has no home directory: set HF_HOME to a folder for what is fetched, or name a local folder"
+    if "C++ compiler" in text or "C compiler" in text:      # inductor's words, and Triton's
+        return "there is no working C or C++ compiler to compile with: install gcc and g++, or give --no-compile"
+    if "C++ compile error" in text or "CalledProcessError" in text and "cc" in text:
+        why = text.partition("Output:")[2].strip().partition("\n")[0]
+        return f"the C or C++ compiler fails{why and f' ({why})'}: mend it, or give --no-compile"
+    return None
+
+
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:      # closed from the start
+        print(line, file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +104,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
 def json_object(text: str) -> dict:
     """An argparse type: {"name": value, ...}."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(text), dict):
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as {{\"enable_thinking\": false}}")
@@ -92,10 +118,22 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Beside it, then renamed: it is there whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    """Beside it, then renamed: it is there whole or not at all. Raises OSError naming the file."""
+    with whole_or_nothing(file, ".part") as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_or_nothing(file: Path, suffix: str) -> Iterator[Path]:
+    """A path beside `file` to write to, renamed to it at the end; whatever goes wrong, nothing is left of it."""
+    part = file.with_name(file.name + suffix)
+    try:
+        yield part
+        part.replace(file)
+    except OSError as error:
+        raise OSError(f"{file} could not be written: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_text(file: Path) -> str:

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import (ModelArgs, Sampling, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
-                   install_quantized, load_weights, logits_to_probs, next_tokens, prefill, read_json, resolve_checkpoint,
-                   rope_cos_sin, rope_inv_freq, stored)
+from model import (NOT_FINITE, ModelArgs, Sampling, Transformer, TransformerBlock, attention_bias, block_targets,
+                   causal_mask, install_quantized, iterate_weights, load_weights, logits_to_probs, next_tokens, prefill,
+                   read_json, refuse_lfs_pointer, resolve_checkpoint, rope_cos_sin, rope_inv_freq, sample, stored)
 
 
 class EagleHead(nn.Module):
@@ -45,14 +45,17 @@ class EagleHead(nn.Module):
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: "tp.Shard | None" = None) -> "EagleHead":
-        """Load a head in the official format from a folder or hub id, to the target's device and dtype.
+        """Load a head in the official format from a folder or hub id, to the target's device and dtype; what serving
+        engines' converters make of one is read too (`official_config`, `official_key`).
 
         `shard` is the target's, if it has one (tp.py). Raises FileNotFoundError or ValueError, naming both
         sides, for a head that does not fit the target.
         """
         folder = resolve_checkpoint(checkpoint)
-        config = read_json(folder / "config.json")
+        config = official_config(read_json(folder / "config.json"))
         args = head_args(config, target.config)
+        if config.get("attention_bias"):
+            refuse_output_bias(folder)
         weight = target.norm.weight
         with torch.device("meta"):
             build = cls if shard is None else shard.build_head
@@ -60,9 +63,12 @@ class EagleHead(nn.Module):
             is_quantized = install_quantized(head, folder)
         head.to(weight.dtype).to_empty(device=weight.device)
         head.inv_freq = rope_inv_freq(args, weight.device)
-        # Official files carry the target's embedding once more.
-        load_weights(head.weights(), folder, {"embed_tokens.weight": target.tok_embeddings.weight},
-                     None if shard is None else shard.part(args))
+        # Official files carry the target's embedding once more, converted ones its LM head too.
+        embedding = target.tok_embeddings.weight
+        optional = {"embed_tokens.weight": embedding, "lm_head.weight": embedding}
+        if config.get("attention_bias"):
+            optional["layers.0.self_attn.o_proj.bias"] = torch.empty(args.dim, device="meta")
+        load_weights(head.weights(), folder, optional, None if shard is None else shard.part(args), official_key)
         if is_quantized:
             from quantized import tune
             tune(head)
@@ -101,10 +107,11 @@ class EagleHead(nn.Module):
         self.draft_output = output
 
     def forward(self, tokens: Tensor, features: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                mask: Tensor | None = None) -> Tensor:
+                mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Next features [B, T, dim] from tokens t_{i+1} [B, T], features f_i [B, T, dim] and positions i [B, T] or [T].
 
-        cache_pos and mask as in `Transformer.forward`; before `setup_caches` the block attends to itself alone.
+        cache_pos and mask as in `Transformer.forward`; rope is `rope_cos_sin` of the positions where it is known
+        already. Before `setup_caches` the block attends to itself alone.
         """
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
@@ -112,7 +119,8 @@ class EagleHead(nn.Module):
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[3])
         bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
-        return self.layer(x, rope_cos_sin(input_pos, self.inv_freq, x.dtype), bias, cache_pos, self.kv_cache)
+        rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype) if rope is None else rope
+        return self.layer(x, rope, bias, cache_pos, self.kv_cache)
 
     def draft_logits(self, features: Tensor) -> Tensor:
         """[..., dim] -> [..., Vd]: the target's LM head, over the draft vocabulary where there is one."""
@@ -129,8 +137,57 @@ class EagleHead(nn.Module):
         return out.index_copy_(-1, self.draft_ids, probs)
 
 
+def official_config(config: dict) -> dict:
+    """A head's config.json with the keys of the official format, which other formats nest and rename:
+
+    vLLM's converters   {"model_type": "eagle", "model": {...}, "eagle_fc_bias": bool, "truncated_vocab_size": int}
+    speculators         {"speculators_model_type": "eagle", "transformer_layer_config": {...}, "fusion_bias": bool}
+
+    Raises ValueError for a head of another kind, by key and value.
+    """
+    outer = dict(config)
+    places = [outer.pop(key, None) for key in ("model", "transformer_layer_config")]
+    nested = next((place for place in places if isinstance(place, dict)), {})
+    flat = {**outer, **nested, "architectures": [outer.get("architectures"), nested.get("architectures")]}
+    if flat.get("speculators_model_type", "eagle") not in ("eagle", "eagle3"):
+        raise ValueError(f"the head's config.json: speculators_model_type {flat['speculators_model_type']!r} is not "
+                         "supported (eagle is)")
+    if flat.get("speculators_model_type") == "eagle3":
+        flat["eagle_version"] = 3
+    for key in ("layernorms", "add_para_norm"):
+        if flat.get(key):
+            raise ValueError(f"the head's config.json: {key} {flat[key]!r}, more norms than EAGLE has: not supported")
+    if flat.get("truncated_vocab_size") not in (None, flat.get("vocab_size")):
+        raise ValueError("the head's config.json: truncated_vocab_size "
+                         f"{flat['truncated_vocab_size']} is not supported: its LM head is not the target's")
+    for key in ("eagle_fc_bias", "fusion_bias"):
+        if key in flat:
+            flat.setdefault("bias", bool(flat[key]))
+    if nested:
+        flat.setdefault("bias", False)
+    return flat
+
+
+def official_key(key: str) -> str:
+    """The official name of a head's weight: vLLM's loader puts "model." before it, speculators has two of its own."""
+    while key.startswith("model."):
+        key = key.removeprefix("model.")
+    for theirs, ours in (("fusion_fc.", "fc."), ("transformer.", "layers.0.")):
+        if key.startswith(theirs):
+            key = ours + key.removeprefix(theirs)
+    return key
+
+
+def refuse_output_bias(folder: Path) -> None:
+    """SGLang knows biases of q, k and v only together with one of o_proj, which converters set to zero."""
+    for key, tensor, file in iterate_weights(folder, wanted=lambda key: key.endswith("o_proj.bias")):
+        if tensor.any():
+            raise ValueError(f"{file}: {key} is not zero: a head has no bias there")
+
+
 def head_args(config: dict, target: ModelArgs) -> ModelArgs:
     """ModelArgs of a head from its config.json, compared with its target's."""
+    config = official_config(config)
     for key, ours in (("hidden_size", target.dim), ("vocab_size", target.vocab_size)):
         if key not in config:
             raise ValueError(f"the head's config.json has no key {key!r}")
@@ -140,22 +197,28 @@ def head_args(config: dict, target: ModelArgs) -> ModelArgs:
         raise ValueError("this is an EAGLE-3 head: EAGLE-1 and EAGLE-2 heads are supported")
     try:
         # A head is a dense LLaMA layer whatever its target is, at most with Qwen2's biases.
-        args = ModelArgs.from_config(config | {"model_type": "llama", "num_hidden_layers": 1})
+        args = ModelArgs.from_config(config | {"model_type": "llama", "num_hidden_layers": 1, "attention_bias": False})
     except ValueError as error:
         raise ValueError(f"the head's {error}") from None
-    return replace(args, qkv_bias=bool(config.get("qkv_bias")))
+    return replace(args, qkv_bias=bool(config.get("qkv_bias") or config.get("attention_bias")))
 
 
 # Draft trees
 
 
 class Draft(NamedTuple):
-    """A tree of drafts. Node 0 is the root, the last token already decided; a parent precedes its children."""
+    """A tree of drafts. Node 0 is the root, the last token already decided; a parent precedes its children, and no node
+    follows a deeper one."""
     tokens: Tensor          # [B, N] target ids
     parents: Tensor         # [B, N] node index; the root is its own parent
     depths: Tensor          # [B, N], 0 for the root
-    ancestors: Tensor       # [B, N, N] bool: the nodes each one sees, itself among them
-    probs: Tensor | None    # [B, N, Vd] fp32: the distribution each node's children were drawn from, if they were drawn
+    seen: Tensor            # [B, N, N + 2] what each node sees of the tree, as `visible` has it
+    probs: Tensor | None    # [B, E + 1, Vd] fp32: what the children of the root and of the expanded nodes were drawn from
+
+    @property
+    def ancestors(self) -> Tensor:
+        """[B, N, N] bool: the nodes on the path to each one, itself among them."""
+        return self.seen[:, :, 1:-1] == 0
 
 
 # [1], figure 7: child ranks along each path.
@@ -273,51 +336,86 @@ def load_tree(spec: str) -> Tree:
     if not file.is_file():
         raise FileNotFoundError(f"tree {spec!r} is neither static, chain[:DEPTH] or dynamic[:DEPTH,CHILDREN,NODES], "
                                 "nor a JSON file of paths")
+    refuse_lfs_pointer(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         return StaticTree.from_paths(content["paths"] if isinstance(content, dict) else content)
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} is not a tree: {error}") from None
 
 
 # Drafting
 
 
+Index = Tensor | slice      # a slice where the rows lie side by side: a view, and nothing to copy
+
+
 class Level(NamedTuple):
     """How one depth of a static tree grows out of the n nodes expanded at the depth before."""
-    pick: Tensor        # [nodes of this depth] index into those nodes' children, [n * R]
-    inner: Tensor       # [m] the nodes of this depth that have children, among its nodes; m = 0 at the last
-    above: Tensor       # [m] their parents, among the n
-    slots: Tensor       # [m] their slots in the head's cache, from the root's position on
-    seen: Tensor        # [1, m, E] bool: the expanded nodes each one sees
+    pick: Index         # [nodes of this depth] index into those nodes' children, [n * R]
+    inner: Index        # [m] the nodes of this depth that have children, among its nodes; m = 0 at the last
+    above: Index        # [m] their parents, among the n
+    slots: slice        # [m] their slots in the head's cache, from the root's position on
+    seen: Tensor        # [1, m, E + 2] what each one sees of the expanded nodes, as `visible` has it
 
 
 class StaticPlan(NamedTuple):
-    """A StaticTree as tensors on the device, made once."""
+    """A StaticTree as tensors on the device, made once. The *expanded* nodes are those with children, the root first."""
+    depth: int          # D
+    row: Tensor         # [B, 1] 0, 1, ...
+    order: Tensor       # [1, n] 0, 1, ..., as far as a step counts
+    is_later: Tensor    # [1, N, N] bool: whether node j is no older than i, or the root
     parents: Tensor     # [1, N]
     depths: Tensor      # [1, N]
-    ancestors: Tensor   # [1, N, N]
-    expanded: Tensor    # [N] row of each node among the expanded ones, the root first; 0 for leaves
+    seen: Tensor        # [1, N, N + 2] see `visible`
+    inner_depths: Index     # [E] depth of each expanded node below the root, minus 1
     levels: list[Level]
+    expanded: Tensor    # [E + 1]
+    expanded_row: Tensor    # [N] row of each node among the expanded ones; 0 for leaves
+    is_leaf: Tensor     # [N] bool
+    children: Tensor    # [E + 1, R] nodes, the first one again where there are fewer
+    is_child: Tensor    # [E + 1, R] bool: not such a filler
+    child_slot: Tensor  # [N] where each node stands in `children`, flattened; 0 for the root
 
 
-def plan_static(tree: StaticTree, device: torch.device) -> StaticPlan:
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> StaticPlan:
+    def tensor(values: list) -> Tensor:
+        return torch.tensor(values, device=device)
 
+    def index(values: list[int]) -> Index:
+        first = values[0] if values else 0
+        return slice(first, first + len(values)) if values == list(range(first, first + len(values))) else tensor(values)
+
+    nodes, expanded = range(tree.n_node), sorted(set(tree.parents))
     ancestors = ancestor_mask(tensor(tree.parents)[None], tree.depth)
-    expanded = sorted(set(tree.parents))
     levels, above = [], [0]
     for depth in range(1, tree.depth + 1):
-        nodes = [n for n in range(tree.n_node) if tree.depths[n] == depth]
-        inner = [n for n in nodes if n in expanded]
+        own = [n for n in nodes if tree.depths[n] == depth]
+        inner = [n for n in own if n in expanded]
         levels.append(Level(
-            pick=tensor([above.index(tree.parents[n]) * tree.n_child + tree.ranks[n] for n in nodes]),
-            inner=tensor([nodes.index(n) for n in inner]), above=tensor([above.index(tree.parents[n]) for n in inner]),
-            slots=tensor([expanded.index(n) - 1 for n in inner]), seen=ancestors[:, inner][:, :, expanded[1:]]))
+            pick=index([above.index(tree.parents[n]) * tree.n_child + tree.ranks[n] for n in own]),
+            inner=index([own.index(n) for n in inner]), above=index([above.index(tree.parents[n]) for n in inner]),
+            slots=index([expanded.index(n) - 1 for n in inner]),
+            seen=visible(ancestors[:, inner][:, :, expanded[1:]], dtype)))
         above = inner
-    return StaticPlan(tensor(tree.parents)[None], tensor(tree.depths)[None], ancestors,
-                      tensor([expanded.index(n) if n in expanded else 0 for n in range(tree.n_node)]), levels)
+    children = [[n for n in nodes if n > 0 and tree.parents[n] == parent] for parent in expanded]
+    filled = [of_one + of_one[:1] * (tree.n_child - len(of_one)) for of_one in children]
+    slots = {n: e * tree.n_child + r for e, of_one in enumerate(children) for r, n in enumerate(of_one)}
+    return StaticPlan(
+        *common_plan(tree, batch_size, device), tensor(tree.parents)[None],
+        tensor(tree.depths)[None], visible(ancestors, dtype), index([tree.depths[n] - 1 for n in expanded[1:]]), levels,
+        tensor(expanded), tensor([expanded.index(n) if n in expanded else 0 for n in nodes]),
+        tensor([n not in expanded for n in nodes]), tensor(filled),
+        tensor([[r < len(of_one) for r in range(tree.n_child)] for of_one in children]),
+        tensor([slots.get(n, 0) for n in nodes]))
+
+
+def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[int, Tensor, Tensor, Tensor]:
+    """The first fields of either plan."""
+    row = torch.arange(batch_size, device=device)[:, None]
+    order = torch.arange(max(tree.n_room, tree.depth + 2), device=device)[None]
+    nodes = order[:, :tree.n_node]
+    return tree.depth, row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
 
 
 def draft_static(head: EagleHead, tree: StaticTree, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int,
@@ -327,17 +425,20 @@ def draft_static(head: EagleHead, tree: StaticTree, plan: StaticPlan, root: Tens
     root [B, 1] token at position pos [B, 1]; hidden [B, 1, dim] the head's output for it.
     """
     B = root.shape[0]
+    at = pos + plan.order
+    columns = shown_columns(pos, n_slot, plan.levels[0].seen)
+    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
     tokens, child_probs = [root], []
     for depth, level in enumerate(plan.levels, start=1):
         drafted, probs = draw_children(head.draft_logits(hidden), tree.n_child, sampling)   # [B, n, R], [B, n, Vd]
         child_probs.append(probs)
         tokens.append(head.to_target_ids(drafted).flatten(1)[:, level.pick])
         if depth < tree.depth:
-            hidden = head(tokens[-1][:, level.inner], hidden[:, level.above], pos - 1 + depth, pos + level.slots,
-                          block_mask(pos, level.seen.expand(B, -1, -1), n_slot))            # [B, m, dim]
-    probs = None if sampling is None else torch.cat(child_probs, dim=1)[:, plan.expanded]   # [B, N, Vd]
+            hidden = head(tokens[-1][:, level.inner], hidden[:, level.above], at[:, depth - 1:depth], at[:, level.slots],
+                          block_bias(level.seen, columns, head.config),
+                          (cos[:, level.slots], sin[:, level.slots]))                       # [B, m, dim]
     return Draft(torch.cat(tokens, dim=1), plan.parents.expand(B, -1), plan.depths.expand(B, -1),
-                 plan.ancestors.expand(B, -1, -1), probs)
+                 plan.seen.expand(B, -1, -1), None if sampling is None else torch.cat(child_probs, dim=1))
 
 
 def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
@@ -353,42 +454,71 @@ def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tu
     return (probs / clocks).topk(n_child, dim=-1).indices, probs
 
 
-def draft_dynamic(head: EagleHead, tree: DynamicTree, root: Tensor, hidden: Tensor, n_slot: int,
+class DynamicPlan(NamedTuple):
+    """What is the same in every tree of a DynamicTree, as tensors on the device.
+
+    *Candidates* are all nodes drafted, numbered in the order of drafting, the root 0; *expanded* are the root and the R
+    best of each level. Candidates come in groups of R, each group the children of one expanded node, in its order.
+    """
+    depth: int          # D
+    row: Tensor         # [B, 1] 0, 1, ...
+    order: Tensor       # [1, n] 0, 1, ..., as far as a step counts
+    is_later: Tensor    # [1, N, N] bool: whether node j is no older than i, or the root
+    inner_depths: Tensor    # [E] depth of each expanded node below the root, minus 1
+    itself: Tensor      # [1, E, E + 2] as `visible` has it, each expanded node seeing itself alone
+    before: Tensor      # [1, 1, E + 2] the same of the root's view: nothing but what lies before the tree
+    first: Tensor       # [1, E + 1] of the level of each expanded node, the first candidate's number
+    origin: Tensor      # [candidates, 2] the expanded node that each one is a child of, and its depth
+    unseen: Tensor      # [1, N, N + 2] of nodes that see nothing of the tree
+    root_scores: Tensor # [B, 2] what the root's children start from, 0, and what it is itself kept by, inf
+
+
+def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> DynamicPlan:
+    R, E, N = tree.n_child, tree.n_expand, tree.n_node
+    depths = [d for d in range(1, tree.depth) for _ in range(R)]
+    first = [0] + [1 + (d > 1) * R + max(d - 2, 0) * R ** 2 for d in depths]
+    origin = [[0, 0]] + [[e, d + 1] for e, d in enumerate([0, *depths]) for _ in range(R)]
+    none = torch.zeros(1, N, E, dtype=torch.bool, device=device)
+    return DynamicPlan(
+        *common_plan(tree, batch_size, device), torch.tensor(depths, device=device).long() - 1,
+        visible(torch.eye(E, device=device)[None] > 0, dtype), visible(none[:, :1], dtype),
+        torch.tensor([first], device=device), torch.tensor(origin, device=device),
+        visible(torch.zeros(1, N, N, dtype=torch.bool, device=device), dtype),
+        torch.tensor([[0.0, torch.inf]], device=device).repeat(batch_size, 1))
+
+
+def draft_dynamic(head: EagleHead, tree: DynamicTree, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int,
                   pos: Tensor) -> Draft:
     """EAGLE-2: expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2]."""
-    B, R, device = root.shape[0], tree.n_child, root.device
-    scores = root.new_zeros(B, 1, dtype=torch.float)    # of the expanded nodes, log probability of their paths
-    parent_of = root.new_zeros(B, 1)                    # the expanded nodes' indices among all candidates; 0 is the root
-    seen = torch.zeros(B, 1, tree.n_expand, dtype=torch.bool, device=device)            # expanded ancestors
-    tokens, parents, all_scores = [root], [root.new_zeros(B, 1)], [torch.full_like(scores, torch.inf)]
-    n_candidate = 1
+    B, R = root.shape[0], tree.n_child
+    at = pos + plan.order
+    columns = shown_columns(pos, n_slot, plan.before)
+    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
+    scores = plan.root_scores[:, :1]            # [B, n] of the expanded nodes, log probability of their paths
+    seen = plan.before.expand(B, -1, -1)        # by the expanded nodes, of one another
+    tokens, all_scores, expanded = [root], [plan.root_scores[:, 1:]], [plan.order[:, :1].expand(B, -1)]
     for depth in range(1, tree.depth + 1):
-        logits = head.draft_logits(hidden).float()                                      # [B, n, Vd], n = 1 then R
+        logits = head.draft_logits(hidden)                                              # [B, n, Vd], n = 1 then R
         top = logits.topk(R, dim=-1)
         # At most -1e-4: a child then never ties with its parent, so the best nodes always make a connected tree.
-        log_q = (top.values - logits.logsumexp(-1, keepdim=True)).clamp(-100, -1e-4)
+        log_q = (top.values - logits.float().logsumexp(-1, keepdim=True)).clamp(-100, -1e-4)
         drafted = (scores[:, :, None] + log_q).flatten(1)                               # [B, n * R]
-        drafted_tokens = head.to_target_ids(top.indices).flatten(1)
-        tokens.append(drafted_tokens)
-        parents.append(parent_of.repeat_interleave(R, dim=1))
+        tokens.append(head.to_target_ids(top.indices).flatten(1))
         all_scores.append(drafted)
         if depth == tree.depth:
             break
         scores, best = drafted.topk(R, dim=-1)                                          # [B, R]
-        first = (depth - 1) * R
-        own = torch.arange(first, first + R, device=device)
-        seen = seen.gather(1, (best // R)[:, :, None].expand(-1, -1, tree.n_expand))
-        seen = seen | torch.eye(tree.n_expand, dtype=torch.bool, device=device)[own]
-        hidden = head(drafted_tokens.gather(1, best), take_rows(hidden, best // R), pos - 1 + depth, pos + own,
-                      block_mask(pos, seen, n_slot))
-        parent_of = best + n_candidate
-        n_candidate += drafted.shape[1]
+        expanded.append(best)
+        above, slots = best // R, slice((depth - 1) * R, depth * R)
+        seen = torch.maximum(seen[plan.row, above], plan.itself[:, slots])
+        hidden = head(tokens[-1].gather(1, best), hidden[plan.row, above], at[:, depth - 1:depth], at[:, slots],
+                      block_bias(seen, columns, head.config), (cos[:, slots], sin[:, slots]))
     kept = torch.cat(all_scores, dim=1).topk(tree.n_node, dim=-1).indices.sort(dim=-1).values  # [B, N]; 0, the root, first
-    node_of = root.new_zeros(B, n_candidate + drafted.shape[1])
-    node_of.scatter_(1, kept, torch.arange(tree.n_node, device=device).expand(B, -1))
-    node_parents = node_of.gather(1, torch.cat(parents, dim=1).gather(1, kept))
-    ancestors = ancestor_mask(node_parents, tree.depth)
-    return Draft(torch.cat(tokens, dim=1).gather(1, kept), node_parents, ancestors.sum(-1) - 1, ancestors, None)
+    above, depths = plan.origin[kept].unbind(-1)
+    candidates = torch.cat(expanded, dim=1) + plan.first                                # [B, E + 1] the expanded nodes
+    parents = torch.searchsorted(kept, candidates.gather(1, above))     # among the kept: a child never comes without it
+    seen = plan.unseen.expand(B, -1, -1).scatter(2, lineage(parents, tree.depth, plan.order) + 1, 0.0)
+    return Draft(torch.cat(tokens, dim=1).gather(1, kept), parents, depths, seen, None)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -396,27 +526,41 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
 
 
+def lineage(parents: Tensor, depth: int, order: Tensor) -> Tensor:
+    """parents [B, N] -> [B, N, depth + 1]: each node, its parent, the parent's parent, ..., then the root over and over."""
+    above = [order[:, :parents.shape[1]].expand_as(parents), parents]
+    for _ in range(depth - 1):
+        above.append(parents.gather(1, above[-1]))
+    return torch.stack(above, dim=-1)
+
+
 def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
     """parents [B, N] -> [B, N, N] bool: row n marks n and all nodes above it."""
-    N = parents.shape[1]
-    node = torch.arange(N, device=parents.device).expand_as(parents)
-    seen = torch.zeros(*parents.shape, N, dtype=torch.bool, device=parents.device)
-    for _ in range(depth + 1):
-        seen = seen.scatter(2, node[:, :, None], 1)
-        node = parents.gather(1, node)
-    return seen
+    order = torch.arange(parents.shape[1], device=parents.device)[None]
+    seen = torch.zeros(*parents.shape, parents.shape[1], dtype=torch.bool, device=parents.device)
+    return seen.scatter(2, lineage(parents, depth, order), True)
 
 
-def block_mask(base: Tensor, seen: Tensor, n_slot: int) -> Tensor:
-    """Mask of a block that is written from slot `base` on: all slots before it, and within it what `seen` says.
+# A block of nodes is written into the cache from the root's slot on, or from where the root's would be. Its mask is kept
+# as additive bias over columns: one for all slots before the block, one for each of its own, one for all slots after it.
 
-    base [B, 1], seen [B, T, M] over the block's M slots -> [B, T, n_slot] bool.
-    """
-    offset = torch.arange(n_slot, device=base.device) - base                            # [B, S]
-    M = seen.shape[-1]
-    inside = ((offset >= 0) & (offset < M))[:, None]
-    index = offset.clamp(0, M - 1)[:, None].expand(-1, seen.shape[1], -1)
-    return (offset < 0)[:, None] | (inside & seen.gather(2, index))
+
+def visible(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, M] bool over the block's M slots -> [B, T, M + 2] additive: 0 where a node sees, else -inf."""
+    seen = nn.functional.pad(nn.functional.pad(seen, (1, 0), value=True), (0, 1), value=False)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+
+
+def shown_columns(base: Tensor, n_slot: int, seen: Tensor) -> Tensor:
+    """The column of seen [..., M + 2] that each slot shows, [B, S], for a block written from slot base [B, 1] on."""
+    return (torch.arange(1, n_slot + 1, device=base.device) - base).clamp(0, seen.shape[-1] - 1)
+
+
+def block_bias(seen: Tensor, columns: Tensor, config: ModelArgs) -> Tensor:
+    """seen [1 or B, T, M + 2], columns [B, S] -> the bias of `attention_bias` [B, 1, G*T, S]."""
+    group, (B, S) = config.n_head // config.n_kv_head, columns.shape
+    bias = seen[:, None].expand(B, group, -1, -1)
+    return bias.gather(3, columns[:, None, None].expand(-1, group, seen.shape[1], -1)).flatten(1, 2)[:, None]
 
 
 # Acceptance
@@ -428,72 +572,87 @@ class Accepted(NamedTuple):
     bonus: Tensor       # [B, 1] the target's own token after the last accepted one
 
 
-def accept_deterministic(logits: Tensor, draft: Draft, depth: int, sampling: Sampling) -> Accepted:
-    """Walk down from the root: draw the target's token at a node, once, and step into the child that carries it.
+def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan) -> Accepted:
+    """A node is right where it carries the likeliest token of its parent. logits [B, N, V]."""
+    token = next_tokens(logits, Sampling())
+    path, n_accepted, last = walk(draft, draft.tokens != token.gather(1, draft.parents), plan)
+    return Accepted(path, n_accepted, token.gather(1, last))
 
-    logits [B, N, V]. Every token of the result is a draw of the target from its own distribution, so the output is
-    lossless at any temperature; greedy decoding is the limit.
+
+def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, sampling: Sampling) -> Accepted:
+    """Draw the target's token at every node, once, and step into the child that carries it. logits [B, N, V].
+
+    Every token of the result is a draw of the target from its own distribution, so the output is lossless. Of the draw
+    at a node two things are asked: which child it is, if any, which one uniform number decides; and at the last node the
+    token itself, known not to be a child's.
     """
-    B, N = draft.tokens.shape
-    node, alive = draft.tokens.new_zeros(B, 1), torch.ones(B, 1, dtype=torch.bool, device=logits.device)
-    path, n_accepted, bonus = [node], 0, None
-    for d in range(depth + 1):
-        token = next_tokens(take_rows(logits, node), sampling)                          # [B, 1], only where we are
-        bonus = token if bonus is None else torch.where(alive, token, bonus)
-        if d == depth:
-            break
-        is_next = (draft.parents == node) & (draft.tokens == token)                     # [B, N]
-        is_next[:, 0] = False                                                           # the root is its own parent
-        alive = alive & is_next.any(1, keepdim=True)
-        node = torch.where(alive, is_next.byte().argmax(1, keepdim=True), node)
-        path.append(torch.where(alive, node, d + 1))
-        n_accepted = n_accepted + alive
-    return Accepted(torch.cat(path, dim=1), n_accepted, bonus)
+    tokens, parents = draft.tokens, draft.parents
+    probs = logits_to_probs(logits, *sampling)                                          # [B, N, V]
+    mass = probs[plan.row, parents, tokens]                                             # [B, N] of each node's token
+    # The siblings' masses lie side by side in the unit interval, those of all other tokens behind them.
+    is_no_older_sibling = (parents[:, :, None] != parents[:, None]) | plan.is_later
+    begin = mass[:, None].masked_fill(is_no_older_sibling, 0).sum(-1)
+    draw = torch.rand_like(mass).gather(1, parents)
+    path, n_accepted, last = walk(draft, ~((begin <= draw) & (draw < begin + mass)), plan)
+    p = probs[plan.row, last][:, 0]                                                     # [B, V]
+    x = tokens[:, 1:]
+    of_children = p.gather(1, x).masked_fill(parents[:, 1:] != last, 0)
+    return Accepted(path, n_accepted, draw_rest(p.scatter_add(1, x, -of_children), p))
 
 
-def accept_sampled(logits: Tensor, draft: Draft, depth: int, sampling: Sampling, head: EagleHead,
-                   n_child: int) -> Accepted:
+def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sampling, head: EagleHead) -> Accepted:
     """Multi-round speculative sampling [1, algorithm 1] over children drawn without replacement from draft.probs.
 
-    Child x is accepted with probability min(1, p(x) / q(x)); when it is not, p becomes norm(max(0, p - q)) and q
-    loses x. The bonus token comes from the last p.
-    """
-    B, N = draft.tokens.shape
-    order = torch.arange(N, device=logits.device).expand(B, -1)
-    node, alive = draft.tokens.new_zeros(B, 1), torch.ones(B, 1, dtype=torch.bool, device=logits.device)
-    path, n_accepted, bonus = [node], 0, None
-    for d in range(depth + 1):
-        p = logits_to_probs(take_rows(logits, node), *sampling)[:, 0]                   # [B, V]
-        q = head.to_target_probs(take_rows(draft.probs, node)[:, 0])
-        stepped, child_node = torch.zeros_like(alive), node
-        is_child = (draft.parents == node) & (order > 0) & alive                        # [B, N]
-        for r in range(n_child if d < depth else 0):
-            child = torch.where(is_child, order, N).min(1, keepdim=True).values         # the next one in draw order
-            trying = (child < N) & ~stepped
-            child = child.clamp(max=N - 1)
-            is_child = is_child & (order != child)
-            x = draft.tokens.gather(1, child)                                           # [B, 1]
-            p_x, q_x = p.gather(1, x), q.gather(1, x)
-            # q(x) = 0 is no draw at all: the draft's distribution had fewer tokens than the node has children.
-            trying = trying & (q_x > 0)
-            accepted = trying & (torch.rand_like(p_x) * q_x < p_x)
-            rest = (p - q).clamp_min(0)
-            mass = rest.sum(1, keepdim=True)
-            # No mass is left only where p = q, and there no draft is rejected but for rounding: p then stays.
-            p = torch.where(trying & ~accepted & (mass > 0), rest / mass.clamp_min(1e-30), p)
-            without = q.scatter(1, x, 0)
-            q = torch.where(trying & ~accepted, without / without.sum(1, keepdim=True).clamp_min(1e-30), q)
-            child_node = torch.where(accepted, child, child_node)
-            stepped = stepped | accepted
-        token = (p / torch.empty_like(p).exponential_().clamp_min_(1e-30)).argmax(1, keepdim=True)
-        bonus = token if bonus is None else torch.where(alive, token, bonus)
-        if d == depth:
-            break
-        alive, node = stepped, child_node
-        path.append(torch.where(alive, node, d + 1))
-        n_accepted = n_accepted + alive
-    return Accepted(torch.cat(path, dim=1), n_accepted, bonus)
+    Child x is accepted with probability min(1, p(x) / q(x)); when it is not, p becomes norm(max(0, p - q)) and q loses x
+    and is normalised. The bonus token comes from the last p. logits [B, N, V].
 
+    After k rejections p is norm(max(0, P - c Q)) of the first P and Q with a number c: to subtract q again is to take
+    more of Q away, for where a token was lost nothing was left of P. From one round to the next c grows by m / s,
+    m being the sum of max(0, P - c Q) and s what is left of Q.
+    """
+    probs = logits_to_probs(logits, *sampling)                                          # [B, N, V]
+    P, Q = probs[:, plan.expanded], head.to_target_probs(draft.probs.nan_to_num(0.0))   # [B, E + 1, V]
+    x = draft.tokens[:, plan.children]                                                  # [B, E + 1, R]
+    P_x, Q_x = P.gather(2, x), Q.gather(2, x) * plan.is_child
+    # Q(x) = 0 is no draw at all: the draft's distribution had fewer tokens than the node has children.
+    is_drawn = Q_x > 0
+    s = Q.scatter(2, x, 0.0).sum(-1, keepdim=True) + Q_x.flip(-1).cumsum(-1).flip(-1)   # before each round
+    weight = is_drawn / s.clamp_min(1e-30)
+    c, m = [torch.zeros_like(s[:, :, :1])], [torch.ones_like(s[:, :, :1])]
+    for r in range(x.shape[2]):
+        c.append(torch.addcmul(c[-1], m[-1], weight[:, :, r:r + 1]))
+        if r + 1 < x.shape[2]:
+            m.append(torch.addcmul(P, c[-1], Q, value=-1).clamp_min_(0).sum(-1, keepdim=True))
+    c_all = torch.cat(c, dim=2)                                                         # [B, E + 1, R + 1]
+    odds = torch.addcmul(P_x, c_all[:, :, :-1], Q_x, value=-1) * s
+    accepted = (torch.rand_like(Q_x) * Q_x * torch.cat(m, dim=2) < odds) & is_drawn     # [B, E + 1, R]
+    is_wrong = accepted.cumsum(2) * accepted != 1                                       # all but the first accepted
+    path, n_accepted, last = walk(draft, is_wrong.flatten(1)[:, plan.child_slot], plan)
+    expanded = plan.expanded_row[last]
+    c_last = c_all[plan.row, expanded][:, 0, -1:].masked_fill(plan.is_leaf[last], 0)
+    p = probs[plan.row, last][:, 0]
+    return Accepted(path, n_accepted, draw_rest(torch.addcmul(p, c_last, Q[plan.row, expanded][:, 0], value=-1), p))
+
+
+def draw_rest(rest: Tensor, p: Tensor) -> Tensor:
+    """One token a row from what is positive of rest [B, V], [B, 1]. Where that is nothing, from p [B, V]: it can only be for
+    rounding that the draw was not a child's."""
+    return sample(torch.maximum(rest, p * 1e-20))[:, None]
+
+
+def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """The way down over right nodes: path [B, D + 1] and number of drafts [B, 1] as in Accepted, and its last node [B, 1].
+
+    is_wrong [B, N] of each node as a child of its parent; the root's entry is not asked. Of siblings one is right at most.
+    """
+    N, end = is_wrong.shape[1], plan.depth + 1
+    above = draft.ancestors                                                             # [B, N, N]
+    is_cut_off = (above[:, :, 1:] & is_wrong[:, None, 1:]).any(-1)
+    # One node of a depth is reached at most, and the deeper ones come later.
+    last = plan.order[:, :N].masked_fill(is_cut_off, 0).amax(1, keepdim=True)
+    depths = torch.where(above[plan.row, last][:, 0], draft.depths, plan.order[:, end:end + 1])     # off the path, the end
+    path = plan.order[:, :end + 1].expand(len(last), -1).scatter(1, depths, plan.order[:, :N].expand_as(depths))
+    return path[:, :end], draft.depths.gather(1, last), last
 
 
 # One step
@@ -527,7 +686,7 @@ class EagleStep:
             tree = tree.without_gaps()
         device, dtype = model.inv_freq.device, model.norm.weight.dtype
         self.model, self.head, self.tree, self.sampling, self.draw_drafts = model, head, tree, sampling, draw_drafts
-        self.plan = plan_static(tree, device) if isinstance(tree, StaticTree) else None
+        self.plan = (plan_static if isinstance(tree, StaticTree) else plan_dynamic)(tree, batch_size, device, dtype)
         width = tree.depth + 1
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
@@ -568,50 +727,53 @@ class EagleStep:
 
     def ingest(self, n_slot: int) -> Tensor:
         """Take the pending pairs into the head's cache; the last one's output [B, 1, dim] drafts the root's children."""
-        pair_pos = (self.pos - self.n_pair + torch.arange(self.pair_tokens.shape[1], device=self.pos.device)).clamp(min=0)
+        pair_pos = (self.pos - self.n_pair + self.plan.order[:, :self.tree.depth + 1]).clamp(min=0)
         hidden = self.head(self.pair_tokens, self.pair_features, pair_pos, mask=causal_mask(pair_pos, n_slot))
-        return take_rows(hidden, self.n_pair - 1)
+        return hidden[self.plan.row, self.n_pair - 1]
 
     def grow(self, root_hidden: Tensor, n_slot: int) -> Draft:
         if isinstance(self.tree, DynamicTree):
-            return draft_dynamic(self.head, self.tree, self.tokens, root_hidden, n_slot, self.pos)
+            return draft_dynamic(self.head, self.tree, self.plan, self.tokens, root_hidden, n_slot, self.pos)
         return draft_static(self.head, self.tree, self.plan, self.tokens, root_hidden, n_slot, self.pos,
                             self.sampling if self.draw_drafts else None)
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
         """The target over all nodes: logits [B, N, V], features [B, N, dim]."""
-        slots = self.pos + torch.arange(draft.tokens.shape[1], device=self.pos.device)
-        return self.model(draft.tokens, self.pos + draft.depths, slots, block_mask(self.pos, draft.ancestors, n_slot))
+        slots = self.pos + self.plan.order[:, :self.tree.n_node]
+        columns = shown_columns(self.pos, n_slot, draft.seen)
+        return self.model(draft.tokens, self.pos + draft.depths, slots, block_bias(draft.seen, columns, self.model.config))
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if self.draw_drafts:
-            return accept_sampled(logits, draft, self.tree.depth, self.sampling, self.head, self.tree.n_child)
-        return accept_deterministic(logits, draft, self.tree.depth, self.sampling)
+            return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
+        if self.sampling.temperature > 0:
+            return accept_likeliest(logits, draft, self.plan, self.sampling)
+        return accept_greedy(logits, draft, self.plan)
 
     def commit(self, draft: Draft, features: Tensor, accepted: Accepted) -> None:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
+        order = self.plan.order[:, :self.tree.depth + 1]
         if not self.tree.is_chain:
-            move_slots(self.model.kv_cache, self.pos, accepted.path)
-        order = torch.arange(accepted.path.shape[1], device=self.pos.device)
+            move_slots(self.model.kv_cache, self.pos + accepted.path, self.pos + order, self.plan.row)
         following = draft.tokens.gather(1, accepted.path.roll(-1, 1))       # the node after each; past the end unused
-        self.pair_tokens.copy_(torch.where(order < accepted.n_accepted, following, accepted.bonus))
-        self.produced.copy_(torch.where(order <= accepted.n_accepted, self.pair_tokens, -1))
-        self.pair_features.copy_(take_rows(features, accepted.path))
+        bonus = accepted.bonus.clamp(min=0)                                 # NOT_FINITE is no token: nothing follows it
+        self.pair_tokens.copy_(torch.where(order < accepted.n_accepted, following, bonus))
+        self.produced.copy_(self.pair_tokens.masked_fill(order > accepted.n_accepted, -1))
+        self.produced[:, :1].masked_fill_(accepted.bonus < 0, NOT_FINITE)
+        self.pair_features.copy_(features[self.plan.row, accepted.path])
         self.n_pair.copy_(accepted.n_accepted + 1)
         # A row that ends on the last slot has its root one past it; it only idles, where plain steps can look.
         self.pos.add_(self.n_pair).clamp_(max=self.model.kv_cache.shape[4] - 1)
-        self.tokens.copy_(accepted.bonus)
+        self.tokens.copy_(bonus)
 
 
-def move_slots(kv_cache: Tensor, pos: Tensor, path: Tensor) -> None:
-    """kv_cache [n_layer, 2, B, K, S, D]: slot pos + path[j] -> slot pos + j, for every layer in one gather.
+def move_slots(kv_cache: Tensor, source: Tensor, target: Tensor, row: Tensor) -> None:
+    """kv_cache [n_layer, 2, B, K, S, D]: slots source [B, D + 1] -> target [B, D + 1], for every layer in one gather.
 
     Source and target overlap: the gather's copy comes between them.
     """
-    source, target = pos + path, pos + torch.arange(path.shape[1], device=pos.device)   # [B, D + 1]
-    if len(pos) == 1:
+    if len(source) == 1:
         cache = kv_cache[:, :, :1]
         cache.index_copy_(4, target[0], cache.index_select(4, source[0]))
     else:
-        row = torch.arange(len(pos), device=pos.device)[:, None]
         kv_cache[:, :, row, :, target] = kv_cache[:, :, row, :, source]

@@ -13,7 +13,10 @@ Shapes: B batch, T new tokens, S cache slots, V vocabulary.
 """
 import argparse
 import contextlib
+import functools
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,10 +28,11 @@ from torch import Tensor
 
 import ranks
 import tp
-from console import Parser, add_chat_options, command, device_name, number, pick_device, say, write_atomically
+from console import (Parser, add_chat_options, command, device_name, is_text, number, pick_device, read_text, say,
+                     whole_or_nothing, write_atomically)
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (NOT_FINITE, Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
-                   read_json, resolve_checkpoint)
+                   read_ids, read_json, resolve_checkpoint)
 from replay import can_trace, capture, trace
 from tokenizer import common_prefix
 
@@ -36,6 +40,10 @@ DEFAULT_PROMPT = "Why is the sky blue?"
 
 
 # Decoding
+
+
+# stop(prompt) gives a function that is told each new token of the answer, one by one, and says whether the answer ends with it.
+Stop = Callable[[list[int]], Callable[[int], bool]]
 
 
 @dataclass
@@ -61,14 +69,15 @@ class Generation:
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, head: EagleHead | None = None,
              tree: Tree | str = "static", draw_drafts: bool | None = None, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, seed: int | None = None, stop_ids: Iterable[int] = (), compile: bool = False,
-             max_seq_length: int | None = None,
+             top_p: float | None = None, seed: int | None = None, stop_ids: Iterable[int] = (), stop: Stop | None = None,
+             compile: bool = False, max_seq_length: int | None = None,
              on_tokens: Callable[[int, list[int], int], None] | None = None) -> Generation:
     """Continue a batch of prompts, given as token ids, by at most max_new_tokens each; with a head, by EAGLE.
 
     At temperature 0 every row gets what it would get alone, and the same with a head as without (exactly in fp32).
     With a seed the draws are repeatable; None goes on with torch's generator as it is. `on_tokens(row, ids, n_draft)`
-    is called with new tokens as they come, the first n_draft of them drafts that were accepted. The caches are made for
+    is called with new tokens as they come, the first n_draft of them drafts that were accepted. A row ends with the first
+    of its tokens that is among stop_ids, or of which `stop` (see Stop; StopTexts is one) says so. The caches are made for
     this call: those that model and head had before are theirs again afterwards. To answer many prompts, make one
     Decoder and call its `generate`: what is compiled or traced is then kept.
 
@@ -86,7 +95,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head,
                           tree=tree, draw_drafts=draw_drafts)
         decoder.can_trace = False   # it hardly pays for one call, and torch keeps every trace for good
-        return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, on_tokens=on_tokens)
+        return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, stop=stop, on_tokens=on_tokens)
 
 
 def check_prompts(prompts: list[list[int]], n_slot: int, vocab_size: int) -> None:
@@ -176,8 +185,8 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, seed: int | None = None,
-                 stop_ids: Iterable[int] = (), on_tokens: Callable[[int, list[int], int], None] | None = None,
-                 n_cached: int = 0) -> Generation:
+                 stop_ids: Iterable[int] = (), stop: Stop | None = None,
+                 on_tokens: Callable[[int, list[int], int], None] | None = None, n_cached: int = 0) -> Generation:
         """As the function `generate`, for as many prompts as the decoder has rows.
 
         The first n_cached tokens of every prompt are in the caches already: prompt and answer of the last call, if no
@@ -195,11 +204,11 @@ class Decoder:
             self.model.kv_cache = self.caches[0]
             if self.head is not None:
                 self.head.kv_cache = self.caches[1]
-            return self._generate(prompts, max_new_tokens, seed, stop_ids, on_tokens, n_cached)
+            return self._generate(prompts, max_new_tokens, seed, frozenset(stop_ids), stop, on_tokens, n_cached)
 
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int, seed: int | None, stop_ids: Iterable[int],
-                  on_tokens: Callable[[int, list[int], int], None] | None, n_cached: int) -> Generation:
-        stop_ids = frozenset(stop_ids)
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int, seed: int | None, stop_ids: frozenset[int],
+                  stop: Stop | None, on_tokens: Callable[[int, list[int], int], None] | None, n_cached: int) -> Generation:
+        ends = [stop(prompt) if stop is not None else lambda token: False for prompt in prompts]
         limits = [min(max_new_tokens, self.n_slot - len(prompt)) for prompt in prompts]
         result = Generation([[] for _ in prompts], [[] for _ in prompts], ["length"] * len(prompts))
         running = {row for row, limit in enumerate(limits) if limit > 0}
@@ -235,11 +244,11 @@ class Decoder:
                 ids = [i for i in ids if i >= 0]
                 result.accept_lengths[row].append(len(ids))
                 kept = ids[:limits[row] - len(result.tokens[row])]
-                stop = next((n for n, i in enumerate(kept) if i in stop_ids), None)
-                if stop is not None:
-                    kept, result.finish_reason[row] = kept[:stop + 1], "stop"
+                end = next((n for n, i in enumerate(kept, start=1) if i in stop_ids or ends[row](i)), None)
+                if end is not None:
+                    kept, result.finish_reason[row] = kept[:end], "stop"
                 result.tokens[row] += kept
-                if stop is not None or len(result.tokens[row]) == limits[row]:
+                if end is not None or len(result.tokens[row]) == limits[row]:
                     running.discard(row)
                 if on_tokens is not None:
                     on_tokens(row, kept, len(ids) - 1)
@@ -320,13 +329,28 @@ def not_finite(dtype: torch.dtype, row: int, n_token: int) -> str:
 
 
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
-    """Compile one layer; all share its code. Cold it takes seconds, where the whole graph takes a minute."""
-    # One row, a block of rows, the head's layer, and each again when the number of cache slots begins to vary.
+    """Compile one layer; all share its code. Cold it takes seconds, where the whole graph takes a minute.
+
+    One row and a block of rows, of the target's layers and of the head's, make four graphs: numbers of rows and of cache
+    slots are marked as varying before the first call, or the first ones met would get graphs of their own.
+    """
     torch._dynamo.config.recompile_limit = 32
     for layer in layers:
         # Coordinate descent lets inductor write one-row products as fused reductions, which reach full bandwidth.
         options = {"coordinate_descent_tuning": True} if layer.ffn_norm.weight.is_cuda else None
         layer.compile(options=options)
+        layer._compiled_call_impl = functools.partial(call_with_varying_sizes, layer._compiled_call_impl)
+
+
+def call_with_varying_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
+                            cache_pos: Tensor, kv_cache: Tensor | None) -> Tensor:
+    """A compiled TransformerBlock, told which sizes vary from call to call."""
+    # Slices get the strides of tensors of their own, or dynamo makes a graph for each kind: a view where there is one row.
+    *rope, cache_pos = (part[0][None] if len(part) == 1 else part.contiguous() for part in (*rope, cache_pos))
+    for tensor in (x, *rope, cache_pos):
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)         # new tokens
+    torch._dynamo.maybe_mark_dynamic(bias, (2, 3))          # their rows, and cache slots
+    return compiled(x, tuple(rope), bias, cache_pos, kv_cache)
 
 
 def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
@@ -386,13 +410,29 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} needs --eagle")
     if args.draw_drafts and args.temperature == 0:
         raise ValueError("--draw-drafts needs a --temperature above 0")
+    for name, value in (("--system", args.system), ("--template-args", args.template_args),
+                        ("--plain-text", args.plain_text or None)):
+        if value is not None and args.raw:
+            raise ValueError(f"{name} needs a chat template: it does not go with --raw")
+    for name, value in (("--prompt", args.prompt), ("--system", args.system), ("--stop", args.stop)):
+        if not is_text(value):
+            raise ValueError(f"{name} is not UTF-8 text")
     for name, file in (("--json", args.json), ("--profile", args.profile)):
-        if file is not None and args.interactive:
+        if file is None:
+            continue
+        if args.interactive:
             raise ValueError(f"{name} does not go with --interactive")
-        if file is not None and (file.exists() and not file.is_file() or not file.absolute().parent.is_dir()):
+        folder = file.absolute().parent
+        if file.exists() and not file.is_file() or not folder.is_dir():
             raise ValueError(f"{name} {file}: not a file in an existing folder")
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{name} {file}: nothing can be written into this folder")
+    if args.json is not None and args.json == args.profile:
+        raise ValueError("--json and --profile name the same file")
     if args.interactive and (args.prompt or args.prompt_file or args.raw):
         raise ValueError("--interactive reads chat turns from the terminal: no --prompt, --prompt-file or --raw")
+    if args.interactive and sys.stdin is None:
+        raise ValueError("--interactive reads chat turns from standard input, which is closed")
     if args.interactive and ranks.launched():
         raise ValueError("--interactive runs in one process: under torchrun give --prompt or --prompt-file")
 
@@ -407,6 +447,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
         args.checkpoint = str(download_demo(log=say))
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
                                           template_args=args.template_args)
+    say_not_applied(read_json(resolve_checkpoint(args.checkpoint, weights=False) / "generation_config.json", absent={}))
     shard = tp.Shard.world() if ranks.launched() else None
     if shard is not None and device.type == "cuda":
         from plan import check_memory
@@ -431,6 +472,19 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
         "load_seconds": seconds,
     } | ({} if head is None else {"draft_mode": args.draft_mode})
+
+
+# What generation_config.json may ask for that changes which tokens are chosen, and the values that change nothing.
+NEUTRAL = dict(repetition_penalty=1, no_repeat_ngram_size=0, bad_words_ids=[], suppress_tokens=[], begin_suppress_tokens=[],
+               sequence_bias={}, exponential_decay_length_penalty=[], min_length=0, min_new_tokens=0, guidance_scale=1,
+               penalty_alpha=0, num_beams=1, typical_p=1, min_p=0)
+
+
+def say_not_applied(generation_config: dict) -> None:
+    asked = [f"{key} {value}" if isinstance(value, (int, float)) else key for key, neutral in NEUTRAL.items()
+             if (value := generation_config.get(key)) not in (None, neutral, [])]
+    if asked:
+        say(f"generation_config.json asks for {', '.join(asked)}: not applied")
 
 
 def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | None = None) -> tuple[EagleHead, str]:
@@ -478,8 +532,9 @@ def tree_name(checkpoint: str) -> str:
 def shipped_head(checkpoint: str) -> str:
     """The folder under heads/ that was trained for this checkpoint, or for the one it was quantised from, by the last
     part of its name."""
-    source = quantize_settings(resolve_checkpoint(checkpoint, weights=False)).get("source", "")
-    names = {Path(checkpoint).name, Path(str(source)).name}
+    folder = resolve_checkpoint(checkpoint, weights=False)
+    source = quantize_settings(folder).get("source", "")
+    names = {Path(checkpoint).name, folder.resolve().name, Path(str(source)).name} - {""}
     for file in sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json")):
         if str(read_json(file).get("target", "")).split("/")[-1] in names:
             return str(file.parent)
@@ -487,12 +542,13 @@ def shipped_head(checkpoint: str) -> str:
 
 
 def load_draft_vocab(spec: str, folder: Path) -> list[int]:
-    """Token ids, likeliest first, of a JSON file; or the first N of the file beside the head."""
+    """Token ids, likeliest first, of a file: JSON, a list or {"ids": list}, or a list or tensor saved by torch, as SGLang's
+    token maps are; or the first N of the file beside the head."""
     count = int(spec) if spec.isdigit() else None
     file = folder / "draft_vocab.json" if count is not None else Path(spec)
-    ids = read_json(file).get("ids")
-    if not isinstance(ids, list) or count == 0:
-        raise ValueError(f"{file}: a draft vocabulary is a JSON object with a list of token ids under \"ids\"")
+    ids = read_ids(file)
+    if count == 0:
+        raise ValueError("a draft vocabulary of 0 tokens drafts nothing")
     return ids[:count]
 
 
@@ -511,7 +567,7 @@ def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead |
 def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: "Tokenizer",
            report: dict) -> None:
     """Answer the prompts of the command line, all in one batch."""
-    prompts = [encode(text, tokenizer, args.raw) for text in args.texts]
+    prompts = [encode(text, tokenizer, args.raw, args.system, args.plain_text) for text in args.texts]
     longest = max(map(len, prompts)) + args.max_new_tokens
     room = 0 if head is None else load_tree(args.tree).n_room
     n_slot = args.max_seq_length or slots_for(longest + room, model)
@@ -519,9 +575,10 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
     say_loaded(report)
 
-    printer = Printer(tokenizer, len(prompts), args.color and head is not None)
+    stop = StopTexts(tokenizer, args.stop, goes_on=args.raw)
+    printer = Printer(stop, prompts, args.color and head is not None)
     with profiler(args.profile):
-        result = decoder.generate(prompts, args.max_new_tokens, seed=args.seed, stop_ids=tokenizer.stop_ids,
+        result = decoder.generate(prompts, args.max_new_tokens, seed=args.seed, stop_ids=tokenizer.stop_ids, stop=stop,
                                   on_tokens=printer)
     printer.close()
 
@@ -533,7 +590,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     if args.json:
         write_atomically(args.json, json.dumps(report | {
             "prompt_tokens": [len(prompt) for prompt in prompts], "new_tokens": [len(ids) for ids in result.tokens],
-            "tokens": result.tokens, "text": [tokenizer.decode(ids) for ids in result.tokens],
+            "tokens": result.tokens, "text": list(map(stop.decode, result.tokens, prompts)),
             "finish_reason": result.finish_reason, "target_passes": result.target_passes,
             "accept_lengths": result.accept_lengths, "mean_accept_length": result.mean_accept_length,
             **times, "tokens_per_second": result.tokens_per_second, "peak_memory_bytes": peak_memory(model),
@@ -545,46 +602,105 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise ValueError("give --prompt or --prompt-file, not both")
     texts = args.prompt or [DEFAULT_PROMPT]
     if args.prompt_file:
-        try:
-            texts = [args.prompt_file.read_text(encoding="utf-8").rstrip("\n")]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompt_file} is not UTF-8 text: byte {error.start} does not fit") from None
+        text = read_text(args.prompt_file)
+        texts = [text if args.raw else text.rstrip("\n")]    # what ends a file is no part of a question
     for text in texts:
         if not text.strip():
             raise ValueError("the prompt is empty")
     return texts
 
 
-def encode(text: str, tokenizer: "Tokenizer", raw: bool) -> list[int]:
+def encode(text: str, tokenizer: "Tokenizer", raw: bool, system: str | None = None, plain_text: bool = False) -> list[int]:
     if raw:
         return tokenizer.encode(text, bos=tokenizer.adds_bos)
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    return tokenizer.apply_chat_template([*opening(system), {"role": "user", "content": text}], plain_text=plain_text)
+
+
+def opening(system: str | None) -> list[dict]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+class StopTexts:
+    """Texts that end an answer: with the first token after which one of them is in it, and cut before the first of them.
+
+        stop = StopTexts(tokenizer, ["\n\n"])
+        ids = generate(model, [prompt], 100, stop=stop).tokens[0]       # the token that completed the text is the last one
+        text = stop.decode(ids, prompt)                                 # without "\n\n" and what came with it
+
+    A special token may be named by its text. goes_on: the answer goes on with the prompt's text, so that a first word keeps
+    its space. Raises ValueError for an empty text.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", texts: Iterable[str] = (), goes_on: bool = False):
+        self.tokenizer, self.texts, self.goes_on = tokenizer, list(texts), goes_on
+        if "" in self.texts:
+            raise ValueError("a stop text is empty")
+        self.longest = max(map(len, self.texts), default=0)
+        named = [ids[0] for ids in map(tokenizer.encode, self.texts) if len(ids) == 1]
+        self.ids = tokenizer.special_ids.intersection(named)     # they leave no text to be found
+
+    def __call__(self, prompt: list[int]) -> Callable[[int], bool]:
+        """The Stop of `generate`."""
+        stream, tail = self.stream(prompt), ""
+
+        def ends(token: int) -> bool:
+            nonlocal tail
+            if not self.texts:
+                return False
+            tail += stream.push([token])
+            text = tail + stream.peek()
+            tail = tail[max(0, len(tail) - self.longest + 1):]     # where one may have begun
+            return token in self.ids or any(stop in text for stop in self.texts)
+        return ends
+
+    def stream(self, prompt: list[int]) -> "StreamDecoder":
+        return self.tokenizer.stream(after=prompt if self.goes_on else ())
+
+    def decode(self, ids: list[int], prompt: list[int]) -> str:
+        """The text of an answer to this prompt."""
+        return self.cut(self.tokenizer.decode(ids, after=prompt if self.goes_on else ()))
+
+    def cut(self, text: str) -> str:
+        return text[:min((text.find(stop) for stop in self.texts if stop in text), default=len(text))]
+
+    def n_certain(self, text: str) -> int:
+        """Characters before the place where a stop text begins, or may turn out to have begun."""
+        return next((n for n in range(len(text))
+                     if any(text.startswith(stop, n) or stop.startswith(text[n:]) for stop in self.texts)), len(text))
 
 
 class Printer:
     """Streams one answer as it comes; of several, each is printed whole once all are there.
 
-    With `color`, text that came from accepted drafts is green and the target's own tokens are plain.
+    What may be the beginning of a stop text waits until it is certain. With `color`, text that came from accepted drafts
+    is green and the target's own tokens are plain.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", n_rows: int, color: bool = False):
-        self.streams = [tokenizer.stream() for _ in range(n_rows)]
-        self.texts = [""] * n_rows
-        self.color = color
+    def __init__(self, stop: StopTexts, prompts: list[list[int]], color: bool = False):
+        self.stop, self.color = stop, color
+        self.streams = [stop.stream(prompt) for prompt in prompts]
+        self.held = [""] * len(prompts)
+        self.texts = [""] * len(prompts)
 
     def __call__(self, row: int, ids: list[int], n_draft: int) -> None:
-        drafted = self.streams[row].push(ids[:n_draft])
+        drafted = self._certain(row, ids[:n_draft])
         self._put(row, f"\033[32m{drafted}\033[0m" if drafted and self.color else drafted)
-        self._put(row, self.streams[row].push(ids[n_draft:]))
+        self._put(row, self._certain(row, ids[n_draft:]))
 
     def close(self) -> None:
         for row, stream in enumerate(self.streams):
-            self._put(row, stream.flush())
+            self._put(row, self.stop.cut(self.held[row] + stream.flush()))
         if len(self.texts) == 1:
             print(flush=True)
         else:
             for row, text in enumerate(self.texts):
                 print(f"[{row + 1}] {text}", flush=True)
+
+    def _certain(self, row: int, ids: list[int]) -> str:
+        text = self.held[row] + self.streams[row].push(ids)
+        n = self.stop.n_certain(text)
+        self.held[row] = text[n:]
+        return text[:n]
 
     def _put(self, row: int, text: str) -> None:
         self.texts[row] += text
@@ -596,51 +712,85 @@ def chat(args: argparse.Namespace, model: Transformer, head: EagleHead | None, t
          report: dict) -> None:
     """Chat on the terminal. The cache is kept between turns: only what is new in the conversation is prefilled."""
     n_slot = args.max_seq_length or min(model.config.block_size, model.config.sliding_window or 1 << 30, 8192)
-    tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])  # a template that is missing or broken shows now
+    talk = Conversation(args, tokenizer, n_slot, model.config.vocab_size)
+    talk.render("Hi")       # a template that is missing or broken, or an opening that is too long, shows now
     decoder = make_decoder(args, model, head, 1, n_slot)
     say_loaded(report)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")     # a byte that does not fit spoils its own line only
     say("Ctrl-C ends an answer, Ctrl-D leaves.")
-    messages, cached = [], []
+    while (text := read_message()) is not None:
+        with contextlib.suppress(KeyboardInterrupt):
+            talk.answer(decoder, text)
+
+
+def read_message() -> str | None:
+    """The next line that says something; None at the end of them."""
     while True:
         try:
             print("> ", end="", file=sys.stderr, flush=True)
-            text = input()
+            text = input().removeprefix("\ufeff")
         except EOFError:
             say("")
-            return
+            return None
         except KeyboardInterrupt:
             say("\nCtrl-D leaves.")
             continue
-        if not text.strip():
-            continue
-        messages.append({"role": "user", "content": text})
-        prompt = tokenizer.apply_chat_template(messages)
-        if len(prompt) >= n_slot:
-            say(f"The conversation has filled its {n_slot} tokens; this begins a new one.")
-            messages = messages[-1:]
-            prompt = tokenizer.apply_chat_template(messages)
-            if len(prompt) >= n_slot:
-                say(f"This message alone has {len(prompt)} tokens: too long.")
-                messages = []
-                continue
-        n_cached = common_prefix(prompt[:-1], cached)
-        cached, new_ids, printer = prompt[:n_cached], [], Printer(tokenizer, 1, args.color)
+        if not is_text(text):
+            say(f"That line is not {getattr(sys.stdin, 'encoding', 'UTF-8').upper()} text: it is left out.")
+        elif text.strip():
+            return text
+
+
+class Conversation:
+    """The messages of a chat, and what of them is in the decoder's cache."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: "Tokenizer", n_slot: int, vocab_size: int):
+        self.args, self.tokenizer, self.n_slot, self.vocab_size = args, tokenizer, n_slot, vocab_size
+        self.messages = opening(args.system)
+        self.cached: list[int] = []
+        self.seed = args.seed               # until the first draw: one seed begins the conversation
+        self.stop = StopTexts(tokenizer, args.stop)
+
+    def render(self, text: str) -> tuple[list[dict], list[int]]:
+        """The messages with this one, and their ids. A conversation that leaves no room for it begins anew.
+
+        Raises ValueError for what the template refuses, is too long by itself or has no token in the model."""
+        messages, prompt = self._render(self.messages, text)
+        if len(prompt) >= self.n_slot:
+            messages, prompt = self._render(opening(self.args.system), text)
+        check_prompts([prompt], self.n_slot, self.vocab_size)
+        return messages, prompt
+
+    def _render(self, messages: list[dict], text: str) -> tuple[list[dict], list[int]]:
+        messages = [*messages, {"role": "user", "content": text}]
+        return messages, self.tokenizer.apply_chat_template(messages, plain_text=self.args.plain_text)
+
+    def answer(self, decoder: Decoder, text: str) -> None:
+        try:
+            messages, prompt = self.render(text)
+        except ValueError as error:
+            say(f"That message is left out: {error}")
+            return
+        if len(messages) <= len(self.messages):
+            say(f"The conversation has filled its {self.n_slot} tokens; this begins a new one.")
+        n_cached = common_prefix(prompt[:-1], self.cached)
+        self.cached, new_ids, printer = prompt[:n_cached], [], Printer(self.stop, [prompt], self.args.color)
 
         def on_tokens(row: int, ids: list[int], n_draft: int) -> None:
             new_ids.extend(ids)
             printer(row, ids, n_draft)
 
-        try:
-            decoder.generate([prompt], args.max_new_tokens, seed=args.seed, stop_ids=tokenizer.stop_ids,
-                             on_tokens=on_tokens, n_cached=n_cached)
-        except KeyboardInterrupt:
-            pass  # what was said so far stays part of the conversation
-        printer.close()
+        with contextlib.suppress(KeyboardInterrupt):    # what was said so far stays part of the conversation
+            decoder.generate([prompt], self.args.max_new_tokens, seed=self.seed, stop_ids=self.tokenizer.stop_ids,
+                             stop=self.stop, on_tokens=on_tokens, n_cached=n_cached)
         if new_ids:  # else interrupted in the prefill: of the cache only the old part is known to be written
-            cached = prompt + new_ids[:-1]  # the last token was produced, but has not been an input
-        messages.append({"role": "assistant", "content": tokenizer.decode(new_ids)})
+            self.cached = prompt + new_ids[:-1]  # the last token was produced, but has not been an input
+            self.seed = None
+        self.messages = [*messages, {"role": "assistant", "content": self.stop.decode(new_ids, prompt)}]
+        printer.close()
 
 
 @contextlib.contextmanager
@@ -651,9 +801,8 @@ def profiler(file: Path | None):
         return
     with torch.profiler.profile() as profile:
         yield
-    part = file.with_name(file.name + ".part.json")
-    profile.export_chrome_trace(str(part))
-    part.replace(file)
+    with whole_or_nothing(file, ".part.json") as part:
+        profile.export_chrome_trace(str(part))
     say(f"wrote {file}")
 
 
@@ -688,6 +837,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is: no chat template")
     add_chat_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="a system message in front of the chat")
+    parser.add_argument("--plain-text", action="store_true",
+                        help="a special token written in a message, such as <|im_end|>, is text (default: it is the token)")
+    parser.add_argument("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
+                        help="end the answer before the first of these texts")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="0 is greedy")
     parser.add_argument("--top-k", type=number(int, 1), metavar="N")
@@ -697,7 +851,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(),
+    parser.add_argument("--color", action=argparse.BooleanOptionalAction, default=sys.stdout is not None and sys.stdout.isatty(),
                         help="show accepted drafts in green (default: on a terminal)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened as one JSON object")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch profiler trace")

@@ -555,9 +555,8 @@ def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     the decision in a trace.
     """
     V, n = probs.shape[-1], 256
-    if n < V:
-        # Bits of a number that is not negative have its order; with the token they make keys of which no two are equal.
-        keys = probs.view(torch.int32).long() * V - torch.arange(V)
+    # fp64 has room behind fp32 for the place of the token, so that of equal values the first is the largest.
+    keys = probs.double() * (1 + torch.arange(V, 0, -1, dtype=torch.double) * 2.0 ** -45)
     while n < V:
         tokens = keys.topk(n, dim=-1).indices
         ordered = probs.gather(-1, tokens)
@@ -609,7 +608,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     name = str(checkpoint)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise FileNotFoundError(f"{checkpoint}: no such folder (a hub id has the form owner/name)")
-    for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):  # empty, they would put the cache into the working directory
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):  # empty, they put the cache into the working directory
         if not os.environ.get(variable, "unset"):
             del os.environ[variable]
     from huggingface_hub import snapshot_download
@@ -617,7 +616,8 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     patterns = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
     try:
         wanted = [*patterns, "model*.safetensors"] if weights else patterns
-        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
+        # No folder but additional_chat_templates/.
+        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!a]*/*"])
         if weights and find_weights(Path(local)) is None:
             local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
     except GatedRepoError:
@@ -651,15 +651,18 @@ Part = Callable[[str, list[int]], tuple[slice, ...]]  # a key and the shape stor
 
 @torch.no_grad()
 def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, Tensor] = {},
-                 part: Part | None = None) -> None:
-    """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over.
+                 part: Part | None = None, rename: Callable[[str], str] = str) -> None:
+    """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over, nothing twice.
 
     targets   the file's key -> the tensor to fill
     optional  keys that may be there too, of these shapes; their values are not read
     part      which slice of each stored tensor to take, where not the whole
+    rename    the file's key -> the one used here, where a file has names of its own
     """
     missing = set(targets)
-    for key, tensor, file in iterate_weights(folder, part=part):
+    renamed_part = part and (lambda key, shape: part(rename(key), shape))
+    for key, tensor, file in iterate_weights(folder, part=renamed_part):
+        key = rename(key)
         if key.endswith("rotary_emb.inv_freq"):  # old conversions saved RoPE's constants
             continue
         target = targets.get(key, optional.get(key))
@@ -668,6 +671,8 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
         if tensor.shape != target.shape:
             raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, config.json makes it {list(target.shape)}")
         if key in targets:
+            if key not in missing:
+                raise ValueError(f"{file}: {key} is there a second time, under another name or in another shard")
             target.copy_(tensor)
             missing.discard(key)
     if missing:
@@ -726,7 +731,7 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
     Only tensors whose key is `wanted` are read, of each the `part` or the whole.
     """
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its base model, which is what is read")
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its base model")
     file = find_weights(folder)
     if file is None:
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
@@ -735,14 +740,14 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
         yield from _read_shard(file, wanted, part)
         return
     weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
         raise ValueError(f"{file} has no weight_map: it does not say which shard holds which weight")
     for name in sorted(set(weight_map.values())):
         yield from _read_shard(folder / name, wanted, part)
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The file of weights, or the index of its shards, that counts where several lie in a folder: as in transformers."""
+    """The file of weights, or the index of its shards, that counts where several lie there: as in transformers."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return next((folder / name for name in names if (folder / name).exists()), None)
 
@@ -769,7 +774,7 @@ def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) ->
             for key in filter(wanted, content):
                 yield key, content[key] if part is None else content[key][part(key, list(content[key].shape))], file
     except pickle.UnpicklingError:  # torch's own words advise to let the file run code
-        raise ValueError(f"{file} is corrupt, or holds more than tensors, which could run code: it is not read") from None
+        raise ValueError(f"{file} is corrupt, or holds more than tensors, which could run code: not read") from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
 
@@ -788,6 +793,29 @@ def read_json(file: Path, absent: dict | None = None) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return content
+
+
+def read_ids(file: Path) -> list[int]:
+    """Token ids of a file: JSON, a list or {"ids": list}, or a list or tensor that torch saved, as SGLang's token maps are.
+
+    Raises FileNotFoundError or ValueError in one line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    refuse_lfs_pointer(file)
+    with open(file, "rb") as content:
+        is_torch = content.read(2) in (b"PK", b"\x80\x02")  # a zip archive, or a pickle, as before PyTorch 1.6
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True) if is_torch else json.loads(file.read_text(encoding="utf-8-sig"))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} is corrupt, or holds more than ids, which could run code: it is not read") from None
+    except (ValueError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is neither valid JSON nor a file that torch saved: {_one_line(error)}") from None
+    ids = content.get("ids") if isinstance(content, dict) else content
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, list):
+        raise ValueError(f"{file}: a draft vocabulary is a list of token ids, or a JSON object with one under \"ids\"")
+    return [int(i) if isinstance(i, float) and i.is_integer() else i for i in ids]
 
 
 def refuse_lfs_pointer(file: Path) -> None:

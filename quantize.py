@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from console import Parser, command, number, pick_device, read_text, write_atomically
+from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
 from model import (ModelArgs, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    iterate_weights, read_json, resolve_checkpoint, rope_cos_sin, rope_inv_freq)
 from quantized import GROUP_SIZES, Format, fit_grid, install, pack, round_to_nearest, to_grid
@@ -69,8 +69,8 @@ def check(args: argparse.Namespace) -> None:
     if args.method == "gptq" and args.data is None:
         raise ValueError("--method gptq needs --data, dialogues as train_head.py reads them: a few dozen are enough, "
                          "scripts/generate_data.py --dialogues 128 makes them")
-    if args.method != "gptq" and (args.data or args.act_order is not None):
-        raise ValueError("--data and --act-order are for --method gptq")
+    if args.method != "gptq" and (args.data or args.act_order is not None or args.chat_template or args.template_args):
+        raise ValueError("--data, --chat-template, --template-args and --act-order are for --method gptq")
     for name, file in (("--data", args.data), ("--eval", args.eval)):
         if file and not file.is_file():
             raise ValueError(f"{name} {file}: no such file")
@@ -141,7 +141,7 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
                        if not key.endswith("rotary_emb.inv_freq")}
             hessians = calibration.hessians(unit, tensors) if calibration and unit else {}
             if calibration and (idle := sorted({name for name in map(linear_of, tensors) if name} - hessians.keys())):
-                tqdm.write(f"{unit}: no token reached {', '.join(idle)}, or with zeros alone: rounded to nearest",
+                tqdm.write(f"{unit}: no token reached {', '.join(idle)} with anything but zeros: rounded to nearest",
                            file=sys.stderr)
             done = {key: value for name in list(tensors)
                     for key, value in quantize_weight(name, tensors.pop(name), format, hessians, args.act_order).items()}
@@ -291,7 +291,8 @@ class Calibration:
         self.config, self.settings, self.device = config, settings, args.device
         self.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
         now = datetime.datetime.now() if date is None else datetime.datetime.fromisoformat(date)
-        tokenizer = Tokenizer.from_pretrained(folder, date=now)
+        tokenizer = Tokenizer.from_pretrained(folder, chat_template=args.chat_template, template_args=args.template_args,
+                                              date=now)
         dialogues = read_dialogues(args.data, tokenizer, config.vocab_size, args.max_length)[:args.dialogues]
         tokens = hashlib.sha256(json.dumps([dialogue.tokens.tolist() for dialogue in dialogues]).encode())
         self.described = {"dialogues": len(dialogues), "max_length": args.max_length,
@@ -413,6 +414,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "untied: more bytes on disk, fewer to read a step")
     parser.add_argument("--method", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--data", type=Path, metavar="FILE", help="calibration dialogues of gptq, JSON lines")
+    add_chat_options(parser)
     parser.add_argument("--dialogues", type=number(int, 1), default=128, metavar="N", help="of them, at most")
     parser.add_argument("--max-length", type=number(int, 2), default=512, metavar="T", help="tokens of a dialogue, at most")
     parser.add_argument("--act-order", action=argparse.BooleanOptionalAction,

@@ -38,6 +38,20 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def writes() -> bool:
+    """Whether this process writes files: rank 0, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_rank_0(job: Callable[[], object]) -> object:
+    """What job() returns on rank 0, for all ranks; the other ranks do not call it."""
+    if not launched():
+        return job()
+    values = [job() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """main(args) in the process group of torchrun.
 

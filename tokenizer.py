@@ -24,7 +24,7 @@ from typing import Iterable
 from console import read_text
 from model import read_json, refuse_lfs_pointer, resolve_checkpoint
 
-Messages = list[dict]  # [{"role": "system" | "user" | "assistant", "content": text}, ...]; the template sees other keys too
+Messages = list[dict]  # [{"role": "system" | "user" | "assistant", "content": text}, ...] and what else a template reads
 
 
 class Tokenizer:
@@ -124,15 +124,23 @@ class Tokenizer:
         writing "<|im_end|>"; those that the template itself writes stay special. Raises ValueError where a template
         changes the messages in such a way that the two cannot be told apart.
         """
-        text = self.render_chat(messages, add_generation_prompt, tools=tools)
-        stand_ins = {}
-        if plain_text and (stand_ins := self._find_stand_ins(messages)):
-            hidden = [hide(message, stand_ins) for message in messages]
-            whole, text = text, self.render_chat(hidden, add_generation_prompt, tools=tools)
-            if reveal(text, stand_ins) != whole:
-                tokens = ", ".join(map(repr, stand_ins.values()))
-                raise ValueError(f"the chat template changes messages that hold {tokens}, which cannot pass as text")
-        return self._encode(text, self._is_builtin and self.adds_bos, stand_ins)
+        text, bos = self.render_chat(messages, add_generation_prompt, tools=tools), self._is_builtin and self.adds_bos
+        stand_ins = self._find_stand_ins(messages) if plain_text else {}
+        if not stand_ins:
+            return self._encode(text, bos, {})
+        hidden = [hide(message, stand_ins) for message in messages]
+        hidden = self.render_chat(hidden, add_generation_prompt, tools=tools)
+        ids = self._encode(hidden, bos, stand_ins)
+        harmless = self.encode(reveal(hidden, dict.fromkeys(stand_ins, ".")), bos)
+        if reveal(hidden, stand_ins) != text or self._marks(ids) != self._marks(harmless):
+            tokens = ", ".join(map(repr, stand_ins.values()))
+            raise ValueError(f"with this chat template and tokenizer {tokens} in a message cannot pass as text")
+        return ids
+
+    def _marks(self, ids: list[int]) -> list[int]:
+        """The special tokens among them, but for that of unknown characters."""
+        unknown = self._id(self._special_text.get("unk_token"))
+        return [i for i in ids if i in self.special_ids and i != unknown]
 
     @property
     def uses_date(self) -> bool:
@@ -187,7 +195,7 @@ class Tokenizer:
             if source.get("bos_token_id") not in (None, self.bos_id):
                 # Early LLaMA folders count one token less: what they call eos is the vocabulary's bos.
                 ids = [i for i in ids if i != self.bos_id]
-            stops.update(ids)
+            stops.update(int(i) for i in ids if isinstance(i, (int, float)))
         # A chat model may end its turn with a token that its config does not list.
         written = "".join(template.text for template in self._chat_templates.values())
         stops.update(self._id(token) for token in END_OF_TURN if token in written)
@@ -224,9 +232,13 @@ class StreamDecoder:
                 text += self._advance(backend)
         return text
 
+    def peek(self) -> str:
+        """The rest, as flush() would give it now: a character that lacks bytes is U+FFFD."""
+        return self._tokenizer._backend.decode(self._ids)[self._shown :]
+
     def flush(self) -> str:
         """The rest; the stream is then as new."""
-        text = self._tokenizer._backend.decode(self._ids)[self._shown :]
+        text = self.peek()
         self._ids, self._shown = [], 0
         return text
 
@@ -325,16 +337,17 @@ def insert_tokens(path: Path, declared: dict[int, dict]) -> "tokenizers.Tokenize
 
     content = read_json(path)
     added = {token["id"]: token for token in content["added_tokens"]}
-    vocab = content["model"]["vocab"]
+    vocab = content["model"].get("vocab", {})
     taken = {*added, *(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))}
     texts = {token["content"] for token in added.values()}
-    added |= {i: {"id": i, **token} for i, token in declared.items() if i not in taken and token["content"] not in texts}
+    new = {i: token for i, token in declared.items() if i not in taken and token["content"] not in texts}
+    added |= {i: {"id": i, **token} for i, token in new.items()}
     content["added_tokens"] = [added[i] for i in sorted(added)]
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     for i, token in added.items():
         if tokenizer.token_to_id(token["content"]) != i:
-            raise ValueError(f"{path}: the ids of its added tokens have a gap before {i}, {token['content']!r}, and no file "
-                             "beside it declares what is missing")
+            raise ValueError(f"{path}: the ids of its added tokens have a gap before {i}, {token['content']!r}, and no "
+                             "file beside it declares what is missing")
     return tokenizer
 
 
@@ -357,8 +370,8 @@ def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.T
     by_model = "Qwen2Tokenizer" if config.get("model_type") in ("qwen2", "qwen3") else None
     kind = str(settings.get("tokenizer_class") or by_model).removesuffix("Fast")
     if kind not in ("Qwen2Tokenizer", "GPT2Tokenizer"):
-        raise ValueError(f"{folder} has vocab.json and merges.txt only, which are read for tokenizer_class Qwen2Tokenizer "
-                         f"and GPT2Tokenizer, not {kind}: tokenizer.json is needed")
+        raise ValueError(f"{folder} has vocab.json and merges.txt only, which are read for tokenizer_class "
+                         f"Qwen2Tokenizer and GPT2Tokenizer, not {kind}: tokenizer.json is needed")
     for file in files:
         refuse_lfs_pointer(file)
     try:
@@ -404,7 +417,7 @@ class SentencePieceBackend:
         ids = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id(), "unk_token": self._model.unk_id()}
         self.default_text = {name: self._model.id_to_piece(i) for name, i in ids.items() if i >= 0}
         self.bos_id = ids["bos_token"] if ids["bos_token"] >= 0 else None
-        self.adds_bos = settings.get("add_bos_token", True)
+        self.adds_bos = bool(settings.get("add_bos_token", True))
 
         self._pieces = dict(enumerate(self._model.id_to_piece(list(range(size)))))
         self._added = {self._pieces[i]: i for i in self.special_ids}
@@ -511,15 +524,19 @@ def declared_tokens(folder: Path, settings: dict) -> dict[int, dict]:
         decoder = {i: {"content": text, "special": text in special} for text, i in added.items()}
     try:
         declared = {int(i): token_flags(token) for i, token in decoder.items()}
+        if not all(0 <= i < 1 << 31 for i in declared):
+            raise ValueError("an id is no id")
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{folder}: the added tokens in tokenizer_config.json or added_tokens.json are not ids and texts") from None
+        files = "tokenizer_config.json or added_tokens.json"
+        raise ValueError(f"{folder}: the added tokens in {files} are not ids and texts") from None
     return {i: token for i, token in declared.items() if token["content"]}
 
 
 def token_flags(token: dict) -> dict:
     special = bool(token.get("special"))
     flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "single_word")}
-    return {"content": str(token["content"]), "special": special, "normalized": token.get("normalized", not special), **flags}
+    normalized = bool(token.get("normalized", not special))
+    return {"content": str(token["content"]), "special": special, "normalized": normalized, **flags}
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------

@@ -213,6 +213,8 @@ def rank_of(head: EagleHead, hidden: Tensor, tokens: Tensor) -> Tensor:
     vocabulary when it is not drafted. The logits are there LOGITS_AT_ONCE elements at a time."""
     def of_block(hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = head.draft_logits(hidden.to(head.target.norm.weight.dtype)).float()
+        if not torch.is_tensor(logits):     # each rank has a part of the vocabulary
+            logits = logits.full()
         if head.draft_ids is None:
             return (logits > logits.gather(-1, tokens[..., None])).sum(-1)
         match = head.draft_ids == tokens[..., None]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from console import Parser, command, number, pick_device, write_atomically  # noqa: E402
 from eagle_head import load_tree  # noqa: E402
 from generate import Decoder, setup_caches, slots_for  # noqa: E402
-from model import pack_for_cpu  # noqa: E402
+from model import Sampling, pack_for_cpu  # noqa: E402
 from scripts.shapes import SHAPES, TINY, random_head, random_model  # noqa: E402
 from scripts.timing import clock, environment, print_table  # noqa: E402
 
@@ -29,7 +29,7 @@ from scripts.timing import clock, environment, print_table  # noqa: E402
 @command()
 def main(args: argparse.Namespace) -> None:
     report = measure(args)
-    print_table([args.shape, "seconds"], [[name, value] for name, value in report.items() if name.endswith("seconds")])
+    print_table([args.shape, ""], [[name, value] for name, value in report.items() if name.endswith(("seconds", "graphs", "per_step"))])
     if args.json:
         write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
@@ -46,16 +46,19 @@ def measure(args: argparse.Namespace) -> dict:
         for module in filter(None, (model, head)):
             pack_for_cpu(module)
     setup_caches(model, head, 1, slots_for(args.prompt_tokens + args.new_tokens + (tree.n_room if tree else 0), model))
-    decoder = Decoder(model, 1, compile=compile, head=head, tree=tree)
+    decoder = Decoder(model, 1, Sampling(args.temperature), compile=compile, head=head, tree=tree)
     made, came = clock(device), []
-    result = decoder.generate([[1] * args.prompt_tokens], args.new_tokens,
+    result = decoder.generate([[1] * args.prompt_tokens], args.new_tokens, seed=0,
                               on_tokens=lambda *_: came.append(time.perf_counter()))
     return environment(device, args.command) | {
-        "model": args.shape, "tree": args.tree, "dtype": "bfloat16", "compiled": compile,
+        "model": args.shape, "tree": args.tree, "dtype": "bfloat16", "compiled": compile, "temperature": args.temperature,
         "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
         "import_seconds": imported - BEGIN, "model_seconds": made - imported,
         "prefill_seconds": result.timings["prefill_seconds"], "compile_seconds": result.timings["compile_seconds"],
         "first_token_seconds": came[0] - BEGIN, "whole_answer_seconds": came[-1] - BEGIN,
+        "ms_per_step": 1e3 * (came[-1] - came[0]) / max(len(came) - 1, 1),
+        "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if compile else 0,
+        "captured_graphs": sum(graph is not None for graph in decoder.graphs.values()),
     }
 
 
@@ -66,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tree", help="decode by EAGLE with this tree: static, chain:4, dynamic, ... (default: plainly)")
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=128, metavar="N")
     parser.add_argument("--new-tokens", type=number(int, 1), default=256, metavar="N")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")

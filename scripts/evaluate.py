@@ -7,32 +7,42 @@
     python scripts/evaluate.py ... --temperature 1 --seed 0
     python scripts/evaluate.py ... --peers --gguf model.gguf         # transformers, its prompt lookup, llama.cpp as arms too
 
-As the papers measure (EAGLE, arXiv 2401.15077, section 4): batch 1, chat template, every turn. All arms run in one process
-and take turns at every question, so that a drifting clock or a busy neighbour hits all alike. The turns after the first
-continue plain decoding's answer, whatever the arm: all arms then meet the same prompts.
+    torchrun --nproc-per-node 4 scripts/evaluate.py ...              # a target of several GPUs; rank 0 writes
+
+As the papers measure (EAGLE, arXiv 2401.15077, section 4): batch 1, chat template, every turn. All arms take turns at every
+question, so that a drifting clock or a busy neighbour hits all alike. The turns after the first continue plain decoding's
+answer, whatever the arm: all arms then meet the same prompts.
 
 --out gets answers/ARM.jsonl, FastChat's answer lines with what was measured beside each turn, run.json, and from them
-scripts/report.py's report.json, report.md and report.png. The same command goes on after an interruption.
+scripts/report.py's report.json, report.md and report.png. The same command goes on after an interruption, and gives the
+answers that an undisturbed run gives.
 """
 import argparse
+import contextlib
+import datetime
+import hashlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
-from console import Parser, command, number, say, write_atomically
-from eagle_head import load_tree
-from model import Transformer, bucket, causal_mask, prefill, read_json, resolve_checkpoint
+import ranks
+from console import Parser, command, number, read_records, say, write_atomically
+from eagle_head import EagleHead, Tree, load_tree
+from model import Transformer, causal_mask, prefill, read_json, resolve_checkpoint
 from scripts import report
-from scripts.peers import Answer, find_peers
+from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
 from scripts.timing import environment
+from tokenizer import Tokenizer
+from train_data import target_stamp
 
 # name -> hub repository, file, and what makes the first turn of a row
 HUB_SETS = {
@@ -43,67 +53,85 @@ HUB_SETS = {
     "alpaca": ("tatsu-lab/alpaca", "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
                lambda row: "\n\n".join(filter(None, (row["instruction"], row["input"])))),
 }
-ROUNDING_ANSWERS = 3        # plain answers on which the rounding of logits is measured, of the TOP_LOGITS largest
-TOP_LOGITS = 10
-Arm = Callable[[list[int], int], Answer]    # (prompt ids, seed)
+TOP_LOGITS = 10     # the largest, on which rounding is measured
 
 
-@command(stopped="stopped; the same command goes on from here")
+@command(stopped="stopped; the same command goes on from here", in_ranks=True)
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> None:
-    questions = read_questions(args.questions)[:args.limit]
     if args.peers and args.temperature > 0:
         raise ValueError("--peers decode greedily: they need --temperature 0")
+    if args.peers and ranks.launched():
+        raise ValueError("--peers run in one process: leave them out under torchrun")
+    every = ranks.on_rank_0(lambda: read_questions(args.questions))
     trees, args.tree = args.tree, None
     model, head, tokenizer, run = cli.load(args)
     n_slot = min(args.max_seq_length, model.config.block_size)
     args.out = args.out or Path("results") / f"{Path(args.checkpoint).name}-{Path(args.questions).stem}-T{args.temperature:g}"
-    arms, targets = our_arms(args, model, head, tokenizer, trees, n_slot), {"plain": model}
+    arms, stamps = our_arms(args, model, head, tokenizer, trees, n_slot), {"target": stamp_of(args.checkpoint)}
+    stamps |= {"head": stamp_of(args.eagle), "draft_vocab": None if head.draft_ids is None else digest(head.draft_ids.tolist()),
+               "trees": digest([str(arm.tree) for arm in arms.values()]), "questions": digest(every), "template": tokenizer.template_digest}
     also = {Path(folder).name.removeprefix(f"{Path(args.checkpoint).name}-"): folder for folder in args.also}
     for label, folder in also.items():
         its_args = argparse.Namespace(**vars(args) | {"checkpoint": folder, "tree": None})
         twin, its_head, *_ = cli.load(its_args)
-        arms |= {f"{label}-{name}": arm for name, arm in our_arms(its_args, twin, its_head, tokenizer, trees, n_slot).items()}
-        targets[f"{label}-plain"] = twin
+        its_arms = our_arms(its_args, twin, its_head, tokenizer, trees, n_slot)
+        arms |= {f"{label}-{name}": arm for name, arm in its_arms.items()}
+        stamps |= {f"target {label}": stamp_of(folder), f"trees {label}": digest([str(arm.tree) for arm in its_arms.values()])}
     peers, absent = find_peers(resolve_checkpoint(args.checkpoint), model.inv_freq.device, getattr(torch, args.dtype), n_slot,
                                args.gguf) if args.peers else ({}, [])
     for line in absent:
         say(line)
     for peer in peers.values():
         peer([1, 2, 3, 4], 4)   # warm up
+    run |= environment(model.inv_freq.device, args.command)
     run |= {"question_set": Path(args.questions).stem, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot,
-            "tree": trees, "also": list(also) or None, "arms": [*arms, *peers], "absent": absent}
-    done = resume(args.out, run)
-    run |= environment(model.inv_freq.device, args.command) | {"rounding": None, "label": args.out.name}
-    if done and (before := read_json(args.out / "run.json")["commit"]) != run["commit"]:
-        run["commit"] = f"{before}, then {run['commit']}"
+            "tree": trees, "also": list(also) or None, "arms": [*arms, *peers], "absent": absent, "label": args.out.name,
+            "drafting": [name for name, arm in arms.items() if arm.tree is not None] + [p for p in peers if p in DRAFTING_PEERS],
+            "stamps": stamps, "template_date": None}
+    done, run = ranks.on_rank_0(lambda: resume(args.out, run, tokenizer))
+    if run["template_date"] is not None:
+        tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
+    questions, run["left_out"] = leave_out(choose(every, args.limit), tokenizer, n_slot)
+    if not questions:
+        raise ValueError(f"no question of {args.questions} leaves room for an answer in a context of {n_slot}: see --max-seq-length")
+    for entry in run["left_out"]:
+        say("question {question_id} has {prompt_tokens} tokens, which leaves no room in a context of {n_slot}: left out".format(
+            n_slot=n_slot, **entry))
     todo = [q for q in questions if q["question_id"] not in done]
-    if todo:    # else what was measured, and when, stands
-        if args.temperature == 0:
-            run["rounding"] = {plain: measure_rounding(target, arms[plain], tokenizer, questions)
-                               for plain, target in targets.items()}
+    if todo and ranks.writes():     # else what was measured, and when, stands
         write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
 
     totals = {name: [0, 0.0] for name in run["arms"]}
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
-        for n, question in enumerate(bar):
-            answers = ask(question, n, args, targets, tokenizer, arms, peers, n_slot)
+        for question in bar:
+            answers = ask(question, args, tokenizer, arms, peers, n_slot)
             for name, lines in answers.items():
-                with open(report.answers_file(args.out, name), "a", encoding="utf-8") as file:
-                    file.write(json.dumps(answer_line(question, f"{run['label']}-{name}", lines), ensure_ascii=False) + "\n")
+                if ranks.writes():
+                    append_answer(args.out, name, question, f"{run['label']}-{name}", lines)
                 totals[name][0] += sum(lines["timed_tokens"])
                 totals[name][1] += sum(lines["decode_seconds"])
-            bar.set_postfix_str(progress(totals, answers))
-    made = report.write_report(args.out)
-    print((args.out / "report.md").read_text())
-    say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
+            bar.set_postfix_str(progress(totals, answers, run["drafting"]))
+    if ranks.writes():
+        made = report.write_report(args.out)
+        print((args.out / "report.md").read_text())
+        say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
+
+
+def stamp_of(checkpoint: str) -> str:
+    return ranks.on_rank_0(lambda: target_stamp(resolve_checkpoint(checkpoint)))
+
+
+def digest(value: object) -> str:
+    """Of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 # Questions
 
 
 def read_questions(name: str) -> list[dict]:
-    """{"question_id", "category", "turns"} of a file in MT-bench's form, or of a set by its name.
+    """{"question_id", "category", "turns", "place"} of a file in MT-bench's form, or of a set by its name; places count from 0.
 
     Raises FileNotFoundError or ValueError in one line.
     """
@@ -115,18 +143,40 @@ def read_questions(name: str) -> list[dict]:
         repository, path, first_turn = HUB_SETS[name]
         file = fetch(name, repository, path)
     questions = []
-    for n, row in enumerate(rows_of(file), start=1):
+    for n, (line, row) in enumerate(rows_of(file), start=1):
         try:
             turns = row.get("turns") or row.get("prompt") if first_turn is None else [first_turn(row)]
             if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
                 raise ValueError
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{file}, line {n}: no question: MT-bench's form is {{\"question_id\", \"category\", \"turns\": [...]}}") \
+            raise ValueError(f"{file}, line {line}: no question: MT-bench's form is {{\"question_id\", \"category\", \"turns\": [...]}}") \
                 from None
-        questions.append({"question_id": row.get("question_id", n), "category": row.get("category", name), "turns": turns})
+        questions.append({"question_id": row.get("question_id", n), "category": str(row.get("category", name)), "turns": turns,
+                          "place": n - 1})
     if len({q["question_id"] for q in questions}) != len(questions) or not questions:
         raise ValueError(f"{file}: {'two questions have the same question_id' if questions else 'it holds no question'}")
     return questions
+
+
+def choose(questions: list[dict], limit: int | None) -> list[dict]:
+    """As many, in the set's order: the first of each category, then the second of each, and so on."""
+    rank, met = {}, {}
+    for question in questions:
+        rank[question["place"]] = met[question["category"]] = met.get(question["category"], -1) + 1
+    first = sorted(questions, key=lambda q: (rank[q["place"]], q["place"]))[:limit]
+    return sorted(first, key=lambda q: q["place"])
+
+
+def leave_out(questions: list[dict], tokenizer: Tokenizer, n_slot: int) -> tuple[list[dict], list[dict]]:
+    """The questions whose first turn leaves room for an answer, and {"question_id", "prompt_tokens"} of the others."""
+    kept, left_out = [], []
+    for question in questions:
+        n = len(tokenizer.apply_chat_template([{"role": "user", "content": question["turns"][0]}]))
+        if n < n_slot:
+            kept.append(question)
+        else:
+            left_out.append({"question_id": question["question_id"], "prompt_tokens": n})
+    return kept, left_out
 
 
 def fetch(name: str, repository: str, path: str) -> Path:
@@ -138,28 +188,66 @@ def fetch(name: str, repository: str, path: str) -> Path:
                                 "{\"question_id\", \"category\", \"turns\": [...]} instead") from None
 
 
-def rows_of(file: Path) -> Iterator[dict]:
-    if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError("this set is a parquet file: pip install pyarrow, or give --questions a file") from None
-        yield from pyarrow.parquet.read_table(file).to_pylist()
+def rows_of(file: Path) -> Iterator[tuple[int, dict]]:
+    """(line, row)"""
+    if file.suffix != ".parquet":
+        yield from read_records(file)
         return
-    with open(file, encoding="utf-8") as lines:
-        n = 0
-        try:
-            for n, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield json.loads(line)
-        except ValueError:      # of json, or of the encoding
-            raise ValueError(f"{file} is not JSON lines: line {max(n, 1)}") from None
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("this set is a parquet file: pip install pyarrow, or give --questions a file") from None
+    yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
 
 
 # Arms
 
 
-def our_arms(args: argparse.Namespace, model: Transformer, head, tokenizer, trees: list[str], n_slot: int) -> dict[str, Arm]:
+class Arm:
+    """A way to decode: plainly, or by EAGLE with a tree."""
+
+    def __init__(self, decoder: cli.Decoder, max_new_tokens: int, stop_ids: frozenset[int]):
+        self.decoder, self.max_new_tokens, self.stop_ids = decoder, max_new_tokens, stop_ids
+        self.tree: Tree | None = decoder.eagle and decoder.eagle.tree
+
+    def __call__(self, prompt: list[int], seed: int) -> Answer:
+        result = self.decoder.generate([prompt], self.max_new_tokens, seed=seed, stop_ids=self.stop_ids)
+        times = result.timings
+        return Answer(result.tokens[0], len(result.tokens[0]), times["prefill_seconds"], times["decode_seconds"],
+                      result.accept_lengths[0])
+
+    def logits_before(self, prompt: list[int], answer: Answer, n: int) -> Tensor:
+        """[V] fp32: what the target says in the place of the answer's token n, in passes over as many rows as this arm made
+        of it, one after the other, with the cache that they leave.
+
+        The passes are the target's own, by position: nothing of how a step drafts, verifies or moves keys has a part
+        in them. Rows past the place are filled up, and a tree's accepted path stands in front; no row sees a later one.
+        """
+        model, decoder = self.decoder.model, self.decoder
+        text, begin = prompt + answer.tokens[:n], len(prompt)
+        with torch.compiler.set_stance("force_eager") if decoder.compile else contextlib.nullcontext():
+            for _ in prefill(model, [prompt]):
+                pass
+        for length in answer.accept_lengths:
+            drafts = self.tree is not None and begin - 1 + self.tree.n_room <= decoder.n_slot
+            n_row = self.tree.n_node if drafts else 1
+            rows = text[begin - 1:begin - 1 + n_row]
+            ids = torch.tensor([rows + rows[-1:] * (n_row - len(rows))], device=model.inv_freq.device)
+            pos = torch.arange(begin - 1, begin - 1 + n_row, device=ids.device)[None]
+            logits, _ = model(ids, pos, mask=causal_mask(pos, decoder._n_slot(drafts, begin)))
+            if begin + length > len(text):
+                return whole(logits)[0, len(text) - begin].float()
+            begin += length
+        raise AssertionError(f"token {n} of an answer of {sum(answer.accept_lengths)}")
+
+
+def whole(logits) -> Tensor:
+    """[..., V], also where each rank has a part of the vocabulary."""
+    return logits if torch.is_tensor(logits) else logits.full()
+
+
+def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead, tokenizer: Tokenizer, trees: list[str],
+             n_slot: int) -> dict[str, Arm]:
     """Plain decoding, and EAGLE with each tree, over the same weights and caches. "tuned" is the tree beside the head."""
     cli.setup_caches(model, head, 1, n_slot)
     sampling = cli.Sampling(args.temperature, args.top_k, args.top_p)
@@ -167,45 +255,47 @@ def our_arms(args: argparse.Namespace, model: Transformer, head, tokenizer, tree
     for spec in trees:
         label, spec = Path(spec).stem.replace(":", "-"), args.tree if spec == "tuned" else spec
         decoders["eagle-" + label] = cli.Decoder(model, 1, sampling, compile=args.compile, head=head, tree=load_tree(spec))
-
-    def arm(decoder: cli.Decoder) -> Arm:
-        def run(prompt: list[int], seed: int) -> Answer:
-            result = decoder.generate([prompt], args.max_new_tokens, seed=seed, stop_ids=tokenizer.stop_ids)
-            times = result.timings
-            return Answer(result.tokens[0], len(result.tokens[0]), times["prefill_seconds"], times["decode_seconds"],
-                          result.accept_lengths[0])
-        return run
-
-    return {name: arm(decoder) for name, decoder in decoders.items()}
+    return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
-def ask(question: dict, n: int, args: argparse.Namespace, targets: dict[str, Transformer], tokenizer, arms: dict[str, Arm],
-        peers: dict, n_slot: int) -> dict[str, dict]:
-    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn.
-
-    targets: the plain arm of each format of the model -> the model
-    """
-    answers, messages = {}, []
+def ask(question: dict, args: argparse.Namespace, tokenizer: Tokenizer, arms: dict[str, Arm], peers: dict[str, Peer],
+        n_slot: int) -> dict[str, dict]:
+    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn, of which the
+    last are missing where the conversation has filled its context."""
+    answers, messages, place = {}, [], question["place"]
     for turn, text in enumerate(question["turns"]):
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.apply_chat_template(messages)
         if len(prompt) >= n_slot:
-            if turn == 0:
-                raise ValueError(f"question {question['question_id']} has {len(prompt)} tokens, which leaves no room in a context of "
-                                 f"{n_slot}: see --max-seq-length")
+            say(f"question {question['question_id']}: turn {turn + 1} comes to {len(prompt)} tokens, which leaves no room in a "
+                f"context of {n_slot}: not asked")
             break
-        order = list(arms)[n % len(arms):] + list(arms)[:n % len(arms)]     # nobody is always first
-        given = {name: arms[name](prompt, args.seed + 1000 * n + turn if args.seed is not None else 0) for name in order}
-        given |= {name: peer(prompt, max(2, len(given["plain"].tokens))) for name, peer in peers.items()}
+        given = {}
+        for name in order_of([*arms], [*peers], place):
+            if name in arms:
+                given[name] = arms[name](prompt, (args.seed + 1000 * place + turn) % 2 ** 63)
+            else:
+                given[name] = peers[name](prompt, max(2, len(given["plain"].tokens)))
         for name in (*arms, *peers):
             entry = turn_entry(given[name], prompt, tokenizer)
-            if name in arms and name not in targets and args.temperature == 0:
-                plain = report.plain_of(name, targets)
-                entry["divergence"] = divergence(targets[plain], prompt, given[plain].tokens, given[name].tokens)
+            plain = report.plain_of(name, arms)
+            if name in arms and name != plain and args.temperature == 0:
+                entry["divergence"] = divergence(arms[plain], arms[name], prompt, given[plain], given[name])
             for key, value in entry.items():
                 answers.setdefault(name, {}).setdefault(key, []).append(value)
         messages.append({"role": "assistant", "content": tokenizer.decode(given["plain"].tokens)})
     return answers
+
+
+def order_of(arms: list[str], peers: list[str], place: int) -> list[str]:
+    """Who decodes when: another begins at each question. Peers come after plain, whose answer says how many tokens they decode."""
+    names = arms + peers
+    order = names[place % len(names):] + names[:place % len(names)]
+    first_peer = next((order.index(name) for name in order if name in peers), len(order))
+    if order.index("plain") > first_peer:
+        order.remove("plain")
+        order.insert(first_peer, "plain")
+    return order
 
 
 def turn_entry(answer: Answer, prompt: list[int], tokenizer) -> dict:
@@ -215,89 +305,78 @@ def turn_entry(answer: Answer, prompt: list[int], tokenizer) -> dict:
             "decode_seconds": answer.decode_seconds, "accept_lengths": answer.accept_lengths}
 
 
-def answer_line(question: dict, model_id: str, choice: dict) -> dict:
-    return {"question_id": question["question_id"], "category": question["category"], "model_id": model_id,
-            "answer_id": f"{model_id}-{question['question_id']}", "choices": [{"index": 0, **choice}], "tstamp": time.time()}
+def append_answer(out: Path, arm: str, question: dict, model_id: str, choice: dict) -> None:
+    line = {"question_id": question["question_id"], "category": question["category"], "model_id": model_id,
+            "answer_id": f"{model_id}-{question['question_id']}", "choices": [{"index": 0, **choice}], "tstamp": time.time(),
+            "turns_not_asked": len(question["turns"]) - len(choice["turns"])}
+    with open(report.answers_file(out, arm), "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def progress(totals: dict[str, list], answers: dict[str, dict]) -> str:
+def progress(totals: dict[str, list], answers: dict[str, dict], drafting: list[str]) -> str:
     texts = []
     for name, (tokens, seconds) in totals.items():
         lengths = [n for steps in answers[name]["accept_lengths"] for n in steps]
-        texts.append(f"{name} {tokens / seconds:.1f}" + (f" (accepts {sum(lengths) / len(lengths):.2f})"
-                                                         if lengths and max(lengths) > 1 else ""))
+        texts.append(f"{name} {tokens / seconds:.1f}" + (f" (accepts {sum(lengths) / len(lengths):.2f})" if name in drafting else ""))
     return "tokens/s: " + ", ".join(texts)
 
 
 # Agreement
 
 
-def divergence(model: Transformer, prompt: list[int], plain: list[int], other: list[int]) -> dict | None:
-    """Where two answers part, and how far below the largest logit the lower of the two tokens lies there."""
-    n = cli.common_prefix(plain, other)
-    if n == min(len(plain), len(other)):
-        return None if len(plain) == len(other) else {"position": n, "tokens": [], "gap": None}     # rounding cannot do that
-    logits = last_logits(model, prompt + plain[:n])
-    ids = [plain[n], other[n]]
-    return {"position": n, "tokens": ids, "gap": (logits.max() - logits[ids].min()).item()}
+def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other: Answer) -> dict | None:
+    """Where two answers part, and whether rounding can have done it.
 
-
-def last_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
-    """[V] fp32, what the target says after these tokens."""
-    for _ in prefill(model, [tokens]):
-        pass
-    return logits_of(model, tokens, len(tokens) - 1)[0, -1].float()
-
-
-def logits_of(model: Transformer, tokens: list[int], begin: int, end: int | None = None) -> torch.Tensor:
-    """[1, T, V] of tokens[begin:end] in one pass, those before them being in the cache."""
-    device = model.inv_freq.device
-    pos = torch.arange(begin, end or len(tokens), device=device)[None]
-    mask = causal_mask(pos, bucket(end or len(tokens), model.kv_cache.shape[4]))
-    return model(torch.tensor([tokens[begin:end]], device=device), pos, mask=mask)[0]
-
-
-def measure_rounding(model: Transformer, plain: Arm, tokenizer, questions: list[dict]) -> dict:
-    """How much the largest logits of one and the same position differ between one-row passes and a pass over a block.
-
-    Each of two logits may be off by logit_error, so rounding alone can turn their order up to a gap of twice that.
+    gap     how far below the largest logit of the plain arm's pass the lower of the two tokens lies there
+    error   how much the largest logits, and those two, differ there between the passes of the two arms: each of two logits
+            may be off by as much, so rounding can turn their order up to a gap of twice the error
     """
-    worst, n_position = 0.0, 0
-    for question in questions[:ROUNDING_ANSWERS]:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question["turns"][0]}])
-        tokens = prompt + plain(prompt, 0).tokens[:-1]
-        begin = len(prompt) - 1
-        for _ in prefill(model, [prompt]):
-            pass
-        rows = torch.cat([logits_of(model, tokens, n, n + 1) for n in range(begin, len(tokens))], dim=1)
-        block = logits_of(model, tokens, begin)
-        top = block.topk(TOP_LOGITS).indices
-        worst = max(worst, (rows.gather(-1, top).float() - block.gather(-1, top).float()).abs().max().item())
-        n_position += len(tokens) - begin
-    return {"logit_error": worst, "gap_bound": 2 * worst, "positions": n_position}
+    n = cli.common_prefix(plain.tokens, other.tokens)
+    if n == min(len(plain.tokens), len(other.tokens)):  # rounding cannot do that
+        return None if len(plain.tokens) == len(other.tokens) else {"position": n, "tokens": [], "gap": None, "error": None}
+    ids = [plain.tokens[n], other.tokens[n]]
+    one, block = plain_arm.logits_before(prompt, plain, n), arm.logits_before(prompt, other, n)
+    if not (one.isfinite().all() and block.isfinite().all()):
+        raise ValueError(cli.not_finite(plain_arm.decoder.model.norm.weight.dtype, 0, n))
+    shown = [*one.topk(TOP_LOGITS).indices.tolist(), *ids]
+    return {"position": n, "tokens": ids, "gap": (one.max() - one[ids].min()).item(),
+            "error": (one[shown] - block[shown]).abs().max().item()}
 
 
 # Resuming
 
 
-def resume(out: Path, run: dict) -> set:
-    """Questions that every arm has answered; lines of others are taken out of the files.
+SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode", "also", "temperature",
+            "top_k", "top_p", "seed", "question_set", "max_new_tokens", "max_seq_length", "arms")
 
-    Raises ValueError when the folder holds answers of another model or of other settings.
+
+def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
+    """Questions that every arm has answered, and the run that goes on: of what was told the template, the first run's date.
+
+    Lines of other questions are taken out of the files. Raises ValueError when the folder holds answers of another model
+    or of other settings.
     """
     (out / "answers").mkdir(parents=True, exist_ok=True)
+    if tokenizer.uses_date:
+        run = run | {"template_date": (tokenizer.date or datetime.datetime.now()).isoformat()}
     if not (out / "run.json").exists():
-        return set()
+        return set(), run
     before = read_json(out / "run.json")
-    for key in ("checkpoint", "eagle", "dtype", "device_name", "tree", "draft_mode", "also", "temperature", "top_k", "top_p", "question_set",
-                "max_new_tokens", "arms", "torch"):
+    for key in SETTINGS:
         if before.get(key) != run[key]:
             raise ValueError(f"{out} holds answers with {key} {before.get(key)!r}, now it is {run[key]!r}: give another --out")
+    stamps = before.get("stamps", {})
+    for key in sorted(run["stamps"] | stamps):
+        if stamps.get(key) != run["stamps"].get(key):
+            raise ValueError(f"{out} holds answers of another {key.replace('_', ' ')}, which has changed: give another --out")
+    if tokenizer.date is not None and before["template_date"] != run["template_date"]:
+        raise ValueError(f"{out} holds answers with the date {before['template_date']}, not {run['template_date']}: give another --out")
     answers = report.read_answers(out, run["arms"])
     for arm, lines in answers.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(report.answers_file(out, arm), text)
-    return {line["question_id"] for line in answers["plain"]}
+    commit = run["commit"] if before["commit"] == run["commit"] else f"{before['commit']}, then {run['commit']}"
+    return {line["question_id"] for line in answers["plain"]}, run | {"template_date": before["template_date"], "commit": commit}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -311,13 +390,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="an arm for each; tuned, the default, is the one beside the head, or static")
     cli.add_draft_options(parser)
     parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT", help="the same model in other formats, such as int4: arms too")
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="the first N questions only")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="N questions, evenly over the categories")
     parser.add_argument("--max-new-tokens", type=number(int, 2), default=1024, metavar="N", help="of a turn")
     parser.add_argument("--max-seq-length", type=number(int, 2), default=4096, metavar="N", help="cache slots, within the context")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X")
     parser.add_argument("--top-k", type=number(int, 1), metavar="N")
     parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X")
-    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N")
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts and token counts")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     cli.add_chat_options(parser)
@@ -329,4 +408,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))

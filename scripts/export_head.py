@@ -13,6 +13,9 @@ say (vLLM, llama_eagle.py and configs/eagle.py; SGLang, llama_eagle.py and llama
   Biases of q, k and v (Qwen2) are "qkv_bias" for vLLM; SGLang knows them only together with one of o_proj, here zero.
 
 A draft_vocab.json beside the head becomes token_map.pt, SGLang's --speculative-token-map.
+
+SGLang (0.5.23) refuses a draft whose max_position_embeddings is below its target's context; vLLM raises the number by
+itself. --context N raises it here: where RoPE is not scaled, nothing else depends on it.
 """
 import argparse
 import json
@@ -24,10 +27,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from console import Parser, command, say, write_atomically  # noqa: E402
+from console import Parser, command, number, say, write_atomically  # noqa: E402
 from eagle_head import EagleHead  # noqa: E402
 from generate import load_draft_vocab  # noqa: E402
-from model import ModelArgs, load_weights, read_json, resolve_checkpoint  # noqa: E402
+from model import ModelArgs, load_weights, quantize_settings, read_json, resolve_checkpoint  # noqa: E402
 
 ARCHITECTURE = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
 KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps
@@ -39,13 +42,35 @@ KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_v
 def main(args: argparse.Namespace) -> None:
     folder = resolve_checkpoint(args.head)
     config = read_json(folder / "config.json")
+    if quantize_settings(folder) or config.get("quantization_config"):
+        raise ValueError(f"{folder}: a quantised head is not exported; give the 16-bit one that it was made from")
     weights = read_weights(folder, config)
+    if args.context is not None:
+        config = with_context(config, args.context)
     config, weights = CONVERT[args.engine](config, weights)
     write(args.out, config, weights)
     if args.engine == "sglang" and (folder / "draft_vocab.json").exists():
         # A plain list: SGLang makes a tensor of what it loads.
         torch.save(load_draft_vocab(str(folder / "draft_vocab.json"), folder), args.out / "token_map.pt")
     say(f"wrote {args.out}")
+    if args.engine == "sglang" and args.context is None:
+        say(f"its max_position_embeddings is {context_of(config)}: SGLang refuses a draft with less than its target's context, "
+            "which --context N gives it")
+
+
+def context_of(config: dict) -> int:
+    return config.get("max_position_embeddings") or 2048    # transformers' default for LLaMA
+
+
+def with_context(config: dict, n: int) -> dict:
+    """The same with max_position_embeddings raised to n. Raises ValueError where that is less, or RoPE is scaled by it."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"--context {n}: the head's RoPE is scaled ({kind}), and may depend on its max_position_embeddings")
+    if n < context_of(config):
+        raise ValueError(f"--context {n} is less than the head's max_position_embeddings, {context_of(config)}")
+    return config | {"max_position_embeddings": n}
 
 
 def read_weights(folder: Path, config: dict) -> dict[str, Tensor]:
@@ -102,6 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head", required=True, help="folder or hub id, official format")
     parser.add_argument("--for", required=True, dest="engine", choices=sorted(ARCHITECTURE))
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--context", type=number(int, 1), metavar="N", help="raise max_position_embeddings to the target's")
     return parser.parse_args(argv)
 
 

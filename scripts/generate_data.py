@@ -39,6 +39,7 @@ import ranks
 import tp
 from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
 from model import Sampling, Transformer, resolve_checkpoint
+from scripts.report import loops
 from tokenizer import Tokenizer
 from train_data import LeftOut, Unusable, answer_text, chat_of, check_same, holds_records, target_stamp
 
@@ -377,11 +378,6 @@ def answer(decoder: cli.Decoder, prompts: list[list[int]], seed: int, tokenizer:
         return []
     padded = prompts + prompts[:1] * (args.batch_size - len(prompts))
     return decoder.generate(padded, args.max_new_tokens, seed=seed, stop_ids=tokenizer.stop_ids).tokens[:len(prompts)]
-
-
-def loops(ids: list[int], n: int = 8, times: int = 3) -> bool:
-    """Whether some n-gram comes `times` times."""
-    return max(Counter(zip(*(ids[i:] for i in range(n)))).values(), default=0) >= times
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

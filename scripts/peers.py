@@ -22,6 +22,7 @@ class Answer(NamedTuple):
 
 
 Peer = Callable[[list[int], int], Answer]
+DRAFTING_PEERS = {"transformers-lookup"}
 
 
 def find_peers(folder: Path, device: torch.device, dtype: torch.dtype, n_slot: int,
@@ -47,6 +48,8 @@ def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    # Not the checkpoint's: penalties, banned or forced tokens, beams would make it another task. It names no stop tokens either.
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
     class Watch(transformers.StoppingCriteria):
         """Is asked after each pass; notes when, and how many tokens there are."""
@@ -58,10 +61,23 @@ def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n
             self.seen.append((input_ids.shape[1], clock(device)))
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+    class Finite(transformers.LogitsProcessor):
+        """Changes nothing; holds, on the device, whether all logits have been finite."""
+
+        def __init__(self):
+            self.holds = torch.ones((), dtype=torch.bool, device=device)
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.holds &= scores.isfinite().all()
+            return scores
+
     def generate(prompt: list[int], n: int, **options) -> Answer:
-        ids, watch, start = torch.tensor([prompt], device=device), Watch(), clock(device)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, min_new_tokens=n,
-                                max_new_tokens=n, stopping_criteria=[watch], **options)
+        ids, watch, finite, start = torch.tensor([prompt], device=device), Watch(), Finite(), clock(device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, stopping_criteria=[watch],
+                                logits_processor=[finite], **options)
+        if not finite.holds:
+            raise ValueError(f"transformers' logits are not finite in {str(dtype).removeprefix('torch.')}: leave --peers out, "
+                             "or try another --dtype")
         lengths = [len(prompt), *(length for length, _ in watch.seen)]
         return Answer(output[0, len(prompt):].tolist(), len(output[0]) - lengths[1], watch.seen[0][1] - start,
                       watch.seen[-1][1] - watch.seen[0][1], [b - a for a, b in zip(lengths, lengths[1:])])

@@ -10,9 +10,12 @@ some tree, a peer. Metrics are totals over totals, never means of ratios.
 
  - tokens/s: new tokens over decode seconds; loading, compilation and prefill outside. A peer's clock runs from its
    first token to its last.
- - speedup: tokens/s of an arm over those of the plain arm, with the 95% interval of a bootstrap over the questions.
+ - speedup: tokens/s of an arm over those of the plain arm, with the 95% interval of a bootstrap over the questions; of an
+   arm in another format also over the plain arm of that format.
  - accepted length: tokens produced per target pass, the bonus token included.
  - answers as plain: those equal to plain decoding's by the same target, of a peer to our plain arm's.
+ - looping: answers in which some 8 tokens come three times. An answer that repeats itself is easy to draft, so the figures
+   are also given for the rest: the turns where neither the arm's answer nor plain's loops or is empty.
  - acceptance at depth d: how often the draft at depth d was right where the one above it was; n-alpha for a chain.
 """
 import argparse
@@ -47,8 +50,6 @@ def main(args: argparse.Namespace) -> None:
 def write_report(folder: Path) -> dict:
     """Write report.json, report.md and, where matplotlib is installed, report.png; return what report.json holds."""
     run = read_json(folder / "run.json")
-    if run.get("temperature") == 0 and "plain" not in (run.get("rounding") or {}):
-        raise ValueError(f"{folder} was written by an earlier evaluate.py: evaluate again")
     report = run | figures(read_answers(folder, run["arms"]), run)
     write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     write_atomically(folder / "report.md", markdown(report))
@@ -85,25 +86,61 @@ def figures(answers: Answers, run: dict) -> dict:
     if not answers["plain"]:
         raise ValueError("no question has been answered by every arm yet")
     categories = sorted({line["category"] for line in answers["plain"]})
-    return {"questions": len(answers["plain"]), "turns": sum(len(turns(line)["new_tokens"]) for line in answers["plain"]),
+    return {"questions": len(answers["plain"]), "turns": len(all_of(answers["plain"], "new_tokens")),
+            "turns_not_asked": sum(line.get("turns_not_asked", 0) for line in answers["plain"]),
             "overall": figures_of_arms(answers, run),
             "categories": {name: figures_of_arms({arm: [line for line in lines if line["category"] == name]
                                                   for arm, lines in answers.items()}, run) for name in categories}}
 
 
 def figures_of_arms(answers: Answers, run: dict) -> dict[str, dict]:
-    out = {}
+    out, flaws = {}, {arm: [flaw_of(*answer) for answer in zip(all_of(lines, "turns"), all_of(lines, "tokens"))]
+                      for arm, lines in answers.items()}
     for arm, lines in answers.items():
+        plain = plain_of(arm, answers)
         out[arm] = speed(lines)
         if arm != "plain":
             out[arm] |= speedup(answers["plain"], lines)
-        lengths = [n for steps in all_of(lines, "accept_lengths") for n in steps]
-        if max(lengths, default=0) > 1:
+        if plain not in ("plain", arm):
+            out[arm] |= {f"own_{key}": value for key, value in speedup(answers[plain], lines).items()}
+        lengths = all_lengths(lines)
+        drafts = arm in run["drafting"] if "drafting" in run else max(lengths, default=0) > 1   # earlier runs do not say
+        if drafts:
             out[arm] |= acceptance(lengths)
-        plain = plain_of(arm, answers)
         if arm != plain and run["temperature"] == 0:
-            out[arm] |= agreement(answers[plain], lines, run["rounding"][plain])
+            out[arm] |= agreement(answers[plain], lines, (run.get("rounding") or {}).get(plain))
+        out[arm] |= {"answers": len(flaws[arm]), "looping": flaws[arm].count("looping"), "empty": flaws[arm].count("empty")}
+        good = [not (mine or plains) for mine, plains in zip(flaws[arm], flaws["plain"])]
+        if any(good) and not all(good):
+            out[arm]["without_flaws"] = without_flaws(only(answers["plain"], good), only(lines, good), drafts)
     return out
+
+
+def flaw_of(text: str, tokens: list[int]) -> str | None:
+    return "empty" if not text else "looping" if loops(tokens) else None
+
+
+def loops(ids: list[int], n: int = 8, times: int = 3) -> bool:
+    """Whether some n-gram comes `times` times."""
+    return max(Counter(zip(*(ids[i:] for i in range(n)))).values(), default=0) >= times
+
+
+def only(lines: list[dict], wanted: list[bool]) -> list[dict]:
+    """The lines with the wanted turns only; `wanted` has an entry for each turn of all lines."""
+    wanted = iter(wanted)
+    flags = [[next(wanted) for _ in turns(line)["turns"]] for line in lines]
+    keep = lambda value, row: [x for x, flag in zip(value, row) if flag] if isinstance(value, list) else value
+    return [line | {"choices": [{key: keep(value, row) for key, value in turns(line).items()}]} for line, row in zip(lines, flags)]
+
+
+def without_flaws(plain: list[dict], lines: list[dict], drafts: bool) -> dict:
+    lengths = all_lengths(lines)
+    return {"answers": len(all_of(lines, "turns")), "tokens_per_second": rate(lines), "speedup": rate(lines) / rate(plain)} | (
+        {"mean_accept_length": sum(lengths) / len(lengths)} if drafts else {})
+
+
+def rate(lines: list[dict]) -> float:
+    return sum(all_of(lines, "timed_tokens")) / sum(all_of(lines, "decode_seconds"))
 
 
 def plain_of(arm: str, arms: Iterable[str]) -> str:
@@ -121,9 +158,13 @@ def all_of(lines: list[dict], key: str) -> list:
     return [value for line in lines for value in turns(line)[key]]
 
 
+def all_lengths(lines: list[dict]) -> list[int]:
+    return [n for steps in all_of(lines, "accept_lengths") for n in steps]
+
+
 def speed(lines: list[dict]) -> dict:
-    tokens, seconds = sum(all_of(lines, "timed_tokens")), sum(all_of(lines, "decode_seconds"))
-    return {"new_tokens": sum(all_of(lines, "new_tokens")), "decode_seconds": seconds, "tokens_per_second": tokens / seconds}
+    return {"new_tokens": sum(all_of(lines, "new_tokens")), "decode_seconds": sum(all_of(lines, "decode_seconds")),
+            "tokens_per_second": rate(lines)}
 
 
 def speedup(plain: list[dict], lines: list[dict]) -> dict:
@@ -144,19 +185,31 @@ def acceptance(lengths: list[int]) -> dict:
     """lengths: tokens produced by each step, bonus included."""
     at_least = [sum(n > depth for n in lengths) for depth in range(max(lengths) + 1)]
     return {"target_passes": len(lengths), "mean_accept_length": sum(lengths) / len(lengths),
-            "acceptance_by_depth": [deep / above for above, deep in zip(at_least, at_least[1:]) if deep],
+            "acceptance_by_depth": [deep / above for above, deep in zip(at_least, at_least[1:]) if deep] or [0.0],
             "tokens_per_step": {str(n): count for n, count in sorted(Counter(lengths).items())}}
 
 
-def agreement(plain: list[dict], lines: list[dict], rounding: dict) -> dict:
-    """How many answers are plain decoding's, and how near the two tokens were where the others first part."""
+def agreement(plain: list[dict], lines: list[dict], rounding: dict | None) -> dict:
+    """How many answers are plain decoding's, and how near the two tokens were where the others first part.
+
+    rounding    of an earlier run, which measured one bound for all answers
+    """
     same = [a == b for base, line in zip(plain, lines) for a, b in zip(turns(base)["tokens"], turns(line)["tokens"])]
-    out = {"answers": len(same), "identical": sum(same)}
+    out = {"identical": sum(same)}
     if "divergence" in turns(lines[0]):
         parted = [{"question_id": line["question_id"], "turn": n} | divergence for line in lines
                   for n, divergence in enumerate(turns(line)["divergence"]) if divergence is not None]
-        out |= {"divergences": parted, "unexplained": sum(d["gap"] is None or d["gap"] > rounding["gap_bound"] for d in parted)}
+        out |= {"divergences": parted, "unexplained": sum(not is_rounding(d, rounding) for d in parted)}
     return out
+
+
+def is_rounding(divergence: dict, rounding: dict | None) -> bool:
+    """Whether rounding can have turned the order of the two tokens: each logit may be off by the error, one up, one down."""
+    if divergence["gap"] is None:
+        return False
+    if "error" in divergence:
+        return divergence["gap"] <= 2 * divergence["error"]
+    return rounding is not None and divergence["gap"] <= rounding["gap_bound"]
 
 
 # Tables
@@ -164,12 +217,25 @@ def agreement(plain: list[dict], lines: list[dict], rounding: dict) -> dict:
 
 def summary(report: dict) -> str:
     """How it was measured, a line for each arm, and why answers differ."""
-    overall, greedy = report["overall"], report["temperature"] == 0
-    header = ["", "tokens/s", "speedup", "accepted length"] + ["answers as plain"] * greedy
-    rows = [[arm, f"{f['tokens_per_second']:.1f}", speedup_text(f), number_text(f.get("mean_accept_length"))]
-            + [f"{f['identical']} of {f['answers']}" if "identical" in f else ""] * greedy for arm, f in overall.items()]
-    return "\n\n".join([conditions(report), table(header, rows), *(
-        explanation(arm, plain_of(arm, overall), f, report["rounding"]) for arm, f in overall.items() if f.get("divergences"))]) + "\n"
+    overall = report["overall"]
+    columns = {     # the arms' cells; a column that says nothing is left out
+        "tokens/s": [f"{f['tokens_per_second']:.1f}" for f in overall.values()],
+        "speedup": [speedup_text(f) for f in overall.values()],
+        "over its own plain": [number_text(f.get("own_speedup"), "x") for f in overall.values()],
+        "accepted length": [number_text(f.get("mean_accept_length")) for f in overall.values()],
+        "answers as plain": [f"{f['identical']} of {f['answers']}" if "identical" in f else "" for f in overall.values()],
+        "looping": [f"{f['looping']} of {f['answers']}" if any(g["looping"] for g in overall.values()) else ""
+                    for f in overall.values()],
+        "the rest: tokens/s, speedup, length": [rest_text(f.get("without_flaws")) for f in overall.values()],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells) or name in ("speedup", "accepted length")}
+    rows = [[arm, *cells] for arm, *cells in zip(overall, *columns.values())]
+    empty = [f"{arm}: {f['empty']} of {f['answers']} answers are empty." for arm, f in overall.items() if f["empty"]]
+    note = ["Looping: some 8 tokens come three times. The rest: turns in which neither the arm's answer nor plain's loops or is empty."]
+    rounding = report.get("rounding") or {}
+    return "\n\n".join([conditions(report), table(["", *columns], rows), *(note if "looping" in columns else []), *empty, *(
+        explanation(arm, plain_of(arm, overall), f, rounding.get(plain_of(arm, overall)))
+        for arm, f in overall.items() if f.get("divergences"))]) + "\n"
 
 
 def markdown(report: dict) -> str:
@@ -179,7 +245,7 @@ def markdown(report: dict) -> str:
     drafting = [arm for arm in others if "acceptance_by_depth" in overall[arm]]
     header = ["category", "plain, tokens/s", *others, *(f"accepted length, {arm}" for arm in drafting)]
     rows = [[name, f"{f['plain']['tokens_per_second']:.1f}", *(speedup_text(f[arm]) for arm in others),
-             *(number_text(f[arm].get("mean_accept_length", 1)) for arm in drafting)] for name, f in report["categories"].items()]
+             *(number_text(f[arm].get("mean_accept_length")) for arm in drafting)] for name, f in report["categories"].items()]
     parts = [summary(report).rstrip(), table(header, rows)]
     deep = [[arm, *(f"{x:.2f}" for x in overall[arm]["acceptance_by_depth"])] for arm in drafting]
     if deep:
@@ -202,20 +268,49 @@ def conditions(r: dict) -> str:
     cores = f", {r['threads']} threads" if r["device"] == "cpu" else ""
     also = f"also in {' and '.join(r['also'])}, " if r.get("also") else ""
     draft_mode = f", head in {r['draft_mode']}" if r.get("draft_mode", "off") != "off" else ""
-    absent = "".join(f" {line}." for line in r.get("absent", []))
+    notes = "".join(f" {line}." for line in r.get("absent", []))
+    if r.get("left_out"):
+        named = ", ".join(f"{q['question_id']} ({q['prompt_tokens']} tokens)" for q in r["left_out"])
+        notes += f" Left out, as they leave no room in a context of {r['max_seq_length']}: questions {named}."
+    if r["turns_not_asked"]:
+        notes += f" Turns not asked, as their conversation had filled the context of {r['max_seq_length']}: {r['turns_not_asked']}."
     return (f"{r['device_name']}{cores}, torch {r['torch']}, commit {r['commit']}, {r['date'][:10]}; {Path(r['checkpoint']).name} in "
             f"{r['dtype']}{draft_mode}, temperature {r['temperature']:g}; {r['questions']} questions of {r['question_set']}, {r['turns']} turns of "
-            f"up to {r['max_new_tokens']} new tokens, batch 1, {also}arms in turn question by question; speedups with 95% intervals.{absent}\n\n"
+            f"up to {r['max_new_tokens']} new tokens, batch 1, {also}arms in turn question by question; speedups with 95% intervals.{notes}\n\n"
             f"`{r['command']}`")
 
 
-def explanation(arm: str, plain: str, figures: dict, rounding: dict) -> str:
-    gaps, rounding = [d["gap"] for d in figures["divergences"] if d["gap"] is not None] or [0.0], rounding[plain]
+def explanation(arm: str, plain: str, figures: dict, rounding: dict | None) -> str:
+    """rounding: of an earlier run, see `agreement`."""
+    parted = [d for d in figures["divergences"] if d["gap"] is not None]
     plain_name = "plain" if plain == "plain" else f"{plain.removesuffix('-plain')} plain"
-    return (f"{arm}: {len(figures['divergences'])} answers part from {plain_name} decoding; where they do, the token chosen lies at most {max(gaps):.3g} below the "
-            f"largest logit (median {sorted(gaps)[len(gaps) // 2]:.3g}). A block of rows and a single row give logits that differ by up "
-            f"to {rounding['logit_error']:.3g} here, so gaps up to {rounding['gap_bound']:.3g} are rounding; "
-            f"{figures['unexplained']} are larger.")
+    text = f"{arm}: {len(figures['divergences'])} answers part from {plain_name} decoding; "
+    if parted:
+        text += (f"where they do, the token chosen lies at most {max(d['gap'] for d in parted):.3g} below the largest logit "
+                 f"(median {median(d['gap'] for d in parted):.3g})")
+    if parted and "error" in parted[0]:
+        text += (f", and the two arms' passes give logits that differ by up to {max(d['error'] for d in parted):.3g} "
+                 f"(median {median(d['error'] for d in parted):.3g}); {figures['unexplained']} lie lower than twice the "
+                 "difference at their place, which rounding does not explain.")
+    elif parted and rounding:
+        text += (f". A block of rows and a single row give logits that differ by up to {rounding['logit_error']:.3g} on other "
+                 f"answers (not measured where these part), so gaps up to {rounding['gap_bound']:.3g} may be rounding; "
+                 f"{figures['unexplained']} are larger.")
+    else:
+        text += f"{figures['unexplained']} are not explained by rounding."
+    return text
+
+
+def median(values: Iterable[float]) -> float:
+    values = sorted(values)
+    return values[len(values) // 2]
+
+
+def rest_text(f: dict | None) -> str:
+    if f is None:
+        return ""
+    length = f", {f['mean_accept_length']:.2f}" if "mean_accept_length" in f else ""
+    return f"{f['tokens_per_second']:.1f}, {f['speedup']:.2f}x{length}"
 
 
 def speedup_text(f: dict) -> str:
@@ -225,8 +320,8 @@ def speedup_text(f: dict) -> str:
     return f"{f['speedup']:.2f}x" + (f" ({low:.2f}-{high:.2f})" if low < high else "")     # one question has no spread
 
 
-def number_text(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def number_text(value: float | None, unit: str = "") -> str:
+    return "" if value is None else f"{value:.2f}{unit}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

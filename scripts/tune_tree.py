@@ -1,6 +1,7 @@
 """Choose the static draft tree that is fastest on this device: python scripts/tune_tree.py --eagle HEAD
 
     python scripts/tune_tree.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle heads/vicuna-7b --questions calibration.jsonl
+    torchrun --nproc-per-node 4 scripts/tune_tree.py ...        # a target of several GPUs; what rank 0 measures decides
 
 Two measurements and a search, as in Sequoia (arXiv 2402.12374):
  1. the target answers some questions greedily; along its own words, with the head fed its own features as it would be
@@ -28,11 +29,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate as cli
-from console import Parser, command, device_name, number, say, write_atomically
+import ranks
+from console import Parser, command, device_name, number, read_records, say, write_atomically
 from eagle_head import EagleHead, EagleStep, StaticTree
 from model import Transformer, bucket, causal_mask
 from replay import can_trace
 from scripts.timing import traced
+from tokenizer import Tokenizer
 from train_head import draft_ranks
 
 QUESTIONS = [
@@ -56,41 +59,66 @@ QUESTIONS = [
 FINALISTS = 5   # trees that answer the questions
 
 
-@command()
+@command(in_ranks=True)
 def main(args: argparse.Namespace) -> None:
     args.tree = "static"
-    if args.out is not None and not args.out.absolute().parent.is_dir():
+    if ranks.writes() and args.out is not None and not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: not a file in an existing folder")
+    texts = ranks.on_rank_0(lambda: QUESTIONS if args.questions is None else read_questions(args.questions))
     model, head, tokenizer, _ = cli.load(args)
-    texts = QUESTIONS if args.questions is None else read_questions(args.questions)
-    prompts = [cli.encode(text, tokenizer, raw=False) for text in texts]
+    prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
     with torch.inference_mode():
-        ranks = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
-        accept = rank_frequencies(torch.cat(ranks, dim=1), args.max_rank)
+        guesses = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
+        accept = rank_frequencies(torch.cat(guesses, dim=1), args.max_rank)
         costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
-        finalists = search(accept, [list(zip(*answer.tolist())) for answer in ranks], costs, args.max_nodes)[:FINALISTS]
-        plain, *rates = measure_decoding(model, head, [finalist.paths for finalist in finalists], prompts, args, tokenizer.stop_ids)
+        costs = ranks.on_rank_0(lambda: costs)      # each has its own clock, and all must choose the same trees
+        finalists = search(accept, [list(zip(*answer.tolist())) for answer in guesses], costs, args.max_nodes)[:FINALISTS]
+        rates = measure_decoding(model, head, [finalist.paths for finalist in finalists], prompts, args, tokenizer.stop_ids)
+    if ranks.writes():
+        write_tree(args, finalists, rates, {"device": device_name(model.inv_freq.device), "torch": torch.__version__,
+                                            "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs,
+                                            "accept_by_depth_and_rank": accept})
+
+
+def write_tree(args: argparse.Namespace, finalists: list["Candidate"], rates: list[float], measured: dict) -> None:
+    """The fastest of the finalists. rates: tokens a second, plain decoding's and theirs."""
+    plain, *rates = rates
     best = rates.index(max(rates))
     tree = finalists[best].paths
     out = args.out or Path(args.eagle) / cli.tree_name(args.checkpoint)
     report = {"expected_accept_length": finalists[best].accept_length, "expected_speedup": rates[best] / plain, "paths": tree,
               "finalists": [{"paths": finalist.paths, "tokens_per_second": rate} for finalist, rate in zip(finalists, rates)],
-              "plain_tokens_per_second": plain, "device": device_name(model.inv_freq.device), "torch": torch.__version__,
-              "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs, "accept_by_depth_and_rank": accept}
+              "plain_tokens_per_second": plain, **measured}
     write_atomically(out, json.dumps(report) + "\n")
     say(f"{len(tree)} nodes below the root, depth {max(map(len, tree))}: {report['expected_accept_length']:.2f} tokens a step, "
         f"{report['expected_speedup']:.2f}x plain decoding on these questions and this device; wrote {out}")
 
 
 def read_questions(file: Path) -> list[str]:
-    """First turns of a JSON-lines question set."""
-    try:
-        questions = [json.loads(line)["turns"][0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f'{file} is not JSON lines with "turns": {error!r}') from None
-    if not questions or not all(isinstance(question, str) and question.strip() for question in questions):
-        raise ValueError(f'{file} holds no questions: JSON lines with "turns", lists of texts')
+    """First turns of a question set: JSON lines, or an array, of {"turns": [...]}."""
+    questions = []
+    for line, entry in read_records(file):
+        try:
+            text = entry["turns"][0]
+            if not text.strip():
+                raise ValueError
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise ValueError(f'{file}, line {line}: no question: JSON lines with "turns", lists of texts, are wanted') from None
+        questions.append(text)
+    if not questions:
+        raise ValueError(f'{file} holds no questions: JSON lines with "turns", lists of texts, are wanted')
     return questions
+
+
+def encode_all(texts: list[str], tokenizer: Tokenizer, room: int) -> list[list[int]]:
+    """Prompts of at most `room` tokens; longer ones are left out by name."""
+    prompts = [cli.encode(text, tokenizer, raw=False) for text in texts]
+    for n, prompt in enumerate(prompts, start=1):
+        if len(prompt) > room:
+            say(f"question {n} has {len(prompt)} tokens, more than the {room} that leave room for an answer: left out")
+    if not (prompts := [prompt for prompt in prompts if len(prompt) <= room]):
+        raise ValueError("no question leaves room for an answer: see --max-new-tokens")
+    return prompts
 
 
 def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]], max_new_tokens: int,
@@ -267,4 +295,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))

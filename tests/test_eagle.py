@@ -24,7 +24,8 @@ import eagle_head
 import generate as cli
 import model as model_file
 import quantize
-from eagle_head import (Draft, DynamicTree, EagleHead, EagleStep, StaticTree, accept_sampled, ancestor_mask, load_tree)
+from eagle_head import (Draft, DynamicTree, EagleHead, EagleStep, StaticTree, accept_sampled, ancestor_mask, load_tree,
+                        plan_static)
 from generate import Decoder, generate, setup_caches
 from model import Sampling, Transformer
 from reference import VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
@@ -497,12 +498,11 @@ def accept_once(p, q, children, rows=4096):
     children = torch.as_tensor(children)                              # [rows, R] or [R]
     n = children.shape[-1] + 1
     tokens = torch.cat((torch.zeros(rows, 1, dtype=torch.long), children.expand(rows, -1)), dim=1)
-    parents = torch.zeros(1, n, dtype=torch.long)
-    probs = q.float().expand(rows, n, -1)
-    draft = Draft(tokens, parents.expand(rows, -1), (torch.arange(n)[None] > 0).long().expand(rows, -1),
-                  ancestor_mask(parents, 1).expand(rows, -1, -1), probs)
+    plan = plan_static(StaticTree.from_paths([[rank] for rank in range(n - 1)]), rows, tokens.device, torch.float)
+    draft = Draft(tokens, *(part.expand(rows, *part.shape[1:]) for part in (plan.parents, plan.depths, plan.seen)),
+                  q.float().expand(rows, 1, -1))
     head = types.SimpleNamespace(to_target_probs=lambda probs: probs)
-    accepted = accept_sampled(p.log().float().expand(rows, n, -1), draft, 1, Sampling(1.0), head, n - 1)
+    accepted = accept_sampled(p.log().float().expand(rows, n, -1), draft, plan, Sampling(1.0), head)
     assert ((accepted.n_accepted == 0) | (accepted.n_accepted == 1)).all()
     assert ((accepted.bonus >= 0) & (accepted.bonus < len(p))).all()
     drafts = tokens.gather(1, accepted.path[:, 1:])
@@ -698,8 +698,8 @@ class RightHead(EagleHead):
     """Drafts what `known` says follows, by position, except after every fifth: most drafts are accepted."""
     known = []
 
-    def forward(self, tokens, features, input_pos, cache_pos=None, mask=None):
-        out = super().forward(tokens, features, input_pos, cache_pos, mask)
+    def forward(self, tokens, features, input_pos, *rest, **kwargs):
+        out = super().forward(tokens, features, input_pos, *rest, **kwargs)
         pos = input_pos.expand(tokens.shape)                            # the pair at position i drafts token i + 2
         following = torch.tensor(self.known)[(pos + 2).clamp(max=len(self.known) - 1)]
         rows = self.target.output.weight
@@ -913,7 +913,7 @@ def drop_key(folder, key):
     (lambda head: write_json(head / "draft_vocab.json", {"ids": []}), [], ["draft vocabulary"]),
     (lambda head: write_json(head / "draft_vocab.json", {"ids": [[1], [2]]}), [], ["draft vocabulary"]),
     (lambda head: write_json(head / "draft_vocab.json", {"tokens": [1]}), [], ["draft_vocab.json"]),
-    (lambda head: write_json(head / "draft_vocab.json", [1, 2]), [], ["draft_vocab.json"]),
+    (lambda head: write_json(head / "draft_vocab.json", "1, 2"), [], ["draft_vocab.json"]),
     (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), [], ["4", "3"]),     # the paper tree is wider
     (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), ["--draft-vocab", "0"], ["draft vocabulary"]),
     (None, ["--draw-drafts"], ["temperature"]),

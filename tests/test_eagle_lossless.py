@@ -32,8 +32,8 @@ class PartlyRightHead(EagleHead):
     known: torch.Tensor | None = None       # [B, S] the tokens that greedy decoding gives; -1 where the head is not told
     right = 0.5
 
-    def forward(self, tokens, features, input_pos, cache_pos=None, mask=None):
-        out = super().forward(tokens, features, input_pos, cache_pos, mask)
+    def forward(self, tokens, features, input_pos, *rest, **kwargs):
+        out = super().forward(tokens, features, input_pos, *rest, **kwargs)
         if self.known is None:
             return out
         pos = input_pos.expand(tokens.shape)        # the pair at position i drafts token i + 2

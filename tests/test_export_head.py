@@ -32,11 +32,11 @@ def target(tmp_path_factory):
 def export(target, tmp_path, capsys):
     """export(engine, **changes of config.json) -> (status, config, weights, the head's own weights, stderr)."""
 
-    def export(engine, embedding=True, **changes):
+    def export(engine, embedding=True, options=(), **changes):
         config = head_config(target, **({"eagle_version": 1, "torch_dtype": "float32"} | changes)) | {"target": "someone/tiny"}
         weights = head_weights(config, target.tok_embeddings.weight if embedding else None)
         write_head(tmp_path / "head", config, weights)
-        argv = ["--head", str(tmp_path / "head"), "--for", engine, "--out", str(tmp_path / "out")]
+        argv = ["--head", str(tmp_path / "head"), "--for", engine, "--out", str(tmp_path / "out"), *options]
         status = export_head.main(export_head.parse_args(argv))
         err = capsys.readouterr().err
         if status:
@@ -93,6 +93,28 @@ def test_an_exported_head_is_still_a_head(export, target, tmp_path):
     ours, theirs = (EagleHead.from_pretrained(tmp_path / name, target) for name in ("head", "out"))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_context_is_told_for_sglang_and_raised_on_request(export):
+    _, config, _, _, err = export("sglang", max_position_embeddings=2048)
+    assert config["max_position_embeddings"] == 2048 and "2048" in err and "SGLang refuses" in err and "--context" in err
+    assert "refuses" not in export("vllm", bias=False)[4]
+    _, config, _, _, err = export("sglang", options=["--context", "32768"], max_position_embeddings=2048)
+    assert config["max_position_embeddings"] == 32768 and "refuses" not in err
+    for options, changes, word in (("1024", {}, "less than"), ("4096", dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
+                                   ("4096", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn")):
+        status, *_, err = export("sglang", options=["--context", options], max_position_embeddings=2048, **changes)
+        assert status == 2 and word in err and err.count("\n") == 1
+
+
+def test_a_quantised_head_is_refused_by_name(target, tmp_path, capsys):
+    config = head_config(target)
+    write_head(tmp_path / "head", config, head_weights(config, None))
+    (tmp_path / "head/quantize.json").write_text('{"mode": "int8", "group_size": null, "method": "rtn"}')
+    argv = ["--head", str(tmp_path / "head"), "--for", "vllm", "--out", str(tmp_path / "out")]
+    assert export_head.main(export_head.parse_args(argv)) == 2
+    err = capsys.readouterr().err
+    assert "quantised head is not exported" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changes, message", [

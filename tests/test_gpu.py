@@ -79,6 +79,44 @@ def test_a_captured_batch_decodes_what_each_row_does_alone(target, tree):
     assert decoder_of(target, tree, batch_size=2).generate(PROMPTS, N_NEW).tokens == target[2]
 
 
+@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+@pytest.mark.parametrize("longest_ends", [0, 1])
+def test_every_step_of_a_ragged_batch_is_a_captured_one(target, tree, longest_ends, monkeypatch):
+    """Also after the longest row has ended, when fewer slots are looked at."""
+    decoder, prompts = decoder_of(target, tree, batch_size=2), [PROMPTS[0], tokens_of(130, seed=1)]
+    monkeypatch.setattr(target[1], "known", torch.full_like(target[1].known, -1))
+    stops = decoder.generate(prompts, 1).tokens[1] if longest_ends else []
+    asked, n_slot_of = set(), decoder._n_slot
+
+    def n_slot(eagle, length):
+        asked.add((eagle, n_slot_of(eagle, length)))
+        return n_slot_of(eagle, length)
+
+    monkeypatch.setattr(decoder, "_n_slot", n_slot)
+    decoder.generate(prompts, N_NEW, stop_ids=stops)
+    assert asked and all(decoder.graphs.get(key) is not None for key in asked), (asked, decoder.graphs)
+
+
+def test_the_quantised_product_keeps_its_values_in_registers():
+    """No kernel of a block of rows spills: one that does reads its own overflow again and again."""
+    from quantized import QuantLinear
+    import quantized_triton
+    for mode, group_size in (("int4", 32), ("int4", 128), ("int8", None)):
+        linear = torch.nn.Linear(4096, 4096, bias=False, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
+        layer = torch.nn.Sequential(linear)
+        quantize_in_place(layer, Format(mode, group_size))
+        module = next(m for m in layer.modules() if isinstance(m, QuantLinear))
+        for rows in (4, 26, 60):
+            for block_n in (64, 128):
+                quantized_triton.quant_matmul(torch.randn(rows, 4096, device=DEVICE, dtype=torch.bfloat16), module.q, module.scales,
+                                              getattr(module, "zeros", None), block_n, 1)
+    kernels = [kernel for cache in quantized_triton._quant_matmul.device_caches.values() for kernel in cache[0].values()]
+    for kernel in kernels:
+        kernel._init_handles()
+    spills = {f"{kernel.n_regs} registers": kernel.n_spills for kernel in kernels if kernel.n_spills}
+    assert kernels and not spills, spills
+
+
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def quantised_target(request, tmp_path_factory):
     """int4 layers of 32 and an int8 LM head by the kernels that are the fastest here, an int4 head, what plain steps say."""

@@ -38,7 +38,8 @@ def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
     bench, cold = (row["report"] for row in report["parts"][:2])
     assert {row["tree"] for row in bench["eagle"]} == {"static", "dynamic"} and bench["random_weights"]
     assert 0 < cold["import_seconds"] < cold["first_token_seconds"] < cold["whole_answer_seconds"]
-    for text in ("static: outside the models", "first token", "plain decoding", "goal"):
+    assert cold["ms_per_step"] > 0 and cold["compiled_graphs"] == 0
+    for text in ("static: outside the models", "first token", "compiled graphs", "a step at temperature 0", "plain decoding", "goal"):
         assert text in run.stdout
 
 

@@ -486,8 +486,8 @@ def test_gptq_rounds_to_nearest_what_gets_nothing_but_zeros(sound, tmp_path, cap
     folder = spoiled(folder, tmp_path / "m", silence)
     assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *GPTQ, data) == 0
     assert [line for line in capsys.readouterr().err.splitlines() if "rounded" in line] == [
-        "model.layers.0.: no token reached wo, wqkv, or with zeros alone: rounded to nearest",
-        "model.layers.1.: no token reached w2, or with zeros alone: rounded to nearest"]
+        "model.layers.0.: no token reached wo, wqkv with anything but zeros: rounded to nearest",
+        "model.layers.1.: no token reached w2 with anything but zeros: rounded to nearest"]
     key, stored = "model.layers.1.mlp.down_proj.", {key: tensor for key, tensor, _ in iterate_weights(tmp_path / "q")}
     nearest = round_to_nearest(load_file(folder / "model.safetensors")[key + "weight"], Format("int4", 32))
     assert all(torch.equal(stored[key + kind], tensor) for kind, tensor in nearest.items())
@@ -542,9 +542,9 @@ def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch,
 def test_a_resumed_calibration_keeps_its_date_and_is_bound_to_its_tokens_and_config(sound, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(sound[0], tmp_path / "m")
     with edited_json(folder / "tokenizer_config.json") as config:
-        config["chat_template"] = "{{ strftime_now('%d') }}" + config["chat_template"]
+        config["chat_template"] = "{{ strftime_now('%d') }}{{ greeting }}" + config["chat_template"]
 
-    def quantise_on(day, out, stop=False):
+    def quantise_on(day, out, *options, stop=False):
         class Clock(datetime.datetime):
             now = classmethod(lambda cls, zone=None: cls(2026, 11, day, tzinfo=zone))
         save = lambda tensors, file, **options: (raise_(KeyboardInterrupt) if stop and "001" in file.name
@@ -552,7 +552,7 @@ def test_a_resumed_calibration_keeps_its_date_and_is_bound_to_its_tokens_and_con
         with monkeypatch.context() as patch:
             patch.setattr(quantize, "datetime", types.SimpleNamespace(datetime=Clock))
             patch.setattr(quantize, "save_file", save)
-            return run("--checkpoint", folder, "--out", tmp_path / out, "--device", "cpu", *GPTQ, sound[1])
+            return run("--checkpoint", folder, "--out", tmp_path / out, "--device", "cpu", *GPTQ, sound[1], *options)
     assert quantise_on(26, "whole") == 0 and quantise_on(27, "other") == 0
     assert quantise_on(26, "q", stop=True) == 130 and (tmp_path / "q.part/model-layer-000.safetensors").exists()
     capsys.readouterr()
@@ -564,6 +564,7 @@ def test_a_resumed_calibration_keeps_its_date_and_is_bound_to_its_tokens_and_con
         assert quantise_on(26, "q") == 2
         assert "other weights or other calibration tokens: finish it" in capsys.readouterr().err
         (folder / file).write_text(before)
+    assert quantise_on(26, "q", "--template-args", '{"greeting": "Hi"}') == 2
     assert quantise_on(27, "q") == 0
     whole, other, ours = ({key: t for key, t, _ in iterate_weights(tmp_path / out)} for out in ("whole", "other", "q"))
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
@@ -582,6 +583,7 @@ def raise_(error, *args, **options):
     (("--mode", "int4", "--method", "gptq", "--data", "nowhere"), "no such file"),
     (("--mode", "int4", "--group-size", "128", "--method", "gptq", "--data", __file__), "group size 128 does not divide"),
     (("--mode", "int4", "--method", "gptq", "--data", __file__), "tokenizer"),
+    (("--mode", "int4", "--template-args", '{"greeting": "Hi"}'), "for --method gptq"),
 ])
 def test_refusals_are_one_line(argv, message, tmp_path, capsys):
     folder, _ = tiny("gqa", tmp_path / "m", **WIDE)

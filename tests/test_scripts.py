@@ -109,13 +109,21 @@ def test_a_tree_of_one_node_is_found_and_bad_input_is_refused_before_the_work(tm
     model = Transformer.from_pretrained(checkpoint)
     folder = write_head(EagleHead(replace(model.config, n_layer=1), model), tmp_path / "head")
     options = ["--checkpoint", str(checkpoint), "--eagle", str(folder), "--max-new-tokens", "16", "--max-depth", "2", "--repeats", "3"]
-    for name, text in (("none", ""), ("number", '{"turns": [5]}'), ("broken", "{")):
+    for name, text in (("none", ""), ("number", '{"turns": [5]}'), ("broken", "{"), ("half", '{"turns": ["\\ud83d"]}'), ("list", "[7]")):
         file = tmp_path / name
         file.write_text(text)
         assert tune_tree.main(tune_tree.parse_args([*options, "--questions", str(file)])) == 2
-        assert str(file) in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert str(file) in err and err.count("\n") == 1 and ("line 1" in err or name == "none")
     assert tune_tree.main(tune_tree.parse_args([*options, "--out", str(tmp_path / "missing" / "tree.json")])) == 2
     assert "--out" in capsys.readouterr().err
+    file.write_text(json.dumps({"turns": ["the fox " * 300]}))
+    assert tune_tree.main(tune_tree.parse_args([*options, "--questions", str(file)])) == 2
+    assert "question 1 has" in (err := capsys.readouterr().err) and "no question leaves room" in err
+    line = json.dumps({"turns": ["one\u2028two\u0085"]}, ensure_ascii=False)
+    for text in (line, "\ufeff" + line + "\r\n", f"[{line}]"):
+        file.write_bytes(text.encode())
+        assert tune_tree.read_questions(file) == ["one\u2028two\u0085"]
     assert tune_tree.main(tune_tree.parse_args([*options, "--max-nodes", "1"])) == 0, capsys.readouterr().err
     assert load_tree(str(folder / "tree.json")).n_node == 2
 

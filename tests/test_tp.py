@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -605,6 +606,46 @@ def test_when_a_rank_hangs_or_fails_all_end_and_one_says_why(forkserver, tmp_pat
         pattern = re.escape(message).replace("PID", r"\d+").replace("HOST", socket.gethostname()).replace("REASON", ".*").replace("N", r"\d")
         assert re.fullmatch(pattern, err), (mishap, err)
     assert (tmp_path / "1/out").read_text() == "a word"
+
+
+@pytest.mark.parametrize("handler, statuses", [(ranks.leave_to_thread, [143]), (lambda *_: None, [])], ids=["none", "its own"])
+def test_a_main_with_a_handler_of_its_own_is_not_ended_by_a_signal(monkeypatch, handler, statuses):
+    """It may have something to save first."""
+    monkeypatch.setattr(ranks, "GRACE", 0.0)
+    monkeypatch.setattr(ranks, "POLL", 0.01)
+    before = signal.signal(signal.SIGTERM, handler)
+    watchdog, rounds, ended = object.__new__(ranks.Watchdog), iter(range(20)), []
+    watchdog.seen, watchdog.left, (watchdog.woken, wake) = {}, threading.Event(), socket.socketpair()
+    watchdog.beat = lambda: next(rounds, None) is None and watchdog.left.set()
+    watchdog.look = lambda patience: None
+    watchdog.end = lambda status, line: ended.append(status) or watchdog.left.set()
+    wake.send(bytes([signal.SIGTERM]))
+    watchdog.run()
+    signal.signal(signal.SIGTERM, before)
+    assert ended == statuses
+
+
+def test_others_wait_for_one_rank_as_long_as_it_gets_on(monkeypatch):
+    """It joins one collective after the other, with 0 until its work is done, and none once it is stuck."""
+    monkeypatch.setattr(ranks, "POLL", 0.01)
+    joined = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda over: joined.append((time.monotonic(), over.item())))
+
+    def work(alive):
+        for _ in range(5):
+            time.sleep(0.05)
+            alive()
+        gets_on = time.monotonic()
+        time.sleep(0.5)
+        return gets_on
+
+    gets_on = ranks.in_turn(True, torch.device("cpu"), work, patience=0.1)
+    times, values = zip(*joined)
+    assert values == (0,) * (len(values) - 1) + (1,) and sum(t < gets_on for t in times) >= 5
+    assert not any(gets_on + 0.3 < t for t in times[:-1])
+    rounds = iter((0, 0, 1))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda over: over.fill_(next(rounds)))
+    assert ranks.in_turn(False, torch.device("cpu"), None) is None and next(rounds, None) is None
 
 
 @pytest.mark.parametrize("device, message", [
