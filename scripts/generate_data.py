@@ -66,8 +66,6 @@ animals and pets|food and drink|festivals and culture|myths and legends|humour a
 famous people|inventions|money|weather|transport|fashion|etiquette""".replace("\n", "").split("|")
 
 MARK = "\u241f"  # stands where the user's text goes in a template
-
-
 READING = 3600.0        # seconds that the first process may read the target's files while the others wait
 IDLE_ROUNDS = 100       # of the target asking itself without one dialogue to keep, after which it is hopeless
 

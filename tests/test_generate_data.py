@@ -58,12 +58,15 @@ def all_are_good(monkeypatch):
 def test_answers_are_what_greedy_decoding_says_and_the_settings_stand_beside_them(write, questions, talker, all_are_good):
     status, err, entries = write("--prompts", questions)
     assert status == 0, err
-    assert [entry["messages"][0]["content"] for entry in entries] == ["the fox", "the dog", "and then"]     # each once
+    texts = [[turn["content"] for turn in entry["messages"] if turn["role"] != "assistant"] for entry in entries]
+    assert sorted(texts) == [["Be brief.", "the fox"], ["and then", "why"], ["the dog"], ["the fox"]]
     model, tokenizer = Transformer.from_pretrained(talker, device="cpu", dtype=torch.float32), Tokenizer.from_pretrained(talker)
     for entry in entries:
-        user, answer = entry["messages"]
-        ids = generate(model, [tokenizer.apply_chat_template([user])], 12, stop_ids=tokenizer.stop_ids).tokens[0]
-        assert answer == {"role": "assistant", "content": tokenizer.decode(ids).strip()}
+        answers = [n for n, turn in enumerate(entry["messages"]) if turn["role"] == "assistant"]
+        for n, said in zip(answers, entry["tokens"], strict=True):
+            prompt = tokenizer.apply_chat_template(entry["messages"][:n])      # behind its own earlier answers
+            assert said == generate(model, [prompt], 12, stop_ids=tokenizer.stop_ids).tokens[0]
+            assert entry["messages"][n]["content"] == tokenizer.decode(said).strip()
         assert entry["finish_reason"] == "length" and entry["seed"] == 0 and entry["temperature"] == 0.0
         assert entry["self_prompted"] is False and entry["max_new_tokens"] == 12
 
@@ -76,11 +79,11 @@ def test_answers_at_a_temperature_depend_on_the_seed_and_on_nothing_else(write, 
 
 
 def test_looping_answers_are_dropped_and_counted(write, questions, monkeypatch):
-    verdicts = iter([False, True, False])
+    verdicts = iter([False, True, False, False, True])      # the second dialogue, and the second turn of the third
     monkeypatch.setattr(generate_data, "loops", lambda ids: next(verdicts))
     status, err, entries = write("--prompts", questions)
-    assert status == 0 and "1 looping answers dropped" in err
-    assert [entry["messages"][0]["content"] for entry in entries] == ["the fox", "and then"]
+    assert status == 0 and "2 looping answers dropped" in err
+    assert [entry["messages"][-2]["content"] for entry in entries] == ["the fox", "the fox", "and then"]
 
 
 def test_a_loop_is_an_8_gram_that_comes_three_times():
@@ -153,3 +156,49 @@ def test_ctrl_c_keeps_what_was_written(talker, tmp_path):
     err = run.communicate(timeout=30)[1]
     assert run.returncode == 130 and "goes on from here" in err and "Traceback" not in err
     assert [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_files_are_read_by_what_they_hold_and_bad_lines_are_counted(write, tmp_path, all_are_good):
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"q\u2028{n}"}]}, ensure_ascii=n % 2 > 0) for n in range(5)]
+    half = '{"turns": ["half an emoji \\ud83d"]}'
+    for name, text in (("a.json", "[" + ",\n".join(lines) + "]"), ("b.txt", "[\n" + ",\n".join([*lines, half]) + "\n]"),
+                       ("c.ndjson", "\ufeff" + "\n".join([*lines, half]))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        for _ in range(2):      # the second finds all done
+            status, err, entries = write("--prompts", tmp_path / name, "--max-new-tokens", 3, out=f"{name}.jsonl")
+            assert status == 0 and len(entries) == 5, err
+            assert name == "a.json" or "1 not valid text (line 6: half a character" in err
+
+
+def test_nothing_written_is_no_success(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_data, "loops", lambda ids: True)
+    (tmp_path / "q.txt").write_text("the fox\n")
+    status, err, entries = write("--prompts", tmp_path / "q.txt")
+    assert status == 2 and "no dialogue was written; 1 looping answers dropped" in err
+    assert not (tmp_path / "data.jsonl").exists()
+
+
+def test_a_file_is_bound_to_what_made_it(write, talker, questions, tmp_path, all_are_good):
+    assert write("--prompts", questions)[0] == 0
+    file = tmp_path / "data.jsonl"
+    before = file.read_bytes()
+    other = write_checkpoint(tmp_path / "other", merges=0)
+    (tmp_path / "q.txt").write_text("the fox\n")
+    for options, name in ((("--checkpoint", other), "another target"), (("--system", "S"), "answers other questions"),
+                          (("--template-args", '{"a": 1}'), "another chat template"), (("--dtype", "bfloat16"), "dtype"),
+                          (("--prompts", tmp_path / "q.txt"), "other questions"), (("--seed", 1), "seed")):
+        status, err, _ = write("--prompts", questions, *options)
+        assert status == 2 and name in err and file.read_bytes() == before, err
+
+
+def test_one_date_holds_for_a_whole_file(write, tmp_path, questions, all_are_good):
+    template = "{{ strftime_now('%S') }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    (tmp_path / "t.jinja").write_text(template)
+    options = "--prompts", questions, "--chat-template", tmp_path / "t.jinja"
+    status, err, entries = write(*options)
+    assert status == 0 and len({entry["date"] for entry in entries}) == 1
+    file = tmp_path / "data.jsonl"
+    first = file.read_text().splitlines()[0].replace(entries[0]["date"], "2020-01-01T00:00:00")
+    file.write_text(first + "\n")
+    status, err, entries = write(*options)
+    assert status == 0 and {entry["date"] for entry in entries} == {"2020-01-01T00:00:00"} and len(entries) == 4

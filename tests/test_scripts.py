@@ -144,15 +144,20 @@ def test_draft_vocabulary_holds_the_commonest_tokens_first(tmp_path, demo_folder
     from tokenizer import Tokenizer
     tok = Tokenizer.from_pretrained(demo_folder)
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": text}]})
-                              for text in (" the the the cat", " the cat")))
+    question = {"role": "user", "content": "dog dog dog dog dog dog dog"}       # what only the user says does not count
+    data.write_text("\n".join(json.dumps({"id": "dog_17", "messages": [question, {"role": "assistant", "content": text}]})
+                              for text in ("so the the the cat", "so the cat")))
     out = tmp_path / "draft_vocab.json"
     args = draft_vocab.parse_args(["--checkpoint", str(demo_folder), "--data", str(data), "--size", "4", "--out", str(out)])
     assert draft_vocab.main(args) == 0, capsys.readouterr().err
     ids = json.loads(out.read_text())["ids"]
     assert len(ids) == 4 and set(tok.stop_ids) <= set(ids)
     words = [i for i in ids if i not in tok.stop_ids]
-    assert tok.decode(words[:1]) == " the"
+    assert tok.decode(words[:1]) == " the" and "dog" not in tok.decode(words)
+    (tmp_path / "data.txt").write_text("so the the cat\nso the cat\n")
+    args.data = tmp_path / "data.txt"
+    assert draft_vocab.main(args) == 0
+    assert tok.decode([i for i in json.loads(out.read_text())["ids"] if i not in tok.stop_ids][:1]) == " the"
 
 
 def test_draft_vocabulary_refuses_bad_data_in_one_line(tmp_path, demo_folder, capsys):
