@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from console import Parser, command, number, pick_device, say, write_atomically
+from console import Parser, add_chat_options, command, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, head_args
 from model import Transformer, pack_for_cpu, read_json, resolve_checkpoint
 from ranks import in_turn, launched, run
@@ -397,7 +397,8 @@ RESUME_DIFFERS = {     # what --resume says when something that changes the resu
     "torch": "--resume: {where} was trained with torch {was}, this is {now}: install that one, or begin anew from the head "
              "with --init and another --out",
     "world": "--resume: {where} was trained by {was} processes, now there are {now}",
-    "cached": "--resume: {where}: --cache-features was given: {was}, now: {now}; batches of another make round otherwise",
+    "cached": "--resume: {where}: --cache-features was given: {was}, now: {now}; "
+              "cached features are rounded otherwise",
 }
 FREE_ON_RESUME = {"resume", "save_minutes", "eval_every", "out", "cache_features", "device",     # change nothing that is learnt
                   "checkpoint", "data", "chat_template", "template_args"}                        # compared by their content
@@ -692,8 +693,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of the target; the head's weights are fp32, run under autocast with bfloat16")
-    parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
-    parser.set_defaults(template_args=None)
+    add_chat_options(parser)
     return parser.parse_args(argv)
 
 
