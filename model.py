@@ -475,9 +475,8 @@ def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     the decision in a trace.
     """
     V, n = probs.shape[-1], 256
-    if n < V:
-        # Bits of a number that is not negative have its order; with the token they make keys of which no two are equal.
-        keys = probs.view(torch.int32).long() * V - torch.arange(V)
+    # Bits of a number that is not negative have its order; with the token they make keys of which no two are equal.
+    keys = probs.view(dtype=torch.int32).long() * V - torch.arange(V)
     while n < V:
         tokens = keys.topk(n, dim=-1).indices
         ordered = probs.gather(-1, tokens)
