@@ -475,8 +475,8 @@ def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     the decision in a trace.
     """
     V, n = probs.shape[-1], 256
-    # Bits of a number that is not negative have its order; with the token they make keys of which no two are equal.
-    keys = probs.view(dtype=torch.int32).long() * V - torch.arange(V)
+    # In fp64 there is room to tell equals apart, the lower token first: by less than fp32 numbers differ at least, 2^-24.
+    keys = probs.double() * (1 - torch.arange(V, dtype=torch.double) * 2.0 ** -44)
     while n < V:
         tokens = keys.topk(n, dim=-1).indices
         ordered = probs.gather(-1, tokens)

@@ -662,7 +662,7 @@ def test_a_node_that_is_not_visited_may_have_any_logits(narrow):
     narrow.head.set_draft_vocab(None)
     setup_caches(narrow.model, narrow.head, 1, 64)
     for sampling in (Sampling(), Sampling(1.0, 1)):
-        step = EagleStep(narrow.model, narrow.head, TREES["paper"], 1, sampling)
+        step = EagleStep(narrow.model, narrow.head, TREES["paper"], 1, sampling, False)
         step.prefill([[1, 2, 3]])
         draft = step.grow(step.ingest(64), 64)
         logits, _ = step.verify(draft, 64)
