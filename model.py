@@ -555,8 +555,8 @@ def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     the decision in a trace.
     """
     V, n = probs.shape[-1], 256
-    # fp64 has room behind fp32 for the place of the token, so that of equal values the first is the largest.
-    keys = probs.double() * (1 + torch.arange(V, 0, -1, dtype=torch.double) * 2.0 ** -45)
+    # In fp64 there is room to tell equals apart, the lower token first: by less than fp32 numbers differ at least, 2^-24.
+    keys = probs.double() * (1 - torch.arange(V, dtype=torch.double) * 2.0 ** -44)
     while n < V:
         tokens = keys.topk(n, dim=-1).indices
         ordered = probs.gather(-1, tokens)

@@ -6,6 +6,7 @@ Shapes: B batch, N tree nodes including the root, R children of a node, S cache 
 """
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -27,8 +28,9 @@ import quantize
 from eagle_head import (Draft, DynamicTree, EagleHead, EagleStep, StaticTree, accept_sampled, ancestor_mask, load_tree,
                         plan_static)
 from generate import Decoder, generate, setup_caches
-from model import Sampling, Transformer
+from model import NOT_FINITE, Sampling, Transformer
 from reference import VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
+from scripts.shapes import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 GAPS = StaticTree.from_paths([[1], [3], [1, 0], [1, 2], [3, 1], [1, 2, 1]])  # ranks that skip some
@@ -599,6 +601,109 @@ def test_a_step_of_a_large_batch_never_waits_for_the_device(zoo, kind):
     step.prefill([[1, 2, 3]] * 6)
     with NoHostRead():
         step(64)
+
+
+class CountedOperators(TorchDispatchMode):
+    """Operators outside the decoder layers of these modules. A view is none: nothing is computed."""
+    VIEWS = {"view", "_unsafe_view", "expand", "slice", "select", "unsqueeze", "squeeze", "permute", "transpose", "t", "alias",
+             "detach", "as_strided", "split", "unbind", "unfold"}
+
+    def __init__(self, layers):
+        super().__init__()
+        self.n, self.n_inside = 0, 0
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: self.enter(1))
+            layer.register_forward_hook(lambda *_: self.enter(-1))
+
+    def enter(self, n):
+        self.n_inside += n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += self.n_inside == 0 and func.__name__.split(".")[0] not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 20, 0.9)], ids=["greedy", "T 1", "top-k, top-p"])
+@pytest.mark.parametrize("tree", [StaticTree.chain(4), StaticTree.paper(), DynamicTree()], ids=["chain", "paper", "dynamic"])
+def test_a_step_is_few_operators_outside_the_layers(tree, sampling):
+    """Each is a launch of microseconds on a GPU."""
+    for ids, draw in itertools.product((None, list(range(100))), {isinstance(tree, StaticTree) and sampling.temperature > 0, False}):
+        model = Transformer(TINY)
+        head = EagleHead(TINY, model)
+        head.set_draft_vocab(ids)
+        setup_caches(model, head, 1, 200)
+        step = EagleStep(model, head, tree, 1, sampling, draw)
+        step.prefill([[1, 2, 3]])
+        with CountedOperators([*model.layers, head.layer]) as counted:
+            step(128)
+        assert counted.n < (200 if sampling.temperature == 0 else 350), (ids is not None, draw)
+
+
+@pytest.mark.parametrize("tree", [TREES["chain"], TREES["paper"], TREES["dynamic"]], ids=["chain", "paper", "dynamic"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 5, 0.9)], ids=["greedy", "T 1", "top-k, top-p"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_logits_that_are_not_finite_are_told_and_spoil_no_other_row(narrow, tree, sampling, bad):
+    """One logit in the last row; all of them for -inf, of which single ones are merely impossible tokens."""
+    narrow.head.set_draft_vocab(None)
+    for draw in {False, sampling.temperature > 0 and isinstance(tree, StaticTree)}:
+        setup_caches(narrow.model, narrow.head, 3, 64)
+        step = EagleStep(narrow.model, narrow.head, tree, 3, sampling, draw)
+        step.prefill([[1, 2, 3], [4, 5], [6, 7, 8]])
+        draft = step.grow(step.ingest(64), 64)
+        logits, features = step.verify(draft, 64)
+        logits[0, :, 3] = -math.inf
+        logits[2, :, 4 if bad != -math.inf else slice(None)] = bad
+        step.commit(draft, features, step.accept(logits, draft))
+        assert step.produced[2, 0] == NOT_FINITE and (step.produced[:2, 0] >= 0).all()
+        assert (step.tokens >= 0).all() and (step.pair_tokens >= 0).all()
+
+
+def test_a_node_that_is_not_visited_may_have_any_logits(narrow):
+    narrow.head.set_draft_vocab(None)
+    setup_caches(narrow.model, narrow.head, 1, 64)
+    for sampling in (Sampling(), Sampling(1.0, 1)):
+        step = EagleStep(narrow.model, narrow.head, TREES["paper"], 1, sampling, False)
+        step.prefill([[1, 2, 3]])
+        draft = step.grow(step.ingest(64), 64)
+        logits, _ = step.verify(draft, 64)
+        logits[0, 0] = 0
+        logits[0, 0, draft.tokens[0, 2]] = 9        # the second child of the root
+        logits[0, 2] = 0
+        logits[0, 2, 0] = 9
+        wanted = step.accept(logits, draft)
+        spoilt = logits.clone()
+        unseen = [n for n in range(step.tree.n_node) if n not in (*wanted.path[0, :wanted.n_accepted + 1].tolist(),)]
+        spoilt[0, unseen] = math.nan
+        found = step.accept(spoilt, draft)
+        assert wanted.n_accepted >= 1 and all(torch.equal(a, b) for a, b in zip(wanted, found))
+
+
+def test_a_prompt_of_one_token_begins_without_the_features_of_the_last_one(narrow):
+    narrow.head.set_draft_vocab(None)
+    setup_caches(narrow.model, narrow.head, 2, 64)
+    fresh, used = (EagleStep(narrow.model, narrow.head, TREES["paper"], 2) for _ in range(2))
+    used.prefill([[1, 2, 3], [4, 5]])
+    used(64)
+    drafts = []
+    for step in (fresh, used):
+        step.prefill([[5], [7]])
+        assert not step.pair_features.any()
+        drafts.append(step.grow(step.ingest(64), 64).tokens)
+    assert torch.equal(*drafts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_head_is_fed_normed_features_in_every_dtype(narrow, dtype):
+    model = Transformer.from_pretrained(narrow.folder, dtype=dtype)
+    head = EagleHead.from_pretrained(narrow.folder / "head", target=model)
+    setup_caches(model, head, 1, 64)
+    step = EagleStep(model, head, StaticTree.chain(2), 1)
+    step.prefill([[1, 2, 3, 4]])
+    _, features = narrow.oracle(torch.tensor([[1, 2, 3]]), torch.arange(3))
+    torch.testing.assert_close(step.pair_features[:, 0].float(), features[:, -1], rtol=0.1, atol=0.1)
+    step(64)
+    _, features = narrow.oracle(torch.tensor([[1, 2, 3, 4]]), torch.arange(4))
+    torch.testing.assert_close(step.pair_features[:, 0].float(), features[:, -1], rtol=0.1, atol=0.1)
 
 
 def random_head(target, cls=EagleHead, scale=0.25):
