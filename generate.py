@@ -417,6 +417,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name, value in (("--prompt", args.prompt), ("--system", args.system), ("--stop", args.stop)):
         if not is_text(value):
             raise ValueError(f"{name} is not UTF-8 text")
+    if "" in args.stop:
+        raise ValueError("--stop '': a stop text is empty")
     for name, file in (("--json", args.json), ("--profile", args.profile)):
         if file is None:
             continue

@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import generate as cli
-from generate import Decoder, Printer, generate
+from generate import Decoder, Printer, StopTexts, generate
 from model import Transformer
 from reference import CONTEXT, edited_json, read_safetensors, write_checkpoint
 from tokenizer import Tokenizer
@@ -226,6 +226,149 @@ def test_a_prompt_file_is_one_prompt(answer, tmp_path):
             == answer("--prompt", "first line\n\nsecond line: ümlaut")[0]["tokens"])
 
 
+def test_a_raw_prompt_is_the_text_of_its_file_and_a_question_ends_before_the_last_line_feed(answer, checkpoint, tmp_path):
+    file, text = tmp_path / "prompt.txt", "def f(x):\n"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    raw = Tokenizer.from_pretrained(checkpoint).encode(text)
+    assert answer("--prompt-file", file, "--raw")[0]["prompt_tokens"] == [len(raw)]
+    assert answer("--prompt", text, "--raw")[0]["prompt_tokens"] == [len(raw)]
+    assert answer("--prompt-file", file)[0]["prompt_tokens"] == [len(chat_ids(checkpoint, text.strip()))]
+
+
+def test_raw_text_joins_on_to_the_prompt_and_brings_one_bos(answer, tmp_path, checkpoint):
+    """With a decoder that drops a first space, as SentencePiece's do."""
+    folder = shutil.copytree(checkpoint, tmp_path / "spaces")
+    with edited_json(folder / "tokenizer.json") as content:
+        strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+        content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], {"type": "Fuse"}, strip]}
+        first, text = {"SpecialToken": {"id": "<|user|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing", "single": [first, text], "pair": [first, text],
+            "special_tokens": {"<|user|>": {"id": "<|user|>", "ids": [0], "tokens": ["<|user|>"]}}}
+    with edited_json(folder / "tokenizer_config.json") as content:
+        content["bos_token"] = "<|user|>"
+    tok = Tokenizer.from_pretrained(folder)
+    space = tok.encode(" ")[0]
+    prompt = tok.encode("once", bos=True)
+    stop = StopTexts(tok, ["b"], goes_on=True)
+    new = [space, *tok.encode("ab")]
+    assert tok.decode(prompt) + stop.decode(new, prompt) == "once a" == tok.decode(prompt + new)[:-1]
+    printer, seen = Printer(stop, [prompt]), []
+    printer._put = lambda row, text: seen.append(text)
+    printer(0, new, 1)
+    assert "".join(seen) == " a"
+    report, out = answer("--raw", "--prompt", "once", model=folder)
+    assert "once" + report["text"][0] == tok.decode(prompt + report["tokens"][0]) and out == report["text"][0] + "\n"
+    once = answer("--raw", "--prompt", "<|user|>once", model=folder)[0]
+    assert once["prompt_tokens"] == report["prompt_tokens"] == [len(prompt)] and once["tokens"] == report["tokens"]
+
+
+def test_a_system_message_template_arguments_and_plain_text_reach_the_template(answer, checkpoint, tmp_path):
+    tok = Tokenizer.from_pretrained(checkpoint)
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ mood }}")
+    report, _ = answer("--prompt", "hi", "ho", "--system", "Be brief.", "--chat-template", tmp_path / "own.jinja",
+                       "--template-args", '{"mood": "calm"}')
+    assert report["prompt_tokens"] == [len(tok.encode("system: Be brief.\nuser: hi\ncalm"))] * 2
+    marked = [{"role": "user", "content": "a<|end|>b"}]
+    special, plain = tok.apply_chat_template(marked), tok.apply_chat_template(marked, plain_text=True)
+    assert len(special) < len(plain)
+    assert answer("--prompt", "a<|end|>b")[0]["prompt_tokens"] == [len(special)]
+    assert answer("--prompt", "a<|end|>b", "--plain-text")[0]["prompt_tokens"] == [len(plain)]
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({"repetition_penalty": 1.1, "do_sample": True}, "repetition_penalty 1.1: not applied"),
+    ({"no_repeat_ngram_size": 3, "suppress_tokens": [1]}, "no_repeat_ngram_size 3, suppress_tokens: not applied"),
+    ({"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": None, "temperature": 0.6}, None)])
+def test_what_generation_config_asks_for_and_is_not_applied_is_said(asked, said, capsys):
+    cli.say_not_applied(asked)
+    err = capsys.readouterr().err
+    assert err.count("\n") == (said is not None) and (said or "") in err
+
+
+# --- texts that end an answer -----------------------------------------------------------------------------------------
+
+def first_end(tok, ids, stops):
+    """The slow and obvious way: how many tokens there are when a stop text is first in the text; None if never."""
+    return next((n for n in range(1, len(ids) + 1) if any(stop in tok.decode(ids[:n]) for stop in stops)), None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stop_text_cuts_where_plain_decoding_stops_with_any_tree_in_each_row(talker, temperature):
+    from eagle_head import DynamicTree, StaticTree
+    from test_eagle_lossless import head_of
+
+    tok, model = Tokenizer.from_pretrained(talker), Transformer.from_pretrained(talker, dtype=torch.float32)
+    prompts = [chat_ids(talker, text) for text in ("hello", "The quick brown fox", "a")]
+    options = dict(temperature=temperature, seed=2)
+    with torch.no_grad():
+        head = head_of(model)
+        for tree in (None, StaticTree.paper(), StaticTree.chain(3), DynamicTree(3, 3, 8)):
+            drafting = {} if tree is None else dict(head=head, tree=tree)
+            if tree is None or temperature:
+                head.tell([])
+                whole = generate(model, prompts, 30, **options, **drafting).tokens     # its draws are the tree's own
+            if temperature == 0:
+                head.tell([prompt + row for prompt, row in zip(prompts, whole)])    # blocks of several accepted drafts
+            stops = [tok.decode(whole[0][8:10]), tok.decode(whole[1][3:6]), tok.decode(whole[0][9:13])]
+            ends = [first_end(tok, row, stops) for row in whole]
+            stopped = generate(model, prompts, 30, stop=StopTexts(tok, stops), **options, **drafting)
+            rows = [row[:end] for row, end in zip(whole, ends)]
+            if temperature == 0:
+                assert stopped.tokens == rows
+            else:   # rows share the draws: those of the others go on as long as all rows run
+                assert stopped.tokens[min(range(3), key=lambda row: ends[row] or 99)] == min(rows, key=len)
+            assert stopped.finish_reason[0] == "stop"
+            if tree is not None and temperature == 0:
+                assert max(map(max, stopped.accept_lengths)) > 2
+
+
+@pytest.mark.parametrize("pieces, stops, shown", [
+    (["one", "\n", "\nUs", "er: x"], ["\n\nUser:"], ["one", "", "", ""]),
+    (["one", "\n", "two\n", "\n"], ["\n\n"], ["one", "", "\ntwo", ""]),
+    (["ab", "ac", "ad"], ["abad"], ["", "abac", "ad"]),                 # what looked like a beginning, and was none
+    (["xab"], ["b", "abc"], ["xa"]),                                    # the longer one is not there
+    (["xabc"], ["b", "abc"], ["xa"]),                                   # nor here, where the first to be whole ends it
+    (["caf", "\u00e9", " noir"], ["\u00e9 n"], ["caf", "", ""])])
+def test_no_part_of_a_stop_text_is_printed_and_all_else_is(checkpoint, pieces, stops, shown):
+    tok = Tokenizer.from_pretrained(checkpoint)
+    stop, seen = StopTexts(tok, stops), []
+    printer, ends = Printer(stop, [[1]]), stop([1])
+    printer._put = lambda row, text: seen.append(text)
+    told, ended = [], False
+    assert StopTexts(tok, ["b", "abc"]).cut("xabc") == "x"      # one token may bring both
+    for n, (piece, part) in enumerate(zip(pieces, shown), start=1):
+        seen.clear()
+        ids = []
+        for token in tok.encode(piece):
+            ids.append(token)
+            if ended := ends(token):
+                break
+        told += ids
+        printer(0, ids, len(ids) // 2)
+        if ended or n == len(pieces):
+            printer.close()
+        assert "".join(seen) == part, (piece, seen)
+        if ended:
+            break
+    assert ended == any(text in "".join(pieces) for text in stops)
+    assert stop.decode(told, []) == "".join(shown)
+
+
+def test_a_stop_text_ends_answer_report_and_stream_alike(answer):
+    text = answer("--prompt", "hello", "--max-new-tokens", 40)[0]["text"][0]
+    stop = text[9:12]
+    report, out = answer("--prompt", "hello", "--max-new-tokens", 40, "--stop", "never said", "--stop", stop)
+    assert report["text"] == [text[:text.index(stop)]] and out == report["text"][0] + "\n"
+    assert report["finish_reason"] == ["stop"] and report["new_tokens"][0] < 40
+
+
+def test_a_special_token_may_be_named_as_a_stop_text(checkpoint):
+    tok = Tokenizer.from_pretrained(checkpoint)
+    ends = StopTexts(tok, ["<|end|>"])([1])
+    assert [ends(i) for i in [*tok.encode("a"), *tok.encode("<|end|>")]] == [False, True]
+
+
 def test_max_seq_length_bounds_prompt_and_answer_together(answer, checkpoint):
     report, _ = answer("--prompt", "hi", "--max-seq-length", 9, "--max-new-tokens", 100)
     assert report["new_tokens"] == [9 - len(chat_ids(checkpoint, "hi"))]
@@ -298,6 +441,16 @@ def test_json_replaces_an_older_report_and_leaves_nothing_beside_it(answer, tmp_
     (["--frobnicate"], ["--frobnicate"]),
     (["--prompt"], ["--prompt"]),
     (["--chat-template", "no-such"], ["no-such"]),
+    (["--template-args", "[1]"], ["--template-args", "[1]"]),
+    (["--template-args", "{"], ["--template-args"]),
+    (["--template-args", '{"messages": 1}'], ["messages"]),
+    (["--stop", ""], ["--stop"]),
+    (["--stop", "\udce9"], ["--stop", "UTF-8"]),
+    (["--prompt", "\udce9"], ["--prompt", "UTF-8"]),
+    (["--system", "\udce9"], ["--system", "UTF-8"]),
+    (["--raw", "--system", "x"], ["--system", "--raw"]),
+    (["--raw", "--template-args", "{}"], ["--template-args", "--raw"]),
+    (["--raw", "--plain-text"], ["--plain-text", "--raw"]),
 ], ids=" ".join)
 def test_a_bad_option_value_is_refused_by_name(refused, checkpoint, argv, names):
     prompt = [] if argv == ["--prompt"] else ["--prompt", "hi"]
@@ -484,6 +637,9 @@ class Chat:
 
     def __init__(self, monkeypatch, run, folder):
         self.run, self.folder, self.monkeypatch = run, folder, monkeypatch
+        self.watch()
+
+    def watch(self):
         self.turns = []         # {"prompt": ids, "said": ids, "computed": positions}
         self.interrupt_at = {}  # turn -> the pass of the model that Ctrl-C comes in
         decode, features = Decoder.generate, Transformer.features
@@ -506,8 +662,8 @@ class Chat:
             turn["computed"] += input_pos.expand(tokens.shape)[0].tolist()
             return features(model, tokens, input_pos, *args, **options)
 
-        monkeypatch.setattr(Decoder, "generate", watched_decode)
-        monkeypatch.setattr(Transformer, "features", watched_features)
+        self.monkeypatch.setattr(Decoder, "generate", watched_decode)
+        self.monkeypatch.setattr(Transformer, "features", watched_features)
 
     def __call__(self, *lines, argv=()):
         """Each line is a message, or an exception that input() raises; then Ctrl-D. Returns (stdout, stderr)."""
@@ -599,6 +755,39 @@ def test_a_message_longer_than_the_context_is_not_the_end_of_the_chat(chat, talk
     chat.assert_each_answer_is_that_of_a_fresh_model()
 
 
+def test_a_line_that_cannot_be_said_is_left_out_and_the_conversation_goes_on(chat, talker, tmp_path):
+    (tmp_path / "picky.jinja").write_text("{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('not this') }}"
+                                          "{% endif %}{{ m.content }}<|end|>{% endfor %}")
+    out, err = chat("\ufeffHello", "Caf\udce9", "bad", "x" * 90, "Again",
+                    argv=["--chat-template", tmp_path / "picky.jinja", "--max-seq-length", 60, "--system", "Sir"])
+    tok = Tokenizer.from_pretrained(talker)
+    said = tok.decode(chat.turns[0]["said"])
+    assert [turn["prompt"] for turn in chat.turns] == [
+        tok.encode("Sir<|end|>Hello<|end|>"), tok.encode(f"Sir<|end|>Hello<|end|>{said}<|end|>Again<|end|>")]
+    assert "UTF-8" in err and "not this" in err and err.count("left out") == 3
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+
+
+def test_one_seed_begins_a_chat_and_its_draws_go_on(chat, tmp_path):
+    (tmp_path / "last.jinja").write_text("{{ messages[-1].content }}")      # the same prompt each time
+    argv = ["--chat-template", tmp_path / "last.jinja", "--temperature", 1.5]
+
+    def said(seed):
+        chat.watch()
+        chat("Hi", "Hi", "Hi", argv=[*argv, "--seed", seed])
+        return [tuple(turn["said"]) for turn in chat.turns]
+    assert len({*said(3)}) == 3 and said(3) == said(3) != said(4)
+
+
+def test_a_stop_text_ends_a_turn_of_a_chat(chat, talker):
+    chat("Hello")
+    text = Tokenizer.from_pretrained(talker).decode(chat.turns[0]["said"])
+    chat.watch()
+    out, _ = chat("Hello", "Go on", argv=["--stop", text[4:6]])
+    assert out.splitlines()[0] == text[:text.index(text[4:6])]
+    assert chat.turns[1]["prompt"] == chat_ids(talker, "Hello", text[:text.index(text[4:6])], "Go on")
+
+
 # --- as a child process -----------------------------------------------------------------------------------------------
 
 def command(*argv):
@@ -667,10 +856,13 @@ def test_a_reader_that_leaves_early_is_no_error(endless):
 
 def test_a_chat_from_a_pipe_answers_each_line_and_ends_with_it(talker):
     child = subprocess.run(command("--checkpoint", talker, "--interactive", "--max-new-tokens", 8, "--dtype", "float32"),
-                           input="Hello\nGo on", capture_output=True, text=True, env=environment(), timeout=60)
+                           input=b"Hello\nCaf\xe9?\nGo on", capture_output=True, timeout=60,
+                           env=environment(PYTHONIOENCODING="utf-8:strict"))
+    child.stdout, child.stderr = child.stdout.decode(), child.stderr.decode()
     first = tokens_and_text(talker, [chat_ids(talker, "Hello")], 8)[1][0]
     second = tokens_and_text(talker, [chat_ids(talker, "Hello", first, "Go on")], 8)[1][0]
     assert (child.returncode, child.stdout) == (0, f"{first}\n{second}\n"), child.stderr
+    assert child.stderr.count("not UTF-8") == 1
     assert "Traceback" not in child.stderr
 
 

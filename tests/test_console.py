@@ -1,6 +1,10 @@
 """What all commands share."""
 import contextlib
+import io
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +18,12 @@ from console import command
     (None, 0, ""), (1, 1, ""), (ValueError("two\nlines"), 2, "error: two lines\n"), (FileNotFoundError("gone"), 2, "error: gone\n"),
     (SafetensorError("no space left"), 2, "error: no space left\n"), (torch.OutOfMemoryError("CUDA"), 2, "error: CUDA\n"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
+    (RuntimeError("Could not determine home directory."), 2, "error: this user has no home directory: set HF_HOME"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch"), 2, "error: there is no working C or C++ compiler"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC"), 2, "error: there is no working C or C++ compiler"),
+    (RuntimeError("C++ compile error\n\nCommand:\ng++ x\n\nOutput:\nno Python.h\nmore"), 2,
+     "error: the C or C++ compiler fails (no Python.h)"),
+    (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), 2, "error: the C or C++ compiler fails: mend it"),
     (KeyboardInterrupt(), 130, "stopped\n"), (RuntimeError("a mistake of ours"), None, "")])
 def test_a_command_answers_with_an_exit_status_and_one_line(outcome, status, line, capsys):
     @command(stopped="stopped")
@@ -63,3 +73,32 @@ def test_bad_records_are_named_by_line_and_reason(tmp_path):
     file.write_bytes(b'[{"n": 1},\n{"n": 2}')
     with pytest.raises(ValueError, match="a JSON array that cannot be read"):
         list(console.read_records(file))
+
+
+@pytest.mark.parametrize("encoding, errors", [("cp1252", "strict"), ("ascii", "surrogateescape"), ("utf-8", "strict")])
+def test_a_character_that_the_output_lacks_is_replaced(encoding, errors, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    @command()
+    def main(args):
+        print("a \U0001f600 \udce9 b")
+        raise ValueError("no file \U0001f600.txt")
+    assert main(None) == 2
+    for stream, text in ((out, "a \U0001f600 \udce9 b"), (err, "error: no file \U0001f600.txt")):
+        stream.flush()
+        assert stream.buffer.getvalue().decode(encoding) == text.encode(encoding, "replace").decode(encoding) + "\n"
+
+
+def test_a_file_that_a_full_disk_cuts_short_is_named_and_leaves_nothing(tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="report.json could not be written: File too large"):
+            console.write_atomically(file, "x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
