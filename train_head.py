@@ -464,7 +464,7 @@ def refuse_not_finite(losses: list[Tensor], norm: Tensor, parts: list[list[int]]
     lines = ", ".join(str(dialogues[i].line) for i in at_fault[:20]) + (", ..." if len(at_fault) > 20 else "")
     what = "loss" if not all(finite[:-1]) else "norm of the gradient"
     raise ValueError(f"the {what} is not finite at step {step}, dialogues of lines {lines}; "
-                     "the last checkpoint stands: --resume goes on from there")
+                     "nothing of it is learnt or saved: --resume goes on from the last checkpoint")
 
 
 def train(args: argparse.Namespace) -> int:
