@@ -643,7 +643,7 @@ def test_a_step_is_few_operators_outside_the_layers(tree, sampling):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 5, 0.9)], ids=["greedy", "T 1", "top-k, top-p"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_logits_that_are_not_finite_are_told_and_spoil_no_other_row(narrow, tree, sampling, bad):
-    """One logit in the last row; all of them for -inf, of which single ones are merely impossible tokens."""
+    """One logit in the last row; all of its node for -inf, of which single ones are merely impossible tokens."""
     narrow.head.set_draft_vocab(None)
     for draw in {False, sampling.temperature > 0 and isinstance(tree, StaticTree)}:
         setup_caches(narrow.model, narrow.head, 3, 64)
@@ -652,7 +652,7 @@ def test_logits_that_are_not_finite_are_told_and_spoil_no_other_row(narrow, tree
         draft = step.grow(step.ingest(64), 64)
         logits, features = step.verify(draft, 64)
         logits[0, :, 3] = -math.inf
-        logits[2, :, 4 if bad != -math.inf else slice(None)] = bad
+        logits[2, 0, 4 if bad != -math.inf else slice(None)] = bad     # at the root alone, which is visited always
         step.commit(draft, features, step.accept(logits, draft))
         assert step.produced[2, 0] == NOT_FINITE and (step.produced[:2, 0] >= 0).all()
         assert (step.tokens >= 0).all() and (step.pair_tokens >= 0).all()
