@@ -616,8 +616,8 @@ def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sam
     more of Q away, for where a token was lost nothing was left of P. From one round to the next c grows by m / s,
     m being the sum of max(0, P - c Q) and s what is left of Q.
     """
-    probs = logits_to_probs(logits, *sampling)                                          # [B, N, V]
-    P, Q = probs[:, plan.expanded], head.to_target_probs(draft.probs.nan_to_num(0.0))   # [B, E + 1, V]
+    P = logits_to_probs(logits[:, plan.expanded], *sampling)                            # [B, E + 1, V]
+    Q = head.to_target_probs(draft.probs.nan_to_num(0.0))
     x = draft.tokens[:, plan.children]                                                  # [B, E + 1, R]
     P_x, Q_x = P.gather(2, x), Q.gather(2, x) * plan.is_child
     # Q(x) = 0 is no draw at all: the draft's distribution had fewer tokens than the node has children.
@@ -636,7 +636,7 @@ def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sam
     path, n_accepted, last = walk(draft, is_wrong.flatten(1)[:, plan.child_slot], plan)
     expanded = plan.expanded_row[last]
     c_last = c_all[plan.row, expanded][:, 0, -1:].masked_fill(plan.is_leaf[last], 0)
-    p = probs[plan.row, last][:, 0]
+    p = logits_to_probs(logits[plan.row, last], *sampling)[:, 0]
     return Accepted(path, n_accepted, draw_rest(torch.addcmul(p, c_last, Q[plan.row, expanded][:, 0], value=-1), p))
 
 

@@ -540,31 +540,44 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None 
     if top_p is not None and top_p < 1:
         # On a GPU a sort is quick, and nothing may be decided by values; nor in a graph of torch.compile.
         by_values = probs.is_cpu and not torch.compiler.is_compiling()
-        ordered, tokens = likeliest(probs, top_p) if by_values else probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: 0 for the first, which always stays
-        probs = torch.zeros_like(probs).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0))
+        probs = (nucleus_by_the_likeliest if by_values else nucleus)(probs, top_p)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
 
-@torch.jit.script_if_tracing
-def likeliest(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The first of probs.sort(descending=True, stable=True), values and tokens [..., n]: as many as hold top_p in every row.
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The smallest set of likeliest tokens that holds top_p keeps its probabilities, the rest has none: [..., V]."""
+    ordered, tokens = torch.sort(probs, dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: 0 for the first, which always stays
+    return torch.zeros_like(probs).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0))
 
-    On a CPU a sort of the whole vocabulary takes 20 times as long as to find the few that usually do. TorchScript keeps
-    the decision in a trace.
+
+@torch.jit.script_if_tracing
+def nucleus_by_the_likeliest(probs: Tensor, top_p: float) -> Tensor:
+    """`nucleus`, to the bit, by the few likeliest tokens of each row that they hold top_p in; other rows are sorted.
+
+    On a CPU a sort of the whole vocabulary takes 20 times as long. TorchScript keeps the decisions in a trace.
     """
     V, n = probs.shape[-1], 256
+    if V <= n:
+        return nucleus(probs, top_p)
+    rows = probs.reshape(-1, V)
+    out, waiting = torch.zeros_like(rows), torch.arange(rows.shape[0])
     # In fp64 there is room to tell equals apart, the lower token first: by less than fp32 numbers differ at least, 2^-24.
-    keys = probs.double() * (1 - torch.arange(V, dtype=torch.double) * 2.0 ** -44)
-    while n < V:
-        tokens = keys.topk(n, dim=-1).indices
-        ordered = probs.gather(-1, tokens)
-        before = ordered.sum(-1) - ordered[..., n - 1]
-        if bool((before >= top_p + 1e-5).all()):    # more than sums in another order may differ by
-            return ordered, tokens
+    order = 1 - torch.arange(V, dtype=torch.double) * 2.0 ** -44
+    while n < V and len(waiting) > 0:
+        some = rows[waiting]
+        tokens = (some.double() * order).topk(n, dim=-1).indices
+        ordered = some.gather(-1, tokens)
+        before = ordered.cumsum(-1) - ordered
+        kept = torch.zeros_like(some).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0))
+        holds = before[:, -1] >= top_p + 1e-5       # more than sums in another order may differ by
+        out[waiting[holds]] = kept[holds]
+        waiting = waiting[~holds]
         n = n * 16
-    return torch.sort(probs, dim=-1, descending=True, stable=True)
+    if len(waiting) > 0:
+        out[waiting] = nucleus(rows[waiting], top_p)
+    return out.view_as(probs)
 
 
 def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:

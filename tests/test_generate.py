@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from generate import Decoder, Sampling, generate
-from model import PackedLinear, PackedRMSNorm, RMSNorm, Transformer, bucket, likeliest, logits_to_probs, pack_for_cpu, prefill, sample
+from model import PackedLinear, PackedRMSNorm, RMSNorm, Transformer, bucket, logits_to_probs, pack_for_cpu, prefill, sample
 from reference import assert_close, expected, naive_decode, tiny, tokens_of
 
 CONTEXT = 400  # slots: bucket borders at 128, 192, 256, 384 and the end of the cache
@@ -537,21 +537,6 @@ def test_tied_logits_share_alike_and_the_nucleus_is_the_smallest():
     quarter = logits_to_probs(torch.zeros(4), 1.0, None, 0.5)  # two reach 0.5 exactly
     assert sorted(quarter.tolist()) == [0, 0, 0.5, 0.5]
     assert logits_to_probs(torch.tensor([1.0, 3, 3, 2]), 1.0, 1).tolist() == [0, 0.5, 0.5, 0]
-
-
-@pytest.mark.parametrize("scripted", [False, True])
-@pytest.mark.parametrize("logits", [torch.zeros(2, 5000), torch.randn(2, 5000) * 4, torch.randint(0, 3, (2, 5000)).float(),
-                                    torch.randn(2, 5000) * 40, torch.randn(2, 300), torch.zeros(2, 7)],
-                         ids=["flat", "peaked", "ties", "one", "short", "few"])
-def test_the_likeliest_few_are_the_first_of_the_whole_sort(logits, scripted):
-    """As many as hold top_p, in the same order; a trace holds the scripted form."""
-    find, probs = torch.jit.script(likeliest.__wrapped__) if scripted else likeliest, logits.softmax(-1)
-    wanted, order = probs.sort(dim=-1, descending=True, stable=True)
-    for top_p in (1e-6, 0.3, 0.9, 0.9999):
-        values, tokens = find(probs, top_p)
-        n = values.shape[-1]
-        assert (values == wanted[:, :n]).all() and (tokens == order[:, :n]).all()
-        assert n == probs.shape[-1] or (wanted[:, :n].sum(-1) >= top_p).all()
 
 
 @pytest.mark.parametrize("top_k, top_p", [(None, None), (5, 0.9)])

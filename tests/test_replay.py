@@ -66,10 +66,6 @@ def test_traced_draws_follow_the_seed_and_are_not_the_same_every_time(tree, tmp_
     assert len({tuple(answers(model, head, tree, prompts, traced=True, sampling=warm).tokens[0]) for _ in range(3)}) == 3
 
 
-def full_sort(probs, top_p):
-    return probs.sort(dim=-1, descending=True, stable=True)
-
-
 @pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.9, 1 - 1e-6])
 def test_top_p_by_the_likeliest_few_equals_a_full_sort(top_p, monkeypatch):
     """Bit for bit: peaked, flat, with ties on the border, one-hot, and not a number; called, and in a trace."""
@@ -78,12 +74,13 @@ def test_top_p_by_the_likeliest_few_equals_a_full_sort(top_p, monkeypatch):
     noise = torch.randn(2, V, generator=generator)
     cases = {"peaked": 5 * noise, "broad": noise, "flat": torch.zeros(2, V), "ties": (2 * noise).round(),
              "one-hot": torch.where(noise == noise.amax(-1, keepdim=True), 0.0, -torch.inf),
-             "two levels": (noise > 2.0) * 3.0, "NaN": torch.where(noise == noise[0, 7], torch.nan, noise)}
+             "two levels": (noise > 2.0) * 3.0, "NaN": torch.where(noise == noise[0, 7], torch.nan, noise),
+             "each another": torch.stack((5 * noise[0], 0 * noise[0], noise[1], 8 * noise[1])).view(2, 2, V)}
     traced = torch.jit.trace(lambda logits: logits_to_probs(logits, 1.0, None, top_p), 5 * noise)
     for name, logits in cases.items():
         ours = logits_to_probs(logits, 1.0, None, top_p)
         with monkeypatch.context() as patch:
-            patch.setattr(model_file, "likeliest", full_sort)
+            patch.setattr(model_file, "nucleus_by_the_likeliest", model_file.nucleus)
             expected = logits_to_probs(logits, 1.0, None, top_p)
         for found in (ours, traced(logits)):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=name)
