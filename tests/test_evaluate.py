@@ -17,7 +17,7 @@ import quantize
 from eagle_head import EagleStep
 from model import Transformer
 from reference import edited_json, naive_decode, read_safetensors, write_checkpoint
-from scripts import evaluate, peers, report, tune_tree
+from scripts import evaluate, generate_data, peers, report, tune_tree
 from test_eagle import head_config, head_weights, write_head
 from tokenizer import Tokenizer
 
@@ -431,8 +431,14 @@ def test_pictures_are_drawn(run, tmp_path):
     assert (tmp_path / "w.png").stat().st_size > 5_000
 
 
+def write_data(options, out):
+    target = [option for n, option in enumerate(options) if "--eagle" not in options[max(0, n - 1):n + 1]]
+    return generate_data.main(generate_data.parse_args([
+        *target, "--prompts", str(out.parent.parent / "set.jsonl"), "--out", str(out), "--batch-size", "2", "--max-new-tokens", "8"]))
+
+
 def as_rank(rank, store, options, folder):
-    """evaluate.py, then tune_tree.py, as one of two ranks; rank 1 has folders of its own, and a clock that says otherwise."""
+    """evaluate.py, tune_tree.py, generate_data.py as one of two ranks; rank 1 has folders of its own, and a clock that says otherwise."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", EAGLE_TP_CHECK="1")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -446,6 +452,7 @@ def as_rank(rank, store, options, folder):
     statuses.append(tune_tree.main(tune_tree.parse_args([
         *options, *questions, "--out", str(folder / "tree.json"), "--max-new-tokens", "16", "--used-slots", "16", "--repeats", "3",
         "--max-nodes", "3", "--max-depth", "2"])))
+    statuses.append(write_data(options, folder / "data.jsonl"))
     (folder / "statuses").write_text(str(statuses))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -454,17 +461,20 @@ def as_rank(rank, store, options, folder):
 def test_under_torchrun_rank_0_writes_what_one_process_writes(run, pair, tmp_path, forkserver):
     assert run("--tree", "chain:3", "--limit", 1, "--max-new-tokens", 12)[0] == 0
     options = ["--checkpoint", str(pair[0]), "--eagle", str(pair[1]), "--device", "cpu", "--dtype", "float32"]
+    (tmp_path / "one").mkdir()
+    assert write_data(options, tmp_path / "one/data.jsonl") == 0
     processes = [forkserver.Process(target=as_rank, args=(rank, tmp_path / "store", options, tmp_path / f"rank{rank}")) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         process.kill()
-    assert [(tmp_path / f"rank{rank}/statuses").read_text() for rank in range(2)] == ["[0, 2, 0]"] * 2
+    assert [(tmp_path / f"rank{rank}/statuses").read_text() for rank in range(2)] == ["[0, 2, 0, 0]"] * 2
     for arm in ARMS[:2]:
         ours, theirs = ([line["choices"][0]["tokens"] for line in lines_of(out, arm)] for out in (tmp_path / "out", tmp_path / "rank0/out"))
         assert ours == theirs
     assert len(json.loads((tmp_path / "rank0/tree.json").read_text())["paths"]) <= 3
+    assert (tmp_path / "rank0/data.jsonl").read_text() == (tmp_path / "one/data.jsonl").read_text() > ""
     assert [file.name for file in (tmp_path / "rank1").iterdir()] == ["statuses"]
 
 
