@@ -226,6 +226,17 @@ def rank_of(head: EagleHead, hidden: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([of_block(*block) for block in zip(hidden.split(n), tokens.split(n))])
 
 
+def split(lines: list[int], n: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the examples held out and of those learnt; lines[i] is the line of the data that example i is from.
+
+    The examples of one line share their history: all are held out, or none. n lines are, at most a tenth; which ones
+    depends on the seed alone, so that runs can be compared.
+    """
+    order = sorted(set(lines))
+    held = set(random.Random(seed).sample(order, len(order))[:min(n, len(order) // 10)])
+    return [i for i, line in enumerate(lines) if line in held], [i for i, line in enumerate(lines) if line not in held]
+
+
 @torch.no_grad()
 def evaluate(learner: Learner, features: Features, held_out: list[int], rank: int = 0, world: int = 1) -> dict:
     """Losses, top-1/2/3 accuracy, n-alpha and the accepted length expected of a chain, on dialogues not learnt from.
@@ -506,10 +517,7 @@ def train(args: argparse.Namespace) -> int:
         in_turn(first, device, lambda alive: Features(model, dialogues, args.cache_features, n_token, origin, alive))
     features = Features(model, dialogues, args.cache_features, n_token, origin)
 
-    # The held-out dialogues depend on the seed alone, so that runs can be compared.
-    shuffled = random.Random(args.seed).sample(range(len(dialogues)), len(dialogues))
-    n_held = min(args.eval_dialogues, len(dialogues) // 10)
-    held_out, learnt = sorted(shuffled[:n_held]), sorted(shuffled[n_held:])
+    held_out, learnt = split([dialogue.line for dialogue in dialogues], args.eval_dialogues, args.seed)
     config = head_config(target, Path(args.checkpoint).name, args.bias)
     head = new_head(config, model, None if resumes else args.init, args.seed)
     trained = dict(head.named_parameters())
@@ -544,7 +552,7 @@ def train(args: argparse.Namespace) -> int:
         step, log = state["step"], state["log"]
         del state
     say(f"{sum(p.numel() for p in trained.values())} parameters, {n_step} steps of up to {n_token * n_part} tokens, "
-        f"padding {padding:.1%}, {len(held_out)} dialogues held out" + (f"; going on at step {step}" if step else ""))
+        f"padding {padding:.1%}, {len({dialogues[i].line for i in held_out})} dialogues held out" + (f"; going on at step {step}" if step else ""))
     saved, last_save = (step, len(log)), time.monotonic()
 
     def save() -> None:

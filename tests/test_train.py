@@ -32,6 +32,7 @@ from quantized import Format, quantize_in_place
 from reference import TEMPLATE, assert_close, edited_json, read_safetensors, tiny, tokens_of, write_checkpoint
 from scripts import export_head
 from test_eagle import written_out_head
+from test_train_data import REASONER
 from tokenizer import Tokenizer
 from train_data import Dialogue, Features, make_batches, read_dialogues
 from train_head import Learner, SoftCrossEntropy, draft_ranks, head_config, input_noise, new_head, parts_of
@@ -291,6 +292,36 @@ def test_held_out_dialogues_are_evaluated_and_never_learnt(train, monkeypatch):
     status, err, _ = train("--epochs", 2, "--batch-size", 8)
     assert status == 0, err
     assert len(seen[True]) == 4 and len(seen[False]) == 56 and not seen[True] & seen[False]
+
+
+def test_the_examples_of_one_line_are_held_out_or_learnt_together(train, tmp_path, monkeypatch):
+    """Three answers a line, each an example of its own; none of a held-out line's may be learnt from."""
+    rng = random.Random(0)
+    say = lambda: " ".join(rng.choices(WORDS, k=5))
+    turns = lambda: [{"role": role, "content": say()} for _ in range(3) for role in ("user", "assistant")]
+    (tmp_path / "turns.jsonl").write_text("".join(json.dumps({"messages": turns()}) + "\n" for _ in range(20)))
+    (tmp_path / "reasoner.jinja").write_text(REASONER)
+    seen, forward = {True: set(), False: set()}, Learner.forward
+
+    def spy(self, batch, noise):
+        for row, n in zip(batch.tokens, (batch.tokens != 0).sum(1)):
+            seen[noise is None].add(tuple(row[:n].tolist()))
+        return forward(self, batch, noise)
+
+    monkeypatch.setattr(Learner, "forward", spy)
+    status, err, _ = train("--epochs", 1, "--batch-size", 16, "--chat-template", tmp_path / "reasoner.jinja",
+                           data=tmp_path / "turns.jsonl")
+    assert status == 0 and "20 dialogues (60 examples)" in err and "2 dialogues held out" in err, err
+    beginnings = [{tokens[:12] for tokens in seen[held]} for held in (True, False)]
+    assert [len(seen[True]), len(seen[False]), *map(len, beginnings)] == [6, 54, 2, 18]
+    assert not beginnings[0] & beginnings[1]
+
+
+@pytest.mark.parametrize("n, seed", [(4, 0), (100, 7), (0, 1)])
+def test_where_each_line_is_one_example_the_sample_is_of_all_examples(n, seed):
+    order = random.Random(seed).sample(range(60), 60)
+    k = min(n, 6)
+    assert train_head.split([3 * i + 1 for i in range(60)], n, seed) == (sorted(order[:k]), sorted(order[k:]))
 
 
 def test_large_seeds_train_and_small_ones_draw_as_ever(train):
