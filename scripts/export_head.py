@@ -9,8 +9,8 @@ say (vLLM, llama_eagle.py and configs/eagle.py; SGLang, llama_eagle.py and llama
 
 - the architecture is LlamaForCausalLM for vLLM, which puts "Eagle" before it, and LlamaForCausalLMEagle for SGLang;
 - fc has no bias in vLLM (train_head.py --no-bias), and always one in SGLang, which is random where the file has none;
-- the key "bias" of config.json, which is fc's in the official format, means the attention's there: it is left out.
-  Biases of q, k and v (Qwen2) are "qkv_bias" for vLLM; SGLang knows them only together with one of o_proj, here zero.
+- the key "bias" of config.json, which is fc's in the official format, means the attention's there: it is left out
+  for SGLang; for vLLM it is false, true of both, and the head is still read here. Biases of q, k and v (Qwen2) are "qkv_bias" for vLLM; SGLang knows them only together with one of o_proj, here zero.
 
 A draft_vocab.json beside the head becomes token_map.pt, SGLang's --speculative-token-map.
 
@@ -94,7 +94,7 @@ def for_vllm(config: dict, weights: dict[str, Tensor]) -> tuple[dict, dict[str, 
     bias = weights.pop("fc.bias", None)
     if bias is not None and bias.any():
         raise ValueError("vLLM's EAGLE head has no fc.bias, and this head's is not zero: train one with train_head.py --no-bias")
-    extra = {"qkv_bias": True} if config.get("qkv_bias") else {}
+    extra = {"bias": False} | ({"qkv_bias": True} if config.get("qkv_bias") else {})
     return common_config(config, "vllm") | extra, weights
 
 

@@ -54,7 +54,8 @@ def test_keys_values_and_fields_are_the_engines(export, engine, architecture):
     assert set(weights) == OFFICIAL | ({"fc.bias"} if engine == "sglang" else set())
     for key in OFFICIAL:
         assert torch.equal(weights[key], own[key])
-    assert not {"bias", "qkv_bias", "attention_bias", "eagle_version", "target"} & set(config)
+    assert config.get("bias") is (False if engine == "vllm" else None)
+    assert not {"qkv_bias", "attention_bias", "eagle_version", "target"} & set(config)
     for key in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps"):
         assert config[key]
 
@@ -90,6 +91,13 @@ def test_an_exported_head_is_still_a_head(export, target, tmp_path):
     export("sglang")
     with edited_json(tmp_path / "out/config.json") as config:
         config["bias"], config["architectures"] = True, ["LlamaForCausalLM"]
+    ours, theirs = (EagleHead.from_pretrained(tmp_path / name, target) for name in ("head", "out"))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_vllm_gets_is_read_here_as_it_is(export, target, tmp_path):
+    export("vllm", bias=False)
     ours, theirs = (EagleHead.from_pretrained(tmp_path / name, target) for name in ("head", "out"))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
