@@ -83,7 +83,9 @@ def say(line: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        say(f"error: {message}")
+        from ranks import launched
+        if not launched() or os.environ.get("LOCAL_RANK", "0") == "0":     # torchrun: once on each machine
+            say(f"error: {message}")
         sys.exit(2)
 
 

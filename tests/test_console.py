@@ -102,3 +102,14 @@ def test_a_file_that_a_full_disk_cuts_short_is_named_and_leaves_nothing(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("ranks, n_line", [({}, 1), ({"RANK": "1"}, 1), ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 1),
+                                           ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 0)], ids=str)
+def test_a_wrong_option_is_said_once(ranks, n_line, monkeypatch, capsys):
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        console.Parser().parse_args(["--nonsense"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == n_line and ("--nonsense" in err) == bool(n_line)
