@@ -99,13 +99,13 @@ def main(args: argparse.Namespace) -> None:
         say("question {question_id} has {prompt_tokens} tokens, which leaves no room in a context of {n_slot}: left out".format(
             n_slot=n_slot, **entry))
     todo = [q for q in questions if q["question_id"] not in done]
-    if todo and ranks.writes():     # else what was measured, and when, stands
-        write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
-
     totals = {name: [0, 0.0] for name in run["arms"]}
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
         for question in bar:
             answers = ask(question, args, tokenizer, arms, peers, n_slot)
+            if question is todo[0] and ranks.writes():  # not before: a run that fails at once leaves nothing
+                (args.out / "answers").mkdir(parents=True, exist_ok=True)
+                write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
             for name, lines in answers.items():
                 if ranks.writes():
                     append_answer(args.out, name, question, f"{run['label']}-{name}", lines)
@@ -356,7 +356,6 @@ def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
     Lines of other questions are taken out of the files. Raises ValueError when the folder holds answers of another model
     or of other settings.
     """
-    (out / "answers").mkdir(parents=True, exist_ok=True)
     if tokenizer.uses_date:
         run = run | {"template_date": (tokenizer.date or datetime.datetime.now()).isoformat()}
     if not (out / "run.json").exists():
