@@ -558,7 +558,7 @@ def shown_columns(base: Tensor, n_slot: int, seen: Tensor) -> Tensor:
 
 def block_bias(seen: Tensor, columns: Tensor, config: ModelArgs) -> Tensor:
     """seen [1 or B, T, M + 2], columns [B, S] -> the bias of `attention_bias` [B, 1, G*T, S]."""
-    group, (B, S) = config.n_head // config.n_kv_head, columns.shape
+    group, B = config.n_head // config.n_kv_head, columns.shape[0]
     bias = seen[:, None].expand(B, group, -1, -1)
     return bias.gather(3, columns[:, None, None].expand(-1, group, seen.shape[1], -1)).flatten(1, 2)[:, None]
 
