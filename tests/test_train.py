@@ -280,35 +280,33 @@ def test_parts_add_up_to_the_gradient_of_one_large_batch(train, monkeypatch):
         assert log_of(parts, "lr")[0][key] == pytest.approx(log_of(whole, "lr")[0][key], rel=1e-4)
 
 
-def test_held_out_dialogues_are_evaluated_and_never_learnt(train, monkeypatch):
-    seen, forward = {True: set(), False: set()}, Learner.forward
+@pytest.fixture
+def seen(monkeypatch):
+    """The examples met, as tuples of ids: {True: in evaluation, False: in training}. Evaluation adds no noise."""
+    met, forward = {True: set(), False: set()}, Learner.forward
 
     def spy(self, batch, noise):
         for row, n in zip(batch.tokens, (batch.tokens != 0).sum(1)):
-            seen[noise is None].add(tuple(row[:n].tolist()))
+            met[noise is None].add(tuple(row[:n].tolist()))
         return forward(self, batch, noise)
 
     monkeypatch.setattr(Learner, "forward", spy)
+    return met
+
+
+def test_held_out_dialogues_are_evaluated_and_never_learnt(train, seen):
     status, err, _ = train("--epochs", 2, "--batch-size", 8)
     assert status == 0, err
     assert len(seen[True]) == 4 and len(seen[False]) == 56 and not seen[True] & seen[False]
 
 
-def test_the_examples_of_one_line_are_held_out_or_learnt_together(train, tmp_path, monkeypatch):
+def test_the_examples_of_one_line_are_held_out_or_learnt_together(train, tmp_path, seen):
     """Three answers a line, each an example of its own; none of a held-out line's may be learnt from."""
     rng = random.Random(0)
     say = lambda: " ".join(rng.choices(WORDS, k=5))
     turns = lambda: [{"role": role, "content": say()} for _ in range(3) for role in ("user", "assistant")]
     (tmp_path / "turns.jsonl").write_text("".join(json.dumps({"messages": turns()}) + "\n" for _ in range(20)))
     (tmp_path / "reasoner.jinja").write_text(REASONER)
-    seen, forward = {True: set(), False: set()}, Learner.forward
-
-    def spy(self, batch, noise):
-        for row, n in zip(batch.tokens, (batch.tokens != 0).sum(1)):
-            seen[noise is None].add(tuple(row[:n].tolist()))
-        return forward(self, batch, noise)
-
-    monkeypatch.setattr(Learner, "forward", spy)
     status, err, _ = train("--epochs", 1, "--batch-size", 16, "--chat-template", tmp_path / "reasoner.jinja",
                            data=tmp_path / "turns.jsonl")
     assert status == 0 and "20 dialogues (60 examples)" in err and "2 dialogues held out" in err, err
