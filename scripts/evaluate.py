@@ -22,6 +22,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -356,6 +357,9 @@ def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
     Lines of other questions are taken out of the files. Raises ValueError when the folder holds answers of another model
     or of other settings.
     """
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"--out {out}: {place} is no folder that can be written to")
     if tokenizer.uses_date:
         run = run | {"template_date": (tokenizer.date or datetime.datetime.now()).isoformat()}
     if not (out / "run.json").exists():

@@ -548,6 +548,14 @@ def test_logits_that_are_not_finite_end_the_run_without_a_report(run, pair, tmp_
         peer([5, 9, 11], 4)
 
 
+def test_an_out_that_is_no_folder_is_refused_before_anything_is_asked(run, tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("mine")
+    monkeypatch.setattr(evaluate, "ask", None)
+    status, _, err = run()
+    assert status == 2 and "is no folder that can be written to" in err and err.count("\n") == 1, err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_arms_take_turns_and_peers_come_after_plain(run, pair, monkeypatch):
     order, generate = [], evaluate.cli.Decoder.generate
     monkeypatch.setattr(evaluate.cli.Decoder, "generate", lambda self, *args, **kwargs: order.append(
