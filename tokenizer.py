@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Iterable
 
 from console import read_text
-from model import read_json, refuse_lfs_pointer, resolve_checkpoint
+from checkpoint import read_json, refuse_lfs_pointer, resolve_checkpoint
 
 Messages = list[dict]  # [{"role": "system" | "user" | "assistant", "content": text}, ...] and what else a template reads
 

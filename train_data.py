@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from console import read_records, say, write_atomically
-from model import Transformer, read_json
+from checkpoint import read_json
+from model import Transformer
 from tokenizer import Tokenizer, common_prefix
 
 

@@ -38,7 +38,9 @@ from tqdm import tqdm
 
 from console import Parser, add_chat_options, command, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, head_args
-from model import Transformer, pack_for_cpu, read_json, resolve_checkpoint
+from checkpoint import read_json, resolve_checkpoint
+from model import Transformer
+from runtime import pack_for_cpu
 from ranks import in_turn, launched, run
 from tokenizer import Tokenizer
 from train_data import (FEATURES_DIFFER, Batch, Dialogue, Features, check_same, common_tokens, features_origin, make_batches,
@@ -359,7 +361,7 @@ class Pieces:
     """1/world of the tensors of a layer, a quantised one's among them; `gather` makes them whole, `drop` lets them go."""
 
     def __init__(self, layer: nn.Module, device: torch.device, rank: int, world: int):
-        from quantized import QuantLinear
+        from linears import QuantLinear
         self.tensors = [*layer.parameters(), *layer.buffers()]
         self.shapes = [tensor.shape for tensor in self.tensors]
         self.linears = [module for module in layer.modules() if isinstance(module, QuantLinear)]

@@ -30,12 +30,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from console import Parser, command, number, pick_device, say, write_atomically  # noqa: E402
-from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
-from generate import Decoder, Generation, common_prefix, compile_layers  # noqa: E402
-from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
-                   pack_for_cpu, prefill, quantize_settings, read_json, resolve_checkpoint, stored)
-from quantized import Format, quantize_in_place, tune  # noqa: E402
-from replay import can_trace, capture  # noqa: E402
+from draft_tree import load_tree  # noqa: E402
+from eagle_head import EagleHead  # noqa: E402
+from eagle_step import EagleStep  # noqa: E402
+from decoder import Decoder  # noqa: E402
+from generate import Generation  # noqa: E402
+from runtime import compile_layers  # noqa: E402
+from tokenizer import common_prefix  # noqa: E402
+from checkpoint import quantize_settings, read_json, resolve_checkpoint  # noqa: E402
+from config import ModelArgs  # noqa: E402
+from linears import stored  # noqa: E402
+from model import Transformer, attention_bias, bucket, causal_mask, prefill  # noqa: E402
+from runtime import pack_for_cpu  # noqa: E402
+from sampling import Sampling, next_tokens  # noqa: E402
+from linears import Format, quantize_in_place  # noqa: E402
+from runtime import tune  # noqa: E402
+from runtime import can_trace, capture  # noqa: E402
 from scripts.shapes import SHAPES, TINY, meta_model, random_head, random_model  # noqa: E402
 from scripts.simulate import accept_lengths, simulated_decoder  # noqa: E402
 from scripts.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,  # noqa: E402

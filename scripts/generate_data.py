@@ -38,7 +38,9 @@ import generate as cli
 import ranks
 import tp
 from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
-from model import Sampling, Transformer, resolve_checkpoint
+from checkpoint import resolve_checkpoint
+from model import Transformer
+from sampling import Sampling
 from scripts.report import loops
 from tokenizer import Tokenizer
 from train_data import LeftOut, Unusable, answer_text, chat_of, check_same, holds_records, target_stamp

@@ -27,7 +27,7 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 from console import Parser, command, number, pick_device, say, write_atomically  # noqa: E402
-from model import read_json  # noqa: E402
+from checkpoint import read_json  # noqa: E402
 from scripts.shapes import SHAPES  # noqa: E402
 from scripts.timing import environment, print_table  # noqa: E402
 

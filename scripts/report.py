@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from console import Parser, command, say, write_atomically
-from model import read_json
+from checkpoint import read_json
 
 DRAWS = 2000    # of the bootstrap
 

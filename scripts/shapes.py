@@ -15,8 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eagle_head import EagleHead  # noqa: E402
-from model import ModelArgs, Transformer  # noqa: E402
-from quantized import install  # noqa: E402
+from config import ModelArgs  # noqa: E402
+from model import Transformer  # noqa: E402
+from linears import install  # noqa: E402
 
 
 def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eagle_head import Accepted, Draft, EagleHead, EagleStep, Tree  # noqa: E402
-from generate import Decoder, PlainStep  # noqa: E402
-from model import Sampling, Transformer  # noqa: E402
+from draft_tree import Draft, Tree  # noqa: E402
+from eagle_head import EagleHead  # noqa: E402
+from eagle_step import Accepted, EagleStep  # noqa: E402
+from decoder import Decoder, PlainStep  # noqa: E402
+from model import Transformer  # noqa: E402
+from sampling import Sampling  # noqa: E402
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 from console import device_name  # noqa: E402
-from replay import trace  # noqa: E402
+from runtime import trace  # noqa: E402
 
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 

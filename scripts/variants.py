@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from console import command  # noqa: E402
-from generate import compile_layers  # noqa: E402
-from model import PackedLinear, Transformer, pack_for_cpu  # noqa: E402
-from replay import can_trace  # noqa: E402
+from runtime import compile_layers  # noqa: E402
+from linears import PackedLinear  # noqa: E402
+from model import Transformer  # noqa: E402
+from runtime import pack_for_cpu  # noqa: E402
+from runtime import can_trace  # noqa: E402
 from scripts.bench import check_model, load, model_parser, ready, run, setup_caches, target_pass  # noqa: E402
 from scripts.timing import clock, interleave, milliseconds, print_table  # noqa: E402
 
