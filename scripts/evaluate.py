@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import generate as cli
 import ranks
 from console import Parser, add_chat_options, command, number, read_records, say, write_atomically
@@ -41,7 +41,7 @@ from eagle_head import EagleHead, Tree, load_tree
 from model import Transformer, causal_mask, prefill, read_json, resolve_checkpoint
 from scripts import report
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
-from scripts.timing import environment
+from benchmarks.timing import environment
 from tokenizer import Tokenizer
 from train_data import target_stamp
 

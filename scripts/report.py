@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 from console import Parser, command, say, write_atomically
 from model import read_json
 

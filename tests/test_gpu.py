@@ -15,8 +15,8 @@ from generate import Decoder, setup_caches
 from model import Sampling
 from quantized import Format, quantize_in_place, tune
 from reference import assert_near_greedy, naive_decode, tokens_of
-from scripts.shapes import random_head, random_model, shape
-from scripts.simulate import simulated_decoder
+from benchmarks.shapes import random_head, random_model, shape
+from benchmarks.simulate import simulated_decoder
 from test_eagle_lossless import head_of, randomise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

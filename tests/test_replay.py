@@ -13,7 +13,7 @@ from generate import Decoder, PlainStep, generate, setup_caches
 from model import Sampling, Transformer, logits_to_probs, pack_for_cpu
 from quantized import Format, QuantLinear, quantize_in_place, tune
 from reference import naive_decode, tiny, tokens_of
-from scripts.shapes import TINY
+from benchmarks.shapes import TINY
 from test_eagle_lossless import head_of
 
 TREES = {"plain": None, "chain": StaticTree.chain(3), "paper": StaticTree.paper(), "dynamic": DynamicTree(3, 3, 8)}

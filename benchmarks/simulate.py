@@ -9,16 +9,14 @@ these accepted lengths would take. Whoever reports it says that it is simulated.
 """
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eagle_head import Accepted, Draft, EagleHead, EagleStep, Tree  # noqa: E402
-from generate import Decoder, PlainStep  # noqa: E402
-from model import Sampling, Transformer  # noqa: E402
+from eagle_head import Accepted, Draft, EagleHead, EagleStep, Tree
+from generate import Decoder, PlainStep
+from model import Sampling, Transformer
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
