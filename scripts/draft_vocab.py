@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import generate as cli
 from console import Parser, add_chat_options, command, number, read_text, say, write_atomically
 from tokenizer import Tokenizer

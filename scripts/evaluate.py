@@ -33,18 +33,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import generate as cli
 import ranks
-from checkpoint import read_json, resolve_checkpoint
 from console import Parser, add_chat_options, command, number, read_records, say, write_atomically
 from decoder import not_finite
 from draft_tree import Tree, load_tree
 from eagle_head import EagleHead
+from checkpoint import read_json, resolve_checkpoint
 from model import Transformer, causal_mask, prefill
 from scripts import report
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
-from scripts.timing import environment
+from benchmarks.timing import environment
 from tokenizer import Tokenizer, common_prefix
 from train_data import target_stamp
 

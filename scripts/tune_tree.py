@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import generate as cli
 import ranks
 from console import Parser, add_chat_options, command, device_name, number, read_records, say, write_atomically
@@ -36,7 +36,7 @@ from eagle_head import EagleHead
 from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask
 from runtime import can_trace
-from scripts.timing import traced
+from benchmarks.timing import traced
 from tokenizer import Tokenizer
 from train_head import draft_ranks
 

@@ -36,7 +36,7 @@ from generate import generate
 from model import Transformer
 from sampling import NOT_FINITE, Sampling
 from reference import VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
-from scripts.shapes import TINY
+from benchmarks.shapes import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 GAPS = StaticTree.from_paths([[1], [3], [1, 0], [1, 2], [3, 1], [1, 2, 1]])  # ranks that skip some

@@ -16,8 +16,8 @@ from sampling import Sampling
 from linears import Format, quantize_in_place
 from runtime import tune
 from reference import assert_near_greedy, naive_decode, tokens_of
-from scripts.shapes import random_head, random_model, shape
-from scripts.simulate import simulated_decoder
+from benchmarks.shapes import random_head, random_model, shape
+from benchmarks.simulate import simulated_decoder
 from test_eagle_lossless import head_of, randomise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -19,7 +19,7 @@ from sampling import Sampling, logits_to_probs
 from linears import Format, QuantLinear, quantize_in_place
 from runtime import tune
 from reference import naive_decode, tiny, tokens_of
-from scripts.shapes import TINY
+from benchmarks.shapes import TINY
 from test_eagle_lossless import head_of
 
 TREES = {"plain": None, "chain": StaticTree.chain(3), "paper": StaticTree.paper(), "dynamic": DynamicTree(3, 3, 8)}
