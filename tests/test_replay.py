@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sampling
+import sampling as sampling_file
 from draft_tree import DynamicTree, StaticTree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
@@ -86,7 +86,7 @@ def test_top_p_by_the_likeliest_few_equals_a_full_sort(top_p, monkeypatch):
     for name, logits in cases.items():
         ours = logits_to_probs(logits, 1.0, None, top_p)
         with monkeypatch.context() as patch:
-            patch.setattr(sampling, "nucleus_by_the_likeliest", sampling.nucleus)
+            patch.setattr(sampling_file, "nucleus_by_the_likeliest", sampling_file.nucleus)
             expected = logits_to_probs(logits, 1.0, None, top_p)
         for found in (ours, traced(logits)):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=name)
