@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tokenizer import BUILTIN_TEMPLATES, ChatTemplate, Tokenizer
+from chat_template import BUILTIN_TEMPLATES, ChatTemplates
+from tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -459,10 +460,13 @@ CHAT = [
 SYSTEM = [{"role": "system", "content": "Be kind."}]
 
 
+def rendered(template: str, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    return ChatTemplates({"default": template}).render(messages, add_generation_prompt)
+
+
 def test_builtin_templates_write_what_the_models_were_trained_on():
     def text(name: str, messages: list, add_generation_prompt: bool = True) -> str:
-        template = BUILTIN_TEMPLATES[name]
-        return ChatTemplate(template).render(messages=messages, add_generation_prompt=add_generation_prompt)
+        return rendered(BUILTIN_TEMPLATES[name], messages, add_generation_prompt)
 
     assert text("vicuna", CHAT) == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -605,33 +609,32 @@ def test_a_template_gets_arguments_tools_the_date_and_all_keys_of_messages(llama
 
 
 def test_a_template_is_compiled_once(llama_folder, monkeypatch):
-    import tokenizer
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    made = []
-    environment = tokenizer.template_environment
-    monkeypatch.setattr(tokenizer, "template_environment", lambda: made.append(1) or environment())
-    tok = Tokenizer.from_pretrained(llama_folder)
+    made, from_string = [], ImmutableSandboxedEnvironment.from_string
+    monkeypatch.setattr(ImmutableSandboxedEnvironment, "from_string", lambda *a: made.append(1) or from_string(*a))
+    tok = Tokenizer.from_pretrained(llama_folder, chat_template="{{ messages[0].content }} compiled once")
     for _ in range(3):
         tok.apply_chat_template(CHAT)
     assert len(made) == 1
 
 
 def test_a_template_is_taken_from_option_then_file_then_config(chatml_folder, tmp_path):
-    def rendered(chat_template: str | None = None) -> str:
+    def text(chat_template: str | None = None) -> str:
         return Tokenizer.from_pretrained(chatml_folder, chat_template=chat_template).render_chat(CHAT[:1])
 
     path = chatml_folder / "tokenizer_config.json"
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "by name"}]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
-    assert rendered() == "by name"
+    assert text() == "by name"
     (chatml_folder / "chat_template.jinja").write_text("file of the checkpoint")
-    assert rendered() == "file of the checkpoint"
+    assert text() == "file of the checkpoint"
     (tmp_path / "my.jinja").write_text("{{ messages[0].content }}")
-    assert rendered(str(tmp_path / "my.jinja")) == "Hi, it's\nme"
-    assert rendered("{{ messages[0].role }}") == "user"
-    assert rendered("llama2") == "[INST] Hi, it's\nme [/INST]"
+    assert text(str(tmp_path / "my.jinja")) == "Hi, it's\nme"
+    assert text("{{ messages[0].role }}") == "user"
+    assert text("llama2") == "[INST] Hi, it's\nme [/INST]"
     with pytest.raises(ValueError, match="'alpaca' is no file.*vicuna"):
-        rendered("alpaca")
+        text("alpaca")
 
 
 @pytest.mark.parametrize(
@@ -700,9 +703,9 @@ def test_keys_that_are_null_and_names_of_reasoning_are_as_in_transformers(chatml
 def test_templates_have_what_transformers_gives_them():
     text = "{% for i in [1, 2] %}{% generation %}{{ i }}{% endgeneration %}{% break %}{% endfor %}\n"
     text += "  {% if true %}\n{{ ['é<'] | tojson }} {{ strftime_now('%Y') | length }}{% endif %}"
-    assert ChatTemplate(text).render(messages=[]) == '1["é<"] 4'
+    assert rendered(text, CHAT) == '1["é<"] 4'
     with pytest.raises(ValueError, match="only two roles"):
-        ChatTemplate("{{ raise_exception('only two\nroles') }}").render()
+        rendered("{{ raise_exception('only two\nroles') }}", CHAT)
 
 
 @pytest.mark.parametrize(
@@ -720,7 +723,7 @@ def test_templates_have_what_transformers_gives_them():
 )
 def test_a_template_cannot_leave_the_sandbox(attack):
     with pytest.raises(ValueError, match="the chat template cannot render"):
-        ChatTemplate(attack).render(messages=[])
+        rendered(attack, CHAT)
 
 
 # --- stop ids ---------------------------------------------------------------------------------------------------------
