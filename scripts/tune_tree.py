@@ -36,7 +36,7 @@ from model import Transformer, bucket, causal_mask
 from replay import can_trace
 from scripts.timing import traced
 from tokenizer import Tokenizer
-from train_head import draft_ranks
+from train_loss import draft_ranks
 
 QUESTIONS = [
     "Why do leaves change colour in autumn?", "Write a short story about a lighthouse keeper.",
