@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
         texts = [tokenizer.encode(line) for line in read_text(args.data).splitlines(keepends=True)]
         dialogues = [Dialogue(n, torch.tensor(ids), torch.ones(len(ids)).bool()) for n, ids in enumerate(texts)]
     ids = common_tokens(dialogues, tokenizer.stop_ids, args.size)
-    said = torch.cat([dialogue.tokens[dialogue.learnt] for dialogue in dialogues] or [torch.empty(0)])
+    said = torch.cat([dialogue.tokens[dialogue.loss_mask] for dialogue in dialogues] or [torch.empty(0)])
     if not len(said):
         raise ValueError(f"{args.data} holds no text")
     covered = torch.isin(said, torch.tensor(ids)).float().mean().item()

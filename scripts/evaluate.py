@@ -46,7 +46,7 @@ from scripts import report
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
 from benchmarks.timing import environment
 from tokenizer import Tokenizer, common_prefix
-from train_data import target_stamp
+from train_features import target_stamp
 
 # name -> hub repository, file, and what makes the first turn of a row
 HUB_SETS = {

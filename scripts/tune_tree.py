@@ -38,7 +38,7 @@ from model import Transformer, bucket, causal_mask
 from runtime import can_trace
 from benchmarks.timing import traced
 from tokenizer import Tokenizer
-from train_head import draft_ranks
+from train_loss import draft_ranks
 
 QUESTIONS = [
     "Why do leaves change colour in autumn?", "Write a short story about a lighthouse keeper.",

@@ -13,7 +13,7 @@ from generate import parse_args as generate_args
 from model import Transformer
 from reference import tiny, write_checkpoint
 from scripts import draft_vocab, tune_tree
-from train_head import draft_ranks
+from train_loss import draft_ranks
 
 
 @pytest.fixture
