@@ -337,8 +337,8 @@ def check_caches(model: Transformer, head: EagleHead | None, batch_size: int) ->
     rows, slots = model.kv_cache.shape[2], model.kv_cache.shape[4]
     if not 1 <= batch_size <= rows:
         raise ValueError(f"a decoder of {batch_size} rows needs caches with as many: these have {rows}")
-    if head is not None and (head.kv_cache.shape[1] < batch_size or head.kv_cache.shape[3] != slots):
-        raise ValueError(f"the head's caches have {head.kv_cache.shape[1]} rows of {head.kv_cache.shape[3]} slots, "
+    if head is not None and (head.kv_cache.shape[2] < batch_size or head.kv_cache.shape[4] != slots):
+        raise ValueError(f"the head's caches have {head.kv_cache.shape[2]} rows of {head.kv_cache.shape[4]} slots, "
                          f"the model's {rows} of {slots}")
 
 

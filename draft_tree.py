@@ -258,7 +258,7 @@ def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor
         if depth < tree.depth:
             hidden = head(tokens[-1][:, level.inner], hidden[:, level.above], at[:, depth - 1:depth],
                           at[:, level.slots], block_bias(level.seen, columns, head.config),
-                          (cos[:, level.slots], sin[:, level.slots]))                       # [B, m, dim]
+                          (cos[:, level.slots], sin[:, level.slots]), is_draft=True)        # [B, m, h]
     return Draft(torch.cat(tokens, dim=1), plan.parents.expand(B, -1), plan.depths.expand(B, -1),
                  plan.seen.expand(B, -1, -1), None if sampling is None else torch.cat(child_probs, dim=1))
 
@@ -333,7 +333,7 @@ def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tens
         above, slots = best // R, slice((depth - 1) * R, depth * R)
         seen = torch.maximum(seen[plan.row, above], plan.itself[:, slots])
         hidden = head(tokens[-1].gather(1, best), hidden[plan.row, above], at[:, depth - 1:depth], at[:, slots],
-                      block_bias(seen, columns, head.config), (cos[:, slots], sin[:, slots]))
+                      block_bias(seen, columns, head.config), (cos[:, slots], sin[:, slots]), is_draft=True)
     kept = torch.cat(all_scores, dim=1).topk(tree.n_node, dim=-1).indices.sort(dim=-1).values  # [B, N], the root first
     above, depths = plan.origin[kept].unbind(-1)
     candidates = torch.cat(expanded, dim=1) + plan.first                                # [B, E + 1] the expanded nodes

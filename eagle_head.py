@@ -1,33 +1,39 @@
-"""The EAGLE head: one decoder layer that predicts the target's next feature (EAGLE-1 and EAGLE-2).
+"""The EAGLE heads: a decoder layer that drafts from what the target has computed (EAGLE-1, EAGLE-2, EAGLE-3).
 
     head = EagleHead.from_pretrained("yuhuili/EAGLE-Vicuna-7B-v1.3", target=model)
     head.setup_caches(max_batch_size=1, max_seq_length=1024)         # the same as the model's
     next_features = head(tokens, features, input_pos)
     draft = head.to_target_ids(head.draft_logits(next_features[:, -1]).argmax(-1))
 
-A *feature* is the target's hidden state after its final norm. The head sees feature f_i beside token t_{i+1} and
-predicts f_{i+1}. The target's own LM head turns that into logits (EAGLE-1, arXiv 2401.15077, section 4.1). EAGLE-2,
-arXiv 2406.16858, keeps the head and changes the tree (draft_tree.py).
+EAGLE-1 (arXiv 2401.15077, section 4.1): a *feature* is the target's hidden state after its final norm. The head sees
+feature f_i beside token t_{i+1} and predicts f_{i+1}. The target's own LM head turns that into logits. EAGLE-2, arXiv
+2406.16858, keeps the head and changes the tree (draft_tree.py). EAGLE-3 (arXiv 2503.01840, section 3): the features are
+several hidden states of the target, the LM head is the head's own. Its own outputs stand for features of drafts.
 
-Shapes: B batch, T new tokens, K key/value heads, S cache slots, V vocabulary, Vd draft vocabulary.
+Shapes: B batch, T new tokens, K key/value heads, S cache slots, V vocabulary, Vd draft vocabulary, n captured hidden
+states, t target width, h head width.
 """
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint import iterate_weights, load_weights, read_json, resolve_checkpoint
+from checkpoint import load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
+from head_config import (Eagle3Spec, eagle3_spec, head_args, head_kind, official_config, official_key,
+                         refuse_output_bias, stored_shapes)
 from linears import install_quantized, stored
-from model import (Transformer, TransformerBlock, attention_bias, block_targets, causal_mask, rope_cos_sin,
+from model import (RMSNorm, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask, rope_cos_sin,
                    rope_inv_freq)
 from runtime import tune
 
 
 class EagleHead(nn.Module):
     """The draft model of EAGLE-1 and EAGLE-2: fc over (embedding, feature), then one decoder layer."""
+    kind = "eagle1"
+    capture: tuple[int, ...] = ()   # hidden states of the target that are its features; () is the final one, normed
     target: Transformer
     inv_freq: Tensor            # [head_dim / 2]
     kv_cache: Tensor            # see setup_caches; None before it is called
@@ -47,15 +53,23 @@ class EagleHead(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: Any = None) -> "EagleHead":
-        """Load a head from a folder or hub id, to the target's device and dtype.
+    def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: Any = None, *,
+                        aux_layers: Sequence[int] | None = None, rope_theta: float | None = None) -> "EagleHead":
+        """Load a head of any kind from a folder or hub id, to the target's device and dtype.
 
-        Heads in the official format are read, and what the converters of vLLM, SGLang and speculators make of them
-        (`official_config`, `official_key`). shard is the target's tp.Shard, if it has one. Raises FileNotFoundError
-        or ValueError; a head that does not fit its target is told with both sizes.
+        Heads in the official formats are read, and what vLLM, SGLang, SpecForge, AngelSlim and speculators make of
+        them (head_config.py). shard is the target's tp.Shard, if it has one. aux_layers and rope_theta override what
+        an EAGLE-3 head's file says (`eagle3_spec`). Raises FileNotFoundError or ValueError; a head that does not fit
+        its target is told with both sizes.
         """
         folder = resolve_checkpoint(checkpoint)
-        config = official_config(read_json(folder / "config.json"))
+        raw = read_json(folder / "config.json")
+        if head_kind(raw) == "eagle3":
+            spec = eagle3_spec(raw, stored_shapes(folder), target.config, aux_layers=aux_layers, rope_theta=rope_theta)
+            return Eagle3Head.load(folder, spec, target)
+        if aux_layers is not None or rope_theta is not None:
+            raise ValueError("--aux-layers and --draft-rope-theta are for EAGLE-3 heads; this is an EAGLE-1 or 2 head")
+        config = official_config(raw)
         args = head_args(config, target.config)
         if config.get("attention_bias"):
             refuse_output_bias(folder)
@@ -81,9 +95,9 @@ class EagleHead(nn.Module):
         return {f"fc.{kind}": tensor for kind, tensor in stored(self.fc).items()} | layer
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
-        """Allocate `kv_cache` [2, B, K, S, head_dim], S as in the target's."""
+        """Allocate `kv_cache` [n_layer, 2, B, K, S, head_dim], S as in the target's."""
         c, weight = self.config, self.target.norm.weight
-        self.kv_cache = torch.zeros(2, max_batch_size, c.n_kv_head, max_seq_length, c.head_dim,
+        self.kv_cache = torch.zeros(c.n_layer, 2, max_batch_size, c.n_kv_head, max_seq_length, c.head_dim,
                                     dtype=weight.dtype, device=weight.device)
 
     def set_draft_vocab(self, ids: list[int] | None) -> None:
@@ -99,31 +113,30 @@ class EagleHead(nn.Module):
                 and len(set(ids)) == len(ids)):
             raise ValueError(f"a draft vocabulary is a list of different token ids below {vocab}")
         self.draft_ids = torch.tensor(ids, device=self.target.norm.weight.device)
-        take_rows = getattr(self.target.output, "rows", None)   # of a QuantLinear or a tp.ShardedOutput
-        if take_rows is not None:
-            output = take_rows(self.draft_ids)
-            tune(output)
-        else:
-            rows = self.target.output.weight[self.draft_ids]
-            output = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)
-            output.weight = nn.Parameter(rows, requires_grad=False)
-        self.draft_output = output
+        self.draft_output = rows_of(self.target.output, self.draft_ids)
 
     def forward(self, tokens: Tensor, features: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Next features [B, T, dim] from tokens t_{i+1} [B, T], features f_i [B, T, dim], positions i [B, T] or [T].
+                mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
+                is_draft: bool = False) -> Tensor:
+        """Next features [B, T, h] from tokens t_{i+1} [B, T], features of i [B, T, ...], positions i [B, T] or [T].
 
-        cache_pos and mask as in `Transformer.forward`; rope is `rope_cos_sin` of the positions, if already computed.
-        Before `setup_caches` the block attends to itself alone.
+        features are the target's (EAGLE-1: [B, T, t], EAGLE-3: the captured hidden states side by side [B, T, n * t]),
+        or the head's own output [B, T, h] for the row before (is_draft). cache_pos and mask as in
+        `Transformer.forward`; rope is `rope_cos_sin` of the positions, if already computed. Before `setup_caches` the
+        block attends to itself alone.
         """
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
-        x = self.fc(torch.cat((self.target.tok_embeddings(tokens), features), dim=-1))
         if mask is None:
-            mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[3])
-        bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
-        rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype) if rope is None else rope
-        return self.layer(x, rope, bias, cache_pos, self.kv_cache)
+            mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
+        bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, features.dtype)
+        rope = rope_cos_sin(input_pos, self.inv_freq, features.dtype) if rope is None else rope
+        return self.run_layers(tokens, features, rope, bias, cache_pos, is_draft)
+
+    def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
+                   cache_pos: Tensor, is_draft: bool) -> Tensor:
+        x = self.fc(torch.cat((self.target.tok_embeddings(tokens), features), dim=-1))
+        return self.layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[0])
 
     def draft_logits(self, features: Tensor) -> Tensor:
         """[..., dim] -> [..., Vd]: the target's LM head, over the draft vocabulary where there is one."""
@@ -140,68 +153,136 @@ class EagleHead(nn.Module):
         return out.index_copy_(-1, self.draft_ids, probs)
 
 
-def official_config(config: dict) -> dict:
-    """A head's config.json with the keys of the official format. Two other formats nest and rename them:
+def rows_of(linear: nn.Module, ids: Tensor) -> nn.Module:
+    """An LM head over some of another one's rows, quantised or divided over ranks as that one is."""
+    take_rows = getattr(linear, "rows", None)   # of a QuantLinear or a tp.ShardedOutput
+    if take_rows is not None:
+        output = take_rows(ids)
+        tune(output)
+        return output
+    assert isinstance(linear.weight, Tensor)
+    rows = linear.weight[ids]
+    output = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)
+    output.weight = nn.Parameter(rows, requires_grad=False)
+    return output
 
-    vLLM's converters   {"model_type": "eagle", "model": {...}, "eagle_fc_bias": bool, "truncated_vocab_size": int}
-    speculators         {"speculators_model_type": "eagle", "transformer_layer_config": {...}, "fusion_bias": bool}
 
-    Raises ValueError, naming key and value, for a head of another kind.
+class Eagle3Head(EagleHead):
+    """The draft model of EAGLE-3 in all its published variants (Eagle3Spec).
+
+    One pass for the token after position i, with its embedding e and g = fc(captured hidden states), or the head's own
+    output for the row before:
+
+        x = cat(input_norm(e), hidden_norm(g))
+        a = g + attention(x)
+        out = a + feed_forward(ffn_norm(a))         # further layers are plain ones
+        logits = output(norm(out))
     """
-    outer = dict(config)
-    places = [outer.pop(key, None) for key in ("model", "transformer_layer_config")]
-    nested = next((place for place in places if isinstance(place, dict)), {})
-    flat = {**outer, **nested, "architectures": [outer.get("architectures"), nested.get("architectures")]}
-    if flat.get("speculators_model_type", "eagle") not in ("eagle", "eagle3"):
-        raise ValueError(f"the head's config.json: speculators_model_type {flat['speculators_model_type']!r} is not "
-                         "supported (eagle is)")
-    if flat.get("speculators_model_type") == "eagle3":
-        flat["eagle_version"] = 3
-    for key in ("layernorms", "add_para_norm"):
-        if flat.get(key):
-            raise ValueError(f"the head's config.json: {key} {flat[key]!r}, more norms than EAGLE has: not supported")
-    if flat.get("truncated_vocab_size") not in (None, flat.get("vocab_size")):
-        raise ValueError("the head's config.json: truncated_vocab_size "
-                         f"{flat['truncated_vocab_size']} is not supported: its LM head is not the target's")
-    for key in ("eagle_fc_bias", "fusion_bias"):
-        if key in flat:
-            flat.setdefault("bias", bool(flat[key]))
-    if nested:
-        flat.setdefault("bias", False)
-    return flat
+    kind = "eagle3"
+    own_ids: Tensor     # [Vd] target ids of all rows of `output`
 
+    def __init__(self, spec: Eagle3Spec, target: Transformer):
+        nn.Module.__init__(self)
+        c, n = spec.args, len(spec.capture)
+        self.spec, self.config, self.capture = spec, c, spec.capture
+        self.__dict__["target"] = target
+        norm = lambda dim: RMSNorm(dim, c.norm_eps)
+        self.embedding = nn.Embedding(c.vocab_size, c.dim) if spec.own_embedding else None
+        self.fc_norm = nn.ModuleList(norm(spec.target_dim) for _ in range(n)) if spec.fc_norm else None
+        self.fc_input_norm = norm(n * spec.target_dim) if spec.norm_before_fc else None
+        self.fc = nn.Linear(n * spec.target_dim, c.dim, bias=False)
+        self.input_norm, self.hidden_norm = norm(c.dim), norm(c.dim)
+        self.layer = TransformerBlock(c, attention_norm=False, in_dim=2 * c.dim)
+        self.more_layers = nn.ModuleList(TransformerBlock(c) for _ in range(c.n_layer - 1))
+        self.norm = norm(c.dim)
+        self.output = nn.Linear(c.dim, spec.draft_vocab_size, bias=False)
+        self.register_buffer("inv_freq", rope_inv_freq(c, "cpu").to(self.fc.weight.device), persistent=False)
+        self.register_buffer("kv_cache", None, persistent=False)
+        self.register_buffer("own_ids", torch.zeros(spec.draft_vocab_size, dtype=torch.long), persistent=False)
+        self.register_buffer("draft_ids", None, persistent=False)
+        self.draft_output: nn.Module | None = None      # over a smaller draft vocabulary
+        self.requires_grad_(False)
 
-def official_key(key: str) -> str:
-    """The official name of a head's weight. vLLM's loader puts "model." before it, speculators renames two modules."""
-    while key.startswith("model."):
-        key = key.removeprefix("model.")
-    for theirs, ours in (("fusion_fc.", "fc."), ("transformer.", "layers.0.")):
-        if key.startswith(theirs):
-            key = ours + key.removeprefix(theirs)
-    return key
+    @classmethod
+    def load(cls, folder: Path, spec: Eagle3Spec, target: Transformer) -> "Eagle3Head":
+        """Fill a head with the weights of a folder, strictly."""
+        weight = target.norm.weight
+        with torch.device("meta"):
+            head = cls(spec, target)
+            install_quantized(head, folder)
+        head.to(weight.dtype).to_empty(device=weight.device)
+        head.inv_freq = rope_inv_freq(spec.args, weight.device)
+        offsets = torch.zeros(spec.draft_vocab_size, dtype=torch.long)
+        meta = lambda *shape: torch.empty(*shape, device="meta")
+        optional = {"t2d": meta(spec.args.vocab_size)}
+        if not spec.own_embedding:      # a copy of the target's
+            optional["embed_tokens.weight"] = meta(spec.args.vocab_size, spec.target_dim)
+        targets = head.weights()
+        if spec.draft_vocab_size == spec.args.vocab_size:
+            optional["d2t"] = offsets
+        else:
+            targets["d2t"] = offsets
+        load_weights(targets, folder, optional, rename=official_key)
+        ids = torch.arange(spec.draft_vocab_size) + offsets
+        if ids.min() < 0 or ids.max() >= spec.args.vocab_size or len(ids.unique()) < len(ids):
+            raise ValueError(f"{folder}: d2t does not name {len(ids)} different tokens of the target's vocabulary of "
+                             f"{spec.args.vocab_size}: the head is for another target")
+        head.own_ids = ids.to(weight.device)
+        head.set_draft_vocab(None)
+        tune(head)
+        return head.eval()
 
+    def weights(self) -> dict[str, Tensor]:
+        targets = {"layers.0.input_layernorm.weight": self.input_norm.weight, "norm.weight": self.norm.weight,
+                   "layers.0.hidden_norm.weight": self.hidden_norm.weight}
+        for name, linear in (("fc", self.fc), ("lm_head", self.output)):
+            targets |= {f"{name}.{kind}": tensor for kind, tensor in stored(linear).items()}
+        for i, layer in enumerate((self.layer, *self.more_layers)):
+            assert isinstance(layer, TransformerBlock)
+            targets |= {f"layers.{i}.{key}": part for key, part in block_targets(layer, self.config).items()}
+        for i, norm in enumerate(self.fc_norm or ()):
+            assert isinstance(norm, RMSNorm)
+            targets[f"fc_norm.{i}.weight"] = norm.weight
+        if self.fc_input_norm is not None:
+            targets["input_norm.weight"] = self.fc_input_norm.weight
+        if self.embedding is not None:
+            targets["embed_tokens.weight"] = self.embedding.weight
+        return targets
 
-def refuse_output_bias(folder: Path) -> None:
-    """Raise ValueError for a bias of o_proj that is not zero: SGLang's format has one of zeros beside q, k and v's."""
-    for key, tensor, file in iterate_weights(folder, wanted=lambda key: key.endswith("o_proj.bias")):
-        if tensor.any():
-            raise ValueError(f"{file}: {key} is not zero: a head has no bias there")
+    def set_draft_vocab(self, ids: list[int] | None) -> None:
+        """Draft only these of the head's own tokens, the likeliest first; None is all of them."""
+        is_whole = self.spec.draft_vocab_size == self.config.vocab_size
+        self.draft_ids, self.draft_output = None if is_whole else self.own_ids, None
+        if ids is None:
+            return
+        row = {token: i for i, token in enumerate(self.own_ids.tolist())}
+        if not (isinstance(ids, list) and ids and all(type(i) is int and i in row for i in ids)
+                and len(set(ids)) == len(ids)):
+            raise ValueError(f"a draft vocabulary of this EAGLE-3 head is a list of different token ids out of its own "
+                             f"{len(row)}")
+        device = self.own_ids.device
+        self.draft_ids = torch.tensor(ids, device=device)
+        self.draft_output = rows_of(self.output, torch.tensor([row[i] for i in ids], device=device))
 
+    def fuse(self, hiddens: Tensor) -> Tensor:
+        """Captured hidden states [B, T, n * t] -> [B, T, h]."""
+        if self.fc_norm is not None:
+            parts = hiddens.split(self.spec.target_dim, -1)
+            hiddens = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], -1)
+        return self.fc(hiddens if self.fc_input_norm is None else self.fc_input_norm(hiddens))
 
-def head_args(config: dict, target: ModelArgs) -> ModelArgs:
-    """ModelArgs of a head from its config.json, compared with its target's."""
-    config = official_config(config)
-    for key, ours in (("hidden_size", target.dim), ("vocab_size", target.vocab_size)):
-        if key not in config:
-            raise ValueError(f"the head's config.json has no key {key!r}")
-        if config[key] != ours:
-            raise ValueError(f"this head does not fit its target: {key} is {config[key]} in the head, "
-                             f"{ours} in the target")
-    if config.get("eagle_version", 1) not in (1, 2) or "Eagle3" in str(config.get("architectures")):
-        raise ValueError("this is an EAGLE-3 head: EAGLE-1 and EAGLE-2 heads are supported")
-    try:
-        # A head is a dense LLaMA layer whatever its target is, at most with Qwen2's biases.
-        args = ModelArgs.from_config(config | {"model_type": "llama", "num_hidden_layers": 1, "attention_bias": False})
-    except ValueError as error:
-        raise ValueError(f"the head's {error}") from None
-    return replace(args, qkv_bias=bool(config.get("qkv_bias") or config.get("attention_bias")))
+    def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
+                   cache_pos: Tensor, is_draft: bool) -> Tensor:
+        is_draft = is_draft or features.shape[-1] != self.fc.in_features
+        g = features if is_draft else self.fuse(features)
+        normed = self.hidden_norm(g)
+        x = torch.cat((self.input_norm((self.embedding or self.target.tok_embeddings)(tokens)), normed), dim=-1)
+        caches = self.kv_cache if self.kv_cache is not None else [None] * self.config.n_layer
+        x = self.layer(x, rope, bias, cache_pos, caches[0], normed if self.spec.norm_before_residual else g)
+        for layer, cache in zip(self.more_layers, caches[1:]):
+            x = layer(x, rope, bias, cache_pos, cache)
+        return self.norm(x) if self.spec.norm_output else x
+
+    def draft_logits(self, features: Tensor) -> Tensor:
+        """[B, T, h] -> [B, T, Vd]: the head's own LM head behind its own norm."""
+        return (self.draft_output or self.output)(features if self.spec.norm_output else self.norm(features))

@@ -158,7 +158,8 @@ class EagleStep:
         self.pos = torch.zeros_like(self.tokens)
         self.n_pair = torch.ones_like(self.tokens)
         self.pair_tokens = torch.zeros(batch_size, width, dtype=torch.long, device=device)
-        self.pair_features = torch.zeros(batch_size, width, model.config.dim, dtype=dtype, device=device)
+        n_feature = model.config.dim * max(len(head.capture), 1)
+        self.pair_features = torch.zeros(batch_size, width, n_feature, dtype=dtype, device=device)
         self.produced = torch.zeros(batch_size, width, dtype=torch.long, device=device)
 
     @property
@@ -176,7 +177,8 @@ class EagleStep:
         self.pair_tokens.copy_(self.tokens.expand_as(self.pair_tokens))
         self.pair_features.zero_()      # a prompt of one token has no feature before its root
         last = (self.pos - 1).clamp(min=0)
-        for pos, following, features, mask in prefill(self.model, prompts, max(n_cached - 1, 0)):
+        for pos, following, features, mask in prefill(self.model, prompts, max(n_cached - 1, 0),
+                                                      capture=self.head.capture):
             self.head(following, features, pos, mask=mask)
             begin, end = pos[0, 0], pos[0, -1]
             feature = features[self.plan.row, (last - begin).clamp(0, pos.shape[1] - 1)]
@@ -207,7 +209,7 @@ class EagleStep:
         """The target over all nodes: logits [B, N, V], features [B, N, dim]."""
         slots = self.pos + self.plan.order[:, :self.tree.n_node]
         bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
-        return self.model(draft.tokens, self.pos + draft.depths, slots, bias)
+        return self.model(draft.tokens, self.pos + draft.depths, slots, bias, self.head.capture)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if self.draw_drafts and isinstance(self.plan, StaticPlan):

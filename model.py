@@ -114,8 +114,8 @@ class Transformer(nn.Module):
         self.kv_cache = torch.zeros(c.n_layer, 2, max_batch_size, c.n_kv_head, max_seq_length, c.head_dim,
                                     dtype=weight.dtype, device=weight.device)
 
-    def forward(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None, mask: Tensor | None = None,
+                capture: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """One pass over a block of new tokens.
 
         tokens     [B, T] int64
@@ -124,15 +124,23 @@ class Transformer(nn.Module):
         mask       [B, T, S] bool: the slots each token may see, its own among them. Only the first S slots are
                    read, S <= those allocated, so a narrow mask makes a short conversation in a long cache cheap.
                    None means causal: every slot up to the token's position.
-        Returns logits [B, T, V] and features [B, T, dim], the hidden state after the final norm. Before
-        `setup_caches` the block attends to itself alone.
-        """
-        features = self.features(tokens, input_pos, cache_pos, mask)
-        return self.output(features), features
+        capture    return the hidden states of these indices in the place of the features (EAGLE-3, section 3.1): j is
+                   the residual stream before layer j, n_layer the state after the final norm
 
-    def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                 mask: Tensor | None = None) -> Tensor:
-        """`forward` without the LM head: features [B, T, dim]."""
+        Returns logits [B, T, V] and features [B, T, dim], the hidden state after the final norm, or the captured
+        hidden states side by side, [B, T, len(capture) * dim]. Before `setup_caches` the block attends to itself alone.
+        """
+        last, captured = self.hidden_states(tokens, input_pos, cache_pos, mask, capture)
+        return self.output(last), captured
+
+    def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None, mask: Tensor | None = None,
+                 capture: tuple[int, ...] = ()) -> Tensor:
+        """The second value of `forward`, without the LM head."""
+        return self.hidden_states(tokens, input_pos, cache_pos, mask, capture)[1]
+
+    def hidden_states(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None, mask: Tensor | None,
+                      capture: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The hidden state after the final norm [B, T, dim], and the features that `forward` returns."""
         check_block(tokens, self.kv_cache)
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
@@ -141,9 +149,13 @@ class Transformer(nn.Module):
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
         bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
+        states = {}
         for i, layer in enumerate(self.layers):
+            if i in capture:
+                states[i] = x
             x = layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[i])
-        return self.norm(x)
+        states[len(self.layers)] = last = self.norm(x)
+        return last, torch.cat([states[i] for i in capture], dim=-1) if capture else last
 
 
 def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
@@ -197,28 +209,32 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm decoder layer. EAGLE's draft layer is this one with `attention_norm` off (EAGLE, section 4.1)."""
+    """Pre-norm decoder layer. EAGLE's draft layer is this one with `attention_norm` off (EAGLE, section 4.1).
 
-    def __init__(self, config: ModelArgs, attention_norm: bool = True):
+    EAGLE-3's layer reads an input of width in_dim and adds its output to another tensor, the `residual`.
+    """
+
+    def __init__(self, config: ModelArgs, attention_norm: bool = True, in_dim: int | None = None):
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, in_dim)
         self.feed_forward = MoEFeedForward(config) if config.n_expert else FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps) if attention_norm else nn.Identity()
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, cache_pos: Tensor,
-                kv_cache: Tensor | None) -> Tensor:
-        """x [B, T, dim], bias [B, 1, G*T, S], cache_pos [B, T], kv_cache [2, B, K, slots, D] -> [B, T, dim]."""
-        x = x + self.attention(self.attention_norm(x), rope, bias, cache_pos, kv_cache)
+                kv_cache: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """x [B, T, dim or in_dim], bias [B, 1, G*T, S], cache_pos [B, T], kv_cache [2, B, K, slots, D],
+        residual [B, T, dim] (default: x) -> [B, T, dim]."""
+        x = (x if residual is None else residual) + self.attention(self.attention_norm(x), rope, bias, cache_pos, kv_cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelArgs):
+    def __init__(self, config: ModelArgs, in_dim: int | None = None):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         rows = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-        self.wqkv = nn.Linear(config.dim, rows, bias=config.qkv_bias)
+        self.wqkv = nn.Linear(in_dim or config.dim, rows, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
@@ -331,8 +347,8 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0,
-            chunk: int = PREFILL_CHUNK) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0, chunk: int = PREFILL_CHUNK,
+            capture: tuple[int, ...] = ()) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Fill the cache with all but the last token of each prompt. The last one is the first step's input.
 
     The first n_cached tokens are in the cache already. Yields per chunk (pos [B, T], next_tokens [B, T], features
@@ -346,7 +362,8 @@ def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0,
         end = min(begin + chunk, length - 1)
         pos = torch.arange(begin, end, device=device).expand(len(prompts), -1)
         mask = causal_mask(pos, bucket(end, n_slot))
-        yield pos, padded[:, begin + 1:end + 1], model.features(padded[:, begin:end], pos, mask=mask), mask
+        yield pos, padded[:, begin + 1:end + 1], model.features(padded[:, begin:end], pos, mask=mask,
+                                                                   capture=capture), mask
 
 
 # Hugging Face's names of the weights

@@ -106,14 +106,14 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
 
 
 def call_with_dynamic_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
-                            cache_pos: Tensor, kv_cache: Tensor | None) -> Tensor:
+                            cache_pos: Tensor, kv_cache: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """A compiled TransformerBlock, told which sizes vary from call to call."""
     # Slices get the strides of contiguous tensors, or dynamo makes a graph for each kind. For one row this is a view.
     cos, sin, cache_pos = (part[0][None] if len(part) == 1 else part.contiguous() for part in (*rope, cache_pos))
-    for tensor in (x, cos, sin, cache_pos):
+    for tensor in (x, cos, sin, cache_pos, *([] if residual is None else [residual])):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)         # new tokens
     torch._dynamo.maybe_mark_dynamic(bias, (2, 3))          # their rows, and cache slots
-    return compiled(x, (cos, sin), bias, cache_pos, kv_cache)
+    return compiled(x, (cos, sin), bias, cache_pos, kv_cache, *([] if residual is None else [residual]))
 
 
 class PackedRMSNorm(nn.Module):
