@@ -155,8 +155,7 @@ def check_cache(folder: Path, origin: dict[str, str]) -> None:
 
 def cache_origin(folder: Path) -> dict[str, str]:
     """What the features in a folder come from; empty where there are none."""
-    file = folder / "features.json"
-    return read_json(file) if file.exists() else {}
+    return read_json(folder / "features.json", absent={})
 
 
 def tokens_digest(dialogues: list[Dialogue], masks: bool = False) -> str:
@@ -218,20 +217,14 @@ def load_target(folder: Path, device: torch.device, dtype: torch.dtype, rank: in
     return [ranks.in_turn(turn == rank, device, load, READ_SECONDS) for turn in range(world)][rank]
 
 
-def shard_layers(model: Transformer, device: torch.device, rank: int, world: int) -> list["Pieces"]:
+def shard_layers(model: Transformer, device: torch.device, rank: int, world: int) -> list["Piece"]:
     """Keep 1/world of every layer here. The ranks gather a layer for the time it runs, as ZeRO-3 does
     (arXiv 1910.02054), so all of them must run the target equally often."""
-    kept = []
-    for layer in model.layers:
-        pieces = Pieces(layer, device, rank, world)
-        layer.register_forward_pre_hook(pieces.gather)
-        layer.register_forward_hook(pieces.drop)
-        kept.append(pieces)
-    return kept
+    return [Piece(layer, device, rank, world) for layer in model.layers]
 
 
-class Pieces:
-    """1/world of the tensors of a layer. `gather` makes them whole, `drop` frees them again."""
+class Piece:
+    """1/world of a layer's tensors. Before the layer runs `gather` makes them whole, afterwards `drop` frees them."""
 
     def __init__(self, layer: nn.Module, device: torch.device, rank: int, world: int):
         from quantized import QuantLinear
@@ -246,6 +239,8 @@ class Pieces:
         self.mine = F.pad(flat, (0, -len(flat) % world)).view(world, -1)[rank].to(device, copy=True)     # [bytes]
         self.world = world
         self.drop()
+        layer.register_forward_pre_hook(self.gather)
+        layer.register_forward_hook(self.drop)
 
     def gather(self, *_) -> None:
         whole = self.mine.new_empty(self.world * len(self.mine))

@@ -3,13 +3,13 @@
     python scripts/generate_data.py --checkpoint lmsys/vicuna-7b-v1.3 --prompts prompts.jsonl --out data.jsonl
 
 A head learns best from answers that its target wrote (EAGLE, arXiv 2401.15077, table 6: 2.88x instead of 2.78x).
---prompts gives the user's turns: dialogues in a format of train_data.py, question sets ("turns"), or lines of text. Each
-turn is answered after the target's own earlier answers; system messages and tools stay.
+--prompts gives the user's turns: dialogues in a format of train_data.py, question sets ("turns"), or lines of text.
+Each turn is answered after the target's own earlier answers; system messages and tools stay.
 
 Without --prompts the target writes the questions too, from the opening of its chat template (as in Magpie, arXiv
-2406.08464). A system message about one of many topics and an opening word or two keep it from asking the same few things;
-the answer is then given without that system message. Repeated questions are dropped, and so are answers that loop, which
-would flatter acceptance. Under torchrun the target is split over the processes, and the first one writes.
+2406.08464). A system message about one of many topics and an opening word or two keep it from asking the same things;
+the answer is then given without that system message. Repeated questions are dropped, and so are answers that loop,
+which would flatter acceptance. Under torchrun the target is split over the processes, and the first one writes.
 
 Each line written is a dialogue, {"messages": [...]}, with "tools" where there are some, and
     tokens          for each answer the ids that the target generated, which train_head.py trains on
@@ -45,26 +45,28 @@ from train_data import LeftOut, Unusable, answer_text, chat_of, holds_records
 from train_features import DIFFERS, READ_SECONDS, check_same, from_first_rank, target_stamp
 
 OPENINGS = """A|Act as|An|Analyze|Answer|Are|Arrange|As a|Assume|Brainstorm|Calculate|Can you|Can you explain|Classify|
-Come up with|Compare|Compose|Complete|Consider|Construct|Convert|Could you|Create|Debug|Define|Describe|Design|Determine|
-Develop|Did|Discuss|Do|Does|Draft|Edit|Evaluate|Explain|Extract|Find|For|From|Generate|Give|Give me|Given|Help me|Hey|Hi,|
-How|How can|How do|How does|How many|How would|I|I am|I have|I need|I want|I'm|Identify|If|Imagine|Implement|In|In the|Is|
-Let|List|Look at|Make|Make a list|My|Name|On|Outline|Please|Play the role|Predict|Pretend|Prove|Provide|Rank|Read|Recommend|
-Rewrite|Say|Should|Show|Simplify|Solve|Some|Suggest|Summarize|Suppose|Take|Tell me|The|The following|There are|Think of|
-Translate|Two|Use|Using|We|What|What are|What does|What if|What is|What makes|What would|When|Where|Which|Who|Why|Why do|
-Will|Write|Write a|Write a function|Write a program|Write a short|Write an|You|You are""".replace("\n", "").split("|")
+Come up with|Compare|Compose|Complete|Consider|Construct|Convert|Could you|Create|Debug|Define|Describe|Design|
+Determine|Develop|Did|Discuss|Do|Does|Draft|Edit|Evaluate|Explain|Extract|Find|For|From|Generate|Give|Give me|Given|
+Help me|Hey|Hi,|How|How can|How do|How does|How many|How would|I|I am|I have|I need|I want|I'm|Identify|If|Imagine|
+Implement|In|In the|Is|Let|List|Look at|Make|Make a list|My|Name|On|Outline|Please|Play the role|Predict|Pretend|Prove|
+Provide|Rank|Read|Recommend|Rewrite|Say|Should|Show|Simplify|Solve|Some|Suggest|Summarize|Suppose|Take|Tell me|The|
+The following|There are|Think of|Translate|Two|Use|Using|We|What|What are|What does|What if|What is|What makes|
+What would|When|Where|Which|Who|Why|Why do|Will|Write|Write a|Write a function|Write a program|Write a short|Write an|
+You|You are""".replace("\n", "").split("|")
 
 TOPICS = """creative writing|poetry|short stories|role play|fictional characters|travel|blog posts|emails and letters|
-business|marketing|management|finance and the stock market|economics|law|politics|world history|ancient history|geography|
-philosophy|ethics|psychology|religion|languages|grammar and editing|translation|literature|book and film reviews|music|
-art|photography|architecture|cooking|nutrition|fitness|medicine|mental health|relationships|parenting|education|career|
-job interviews|gardening|home repair|cars|sports|games and puzzles|riddles|logic|word problems|arithmetic|algebra|geometry|
-probability and statistics|calculus|number theory|physics|astronomy|chemistry|biology|genetics|evolution|ecology|
-climate and the environment|geology|energy|engineering|electronics|robotics|space travel|computers|the internet|security|
-Python programming|C++ programming|JavaScript and HTML|algorithms and data structures|SQL and databases|regular expressions|
-code review|operating systems|machine learning|artificial intelligence|data science|tables, JSON and CSV|
-extracting facts from a text|summarizing articles|classifying reviews|common sense|everyday life|time management|shopping|
-animals and pets|food and drink|festivals and culture|myths and legends|humour and jokes|speeches|debates|advice|
-famous people|inventions|money|weather|transport|fashion|etiquette""".replace("\n", "").split("|")
+business|marketing|management|finance and the stock market|economics|law|politics|world history|ancient history|
+geography|philosophy|ethics|psychology|religion|languages|grammar and editing|translation|literature|
+book and film reviews|music|art|photography|architecture|cooking|nutrition|fitness|medicine|mental health|relationships|
+parenting|education|career|job interviews|gardening|home repair|cars|sports|games and puzzles|riddles|logic|
+word problems|arithmetic|algebra|geometry|probability and statistics|calculus|number theory|physics|astronomy|chemistry|
+biology|genetics|evolution|ecology|climate and the environment|geology|energy|engineering|electronics|robotics|
+space travel|computers|the internet|security|Python programming|C++ programming|JavaScript and HTML|
+algorithms and data structures|SQL and databases|regular expressions|code review|operating systems|machine learning|
+artificial intelligence|data science|tables, JSON and CSV|extracting facts from a text|summarizing articles|
+classifying reviews|common sense|everyday life|time management|shopping|animals and pets|food and drink|
+festivals and culture|myths and legends|humour and jokes|speeches|debates|advice|famous people|inventions|money|weather|
+transport|fashion|etiquette""".replace("\n", "").split("|")
 
 MARK = "\u241f"         # stands where the user's text goes in a template
 IDLE_ROUNDS = 100       # of the target asking itself without one dialogue to keep, before giving up
@@ -128,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         args.checkpoint = str(download_demo(log=say))
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
                                           template_args=args.template_args)
-    tokenizer.apply_chat_template(asked_by("Hi", args).turns)   # a template that refuses everything is refused now
+    tokenizer.apply_chat_template(question_of({"turns": ["Hi"]}, args).turns)   # refuses now what always fails
     job = from_first_rank(lambda alive: prepare(args, tokenizer), pick_device(args.device), READ_SECONDS)
     if job.settings["date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(job.settings["date"])
@@ -162,7 +164,8 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Job:
     if tokenizer.uses_date:     # one for the whole file
         date = kept.get("date") or datetime.datetime.now().isoformat(timespec="seconds")
     settings = {"checkpoint": args.checkpoint, "target": target_stamp(resolve_checkpoint(args.checkpoint))[:16],
-                "template": tokenizer.template_digest[:16], "prompts": talks and digest([talk.question for talk in talks]),
+                "template": tokenizer.template_digest[:16],
+                "prompts": talks and digest([talk.question for talk in talks]),
                 "date": date, "self_prompted": talks is None, **{key: getattr(args, key) for key in OPTIONS}}
     check_same(kept, settings, str(args.out), "; give another --out",
                DIFFERS | {"prompts": "{where} answers other questions than --prompts asks"})
@@ -193,15 +196,16 @@ def read_questions(file: Path, args: argparse.Namespace) -> list[Talk]:
     if holds_records(file):
         records = read_records(file, left_out.add_broken)
     else:
-        records = [(n, {"turns": [line]}) for n, line in enumerate(read_text(file).split("\n"), start=1) if line.strip()]
+        lines = enumerate(read_text(file).split("\n"), start=1)
+        records = ((n, {"turns": [line]}) for n, line in lines if line.strip())
     for line, entry in records:
         try:
             talk = question_of(entry, args)
         except Unusable as error:
-            left_out.add(error.name, line, error.why)
+            left_out.add(line, *error.args)
             continue
         if talk.question in talks:
-            left_out.add("repeated", line)
+            left_out.add(line, "repeated")
         talks[talk.question] = talk
     if "broken lines" in left_out.places:
         raise ValueError(f'{file}: {left_out}: give JSON with "messages", "conversations" or "turns", '
@@ -226,17 +230,9 @@ def question_of(entry: object, args: argparse.Namespace) -> Talk:
     if not turns or not all(turn["content"].strip() for turn in turns):
         raise Unusable("with an empty question" if turns else "without a question")
     turns = [{**turn, "content": turn["content"].strip()} for turn in turns]
-    return Talk(with_system(turns, args), chat.tools)
-
-
-def asked_by(text: str, args: argparse.Namespace) -> Talk:
-    return Talk(with_system([{"role": "user", "content": text}], args))
-
-
-def with_system(turns: list[dict], args: argparse.Namespace) -> list[dict]:
-    """The same under --system, where they have no system message of their own."""
-    own = turns[0]["role"] in ("system", "developer")
-    return turns if own or not args.system else [{"role": "system", "content": args.system}, *turns]
+    if args.system and turns[0]["role"] not in ("system", "developer"):
+        turns = [{"role": "system", "content": args.system}, *turns]
+    return Talk(turns, chat.tools)
 
 
 def digest(value: object) -> str:
@@ -262,7 +258,8 @@ def rounds(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, j
         n_round += 1
         if len(waiting) < args.batch_size:
             if new is None:
-                talks = [asked_by(text, args) for text in ask(asker, tokenizer, random.Random(seed), seed, args)]
+                texts = ask(asker, tokenizer, random.Random(seed), seed, args)
+                talks = [question_of({"turns": [text]}, args) for text in texts]
             else:
                 talks, new = new[:args.batch_size], new[args.batch_size:]
             known = job.seen | {talk.question for talk in waiting}
@@ -303,7 +300,8 @@ def line_of(talk: Talk, tokenizer: Tokenizer, n_round: int, settings: dict) -> s
     return json.dumps(entry, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
-def ask(decoder: cli.Decoder, tokenizer: Tokenizer, rng: random.Random, seed: int, args: argparse.Namespace) -> list[str]:
+def ask(decoder: cli.Decoder, tokenizer: Tokenizer, rng: random.Random, seed: int,
+        args: argparse.Namespace) -> list[str]:
     """A batch of user turns written by the target; fewer come back, as those that do not end in time are dropped."""
     openings = [rng.choice(OPENINGS) for _ in range(args.batch_size)]
     frames = [user_frame(tokenizer, rng.choice(TOPICS)) for _ in openings]
@@ -331,14 +329,14 @@ def user_frame(tokenizer: Tokenizer, topic: str) -> tuple[str, str]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Let the target write dialogues to train a head on.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; appended to when it exists")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; added to when it exists")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions to answer (default: the target asks itself)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions (default: the target asks itself)")
     parser.add_argument("--dialogues", type=number(int, 1), default=10000, metavar="N", help="without --prompts")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="of an answer")
     parser.add_argument("--max-user-tokens", type=number(int, 1), default=64, metavar="N", help="of a question")
     parser.add_argument("--max-prompt-tokens", type=number(int, 1), default=512, metavar="N", help="longer is dropped")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="of answers; 0 is greedy")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="of answers; 0: greedy")
     parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--batch-size", type=number(int, 1), default=64, metavar="N")
