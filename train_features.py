@@ -28,7 +28,9 @@ from tqdm import tqdm
 
 import ranks
 from console import say, whole_or_nothing, write_atomically
-from model import Transformer, pack_for_cpu, read_json
+from checkpoint import read_json
+from model import Transformer
+from runtime import pack_for_cpu
 from train_data import Dialogue, make_batches
 
 SHARD = 256             # dialogues in a file of the cache
@@ -227,7 +229,7 @@ class Piece:
     """1/world of a layer's tensors. Before the layer runs `gather` makes them whole, afterwards `drop` frees them."""
 
     def __init__(self, layer: nn.Module, device: torch.device, rank: int, world: int):
-        from quantized import QuantLinear
+        from linears import QuantLinear
         self.tensors = [*layer.parameters(), *layer.buffers()]      # of a quantised layer too
         self.shapes = [tensor.shape for tensor in self.tensors]
         self.linears = [module for module in layer.modules() if isinstance(module, QuantLinear)]

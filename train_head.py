@@ -33,7 +33,8 @@ from tqdm import tqdm
 import ranks
 from console import Parser, add_chat_options, command, number, pick_device, say, whole_or_nothing, write_atomically
 from eagle_head import EagleHead, head_args
-from model import Transformer, read_json, resolve_checkpoint
+from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
+from model import Transformer
 from tokenizer import Tokenizer
 from train_data import Dialogue, common_tokens, make_batches, parts_of, read_dialogues, split
 from train_features import (DIFFERS, READ_SECONDS, Features, cache_origin, check_cache, check_same, from_first_rank,
@@ -51,8 +52,7 @@ def train(args: argparse.Namespace) -> int:
     if args.shard_target and (world == 1 or cache is not None):
         raise ValueError("--shard-target needs torchrun with several processes, and no --cache-features")
     if args.checkpoint is None:
-        from scripts.download import download_demo
-        args.checkpoint = str(download_demo(log=say))
+        args.checkpoint = str(demo_checkpoint())
     folder = resolve_checkpoint(args.checkpoint)
 
     # A resume or a cache that does not fit is refused before anything is loaded or written.

@@ -34,11 +34,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import generate as cli
 import ranks
 from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
-from model import Sampling, Transformer, resolve_checkpoint
+from checkpoint import resolve_checkpoint
+from model import Transformer
+from sampling import Sampling
 from scripts.report import loops
 from tokenizer import Tokenizer
 from train_data import LeftOut, Unusable, answer_text, chat_of, holds_records

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle_head import EagleHead, StaticTree, load_tree
+from draft_tree import StaticTree, load_tree
+from eagle_head import EagleHead
 from generate import generate
 from generate import parse_args as generate_args
 from model import Transformer

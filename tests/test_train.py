@@ -29,8 +29,9 @@ import train_head
 import train_loss
 from eagle_head import EagleHead
 from generate import generate
-from model import Transformer, read_json
-from quantized import Format, quantize_in_place
+from checkpoint import read_json
+from model import Transformer
+from linears import Format, quantize_in_place
 from reference import TEMPLATE, assert_close, edited_json, read_safetensors, tiny, tokens_of, write_checkpoint
 from scripts import export_head
 from test_eagle import written_out_head
