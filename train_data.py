@@ -18,7 +18,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -184,16 +184,16 @@ def text_of(part: object) -> str:
     return text
 
 
-def tools_of(tools: object) -> list[dict] | None:
+def tools_of(tools: Any) -> list[dict] | None:
     """A list of tools, or the JSON text of one."""
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise Unusable("with tools that are not JSON", str(error)) from None
-    if not tools or isinstance(tools, list):
-        return tools or None
-    raise Unusable("with tools that are not a list")
+    if tools and not isinstance(tools, list):
+        raise Unusable("with tools that are not a list")
+    return tools or None
 
 
 def generated_ids(tokenizer: Tokenizer, chat: Chat, notes: Counter) -> dict[int, list[int]]:
@@ -343,9 +343,6 @@ def check_nothing_is_lost(tokenizer: Tokenizer, chat: Chat, n: int, before: str,
         if less != chat.messages[n] and is_same(after, [*chat.messages[:n], less], add_generation_prompt=False,
                                                 tools=chat.tools):
             raise Unusable(f"with {name} that the chat template leaves out")
-
-
-# What is trained on
 
 
 def common_tokens(dialogues: list[Dialogue], stop_ids: frozenset[int], n: int) -> list[int]:

@@ -28,12 +28,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import ranks
+from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
 from console import Parser, add_chat_options, command, number, pick_device, say, whole_or_nothing, write_atomically
 from eagle_head import EagleHead, head_args
-from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
 from model import Transformer
 from tokenizer import Tokenizer
 from train_data import Dialogue, common_tokens, make_batches, parts_of, read_dialogues, split
@@ -42,17 +43,17 @@ from train_features import (DIFFERS, READ_SECONDS, Features, cache_origin, check
 from train_loss import Learner, evaluate, input_noise
 
 
-def train(args: argparse.Namespace) -> int:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, is_first, cache = pick_device(args.device), rank == 0, args.cache_features
-    state_file = args.out / "checkpoint.pt"
+@command(in_ranks=True)
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status: 130 when stopped, with everything saved."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device, cache, state_file = pick_device(args.device), args.cache_features, args.out / "checkpoint.pt"
     resumes = state_file.exists()
     if resumes and not args.resume:
         raise ValueError(f"{args.out} holds a training: go on with --resume, or give another --out")
     if args.shard_target and (world == 1 or cache is not None):
         raise ValueError("--shard-target needs torchrun with several processes, and no --cache-features")
-    if args.checkpoint is None:
-        args.checkpoint = str(demo_checkpoint())
+    args.checkpoint = args.checkpoint or str(demo_checkpoint())
     folder = resolve_checkpoint(args.checkpoint)
 
     # A resume or a cache that does not fit is refused before anything is loaded or written.
@@ -62,7 +63,6 @@ def train(args: argparse.Namespace) -> int:
     check_same(before, settings, f"--resume: {state_file}", differs=RESUME_DIFFERS)
     if cache is not None:
         check_cache(cache, origin)
-    target = read_json(folder / "config.json")
     model = load_target(folder, device, getattr(torch, args.dtype), rank, world if args.shard_target else 1)
     max_length = min(args.max_length, model.config.block_size)
     dialogues = read_dialogues(args.data, tokenizer, model.config.vocab_size, max_length)
@@ -77,17 +77,17 @@ def train(args: argparse.Namespace) -> int:
     features = Features(model, dialogues, cache)
 
     held_out, train_set = split([dialogue.line for dialogue in dialogues], args.eval_dialogues, args.seed)
-    config = head_config(target, Path(args.checkpoint).name, args.bias)
+    config = head_config(read_json(folder / "config.json"), Path(args.checkpoint).name, args.bias)
     head = new_head(config, model, None if resumes else args.init, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.draft_vocab:
         ids = common_tokens([dialogues[i] for i in train_set], tokenizer.stop_ids, args.draft_vocab)
         head.set_draft_vocab(ids)
-        if is_first:
+        if ranks.writes():
             write_atomically(args.out / "draft_vocab.json", json.dumps({"ids": ids}) + "\n")
     learner = Learner(head, args.dtype == "bfloat16", args.levels)
-    wrapped = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
-    run = Run(args.out, head, config, settings, args.lr, is_first)
+    wrapped = DistributedDataParallel(learner) if world > 1 else learner
+    run = Run(args.out, head, config, settings, args.lr)
     if resumes:
         run.load(device)
 
@@ -159,7 +159,7 @@ def train(args: argparse.Namespace) -> int:
                     say(f"stopped at step {run.step}; the same command with --resume goes on from there")
                     return 130
     run.save()
-    if is_first:
+    if ranks.writes():
         draw_curves(run.log, args.out / "curves.png")
     say(f"wrote {args.out}")
     return 0
@@ -187,8 +187,7 @@ RESUME_DIFFERS = DIFFERS | {
     "data": "{where} was trained on another --data file",
     "threads": "{where} was trained with {was} threads, now there are {now}: OMP_NUM_THREADS={was} gives the same bits",
     "device": "{where} was trained on the device {was!r}, now it is {now!r}: give --device {was}",
-    "torch": "{where} was trained with torch {was}, this is {now}: install that one, or begin anew from the head with "
-             "--init and another --out",
+    "torch": "{where} was trained with torch {was}, this is {now}: install that one, or use --init and another --out",
     "world": "{where} was trained by {was} processes, now there are {now}",
     "cached": "{where}: --cache-features was given: {was}, now: {now}; cached features are rounded otherwise",
 }
@@ -208,8 +207,7 @@ def head_config(target: dict, name: str, bias: bool = True) -> dict:
     """config.json of a head in the official format, from its target's config.json and name."""
     keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
             "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    rope = target.get("rope_parameters") or {}
-    theta = target.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    theta = target.get("rope_theta") or (target.get("rope_parameters") or {}).get("rope_theta") or 10000.0
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1,
             **{key: target[key] for key in keys if target.get(key) is not None}, "rope_theta": theta, "bias": bias,
             "qkv_bias": target.get("model_type") == "qwen2", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -246,8 +244,8 @@ class Run:
     Nothing random is kept: batches and noise follow from the seed, the rate from the step.
     """
 
-    def __init__(self, folder: Path, head: EagleHead, config: dict, settings: dict[str, str], lr: float, writes: bool):
-        self.folder, self.head, self.config, self.settings, self.writes = folder, head, config, settings, writes
+    def __init__(self, folder: Path, head: EagleHead, config: dict, settings: dict[str, str], lr: float):
+        self.folder, self.head, self.config, self.settings = folder, head, config, settings
         self.weights = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, betas=(0.9, 0.95))
         self.step, self.log = 0, []
@@ -264,7 +262,7 @@ class Run:
 
     def save(self) -> None:
         """Write what is new since the last time."""
-        if self.writes and self.saved != (self.step, len(self.log)):
+        if ranks.writes() and self.saved != (self.step, len(self.log)):
             if not all(weight.isfinite().all() for weight in self.weights.values()):
                 raise ValueError(f"weights are not finite after step {self.step}: the last checkpoint stands; "
                                  "a lower --lr may help")
@@ -281,7 +279,7 @@ class Run:
 
 
 def load_state(file: Path, device: torch.device | None = None) -> dict:
-    """What `save_state` wrote; without a device its tensors are mapped, not read."""
+    """A checkpoint.pt. Without a device its tensors are mapped into memory, not read."""
     try:
         return torch.load(file, map_location=device or "cpu", mmap=device is None, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -298,8 +296,8 @@ def count_tokens(dialogues: list[Dialogue], indices: list[int]) -> int:
     return sum(int(dialogues[i].loss_mask[2:].sum()) for i in indices)
 
 
-def add_gradients(wrapped: nn.Module, features: Features, indices: list[int], parts: list[list[int]],
-                  args: argparse.Namespace, noise_seed: int, world: int) -> list[Tensor]:
+def add_gradients(learner: Learner | DistributedDataParallel, features: Features, indices: list[int],
+                  parts: list[list[int]], args: argparse.Namespace, noise_seed: int, world: int) -> list[Tensor]:
     """The loss of a step is the mean over the tokens of all its parts and processes: its gradient is that of one large
     batch. Returns the Losses [4] of this process's parts."""
     dialogues, losses = features.dialogues, []
@@ -309,9 +307,9 @@ def add_gradients(wrapped: nn.Module, features: Features, indices: list[int], pa
         batch = features.batch(part or indices[:1])
         if not part:    # fewer dialogues than processes: take part with nothing that counts
             batch = batch._replace(loss_mask=torch.zeros_like(batch.loss_mask))
-        waits = world > 1 and len(losses) < len(parts) - 1
-        with wrapped.no_sync() if waits else contextlib.nullcontext():
-            sums = wrapped(batch, input_noise(batch, part, lengths, args.noise, noise_seed))
+        is_last = len(losses) == len(parts) - 1     # then the processes exchange gradients
+        with contextlib.nullcontext() if is_last or isinstance(learner, Learner) else learner.no_sync():
+            sums = learner(batch, input_noise(batch, part, lengths, args.noise, noise_seed))
             loss = (sums.smooth_l1 + args.cls_weight * sums.cross_entropy) / n_counted
             (loss * world).backward()   # DistributedDataParallel averages gradients, the loss is a sum of parts
         losses.append(torch.stack(sums).detach())
@@ -321,8 +319,7 @@ def add_gradients(wrapped: nn.Module, features: Features, indices: list[int], pa
 def refuse_not_finite(losses: list[Tensor], norm: Tensor, parts: list[list[int]], indices: list[int],
                       dialogues: list[Dialogue], step: int) -> None:
     """Raise ValueError with the lines at fault, before a NaN enters the weights."""
-    # sync: once a step
-    finite = torch.stack([*(loss.isfinite().all() for loss in losses), norm.isfinite()]).tolist()
+    finite = torch.stack([*(loss.isfinite().all() for loss in losses), norm.isfinite()]).tolist()  # sync: once a step
     if all(finite):
         return
     at_fault = next((part for part, fine in zip(parts, finite) if not fine), indices)
@@ -369,12 +366,6 @@ def draw_curves(log: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-@command(in_ranks=True)
-def main(args: argparse.Namespace) -> int:
-    """Exit status 130 when stopped, with everything saved."""
-    return train(args)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train an EAGLE head for a target.")
     parser.add_argument("--checkpoint", help="the target: Hugging Face folder or hub id (default: the demo model)")
@@ -394,8 +385,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=number(int, 0), metavar="N", help="steps (default: 2000, at most a tenth)")
     parser.add_argument("--cls-weight", type=number(float, 0), default=0.1, metavar="X", help="of the cross-entropy")
     parser.add_argument("--levels", type=number(int, 1), default=1, metavar="N",
-                        help="train on features up to N - 1 steps the head's own: more accepted in depth, N to N^2 "
-                        "times the work (default: 1, the paper's)")
+                        help="train also on features up to N - 1 steps the head's own: N to N^2 times the work")
     parser.add_argument("--noise", type=number(float, 0), default=0.1, metavar="X", help="U(-X, X) on input features")
     parser.add_argument("--clip", type=number(float, 0, open_low=True), default=0.5, metavar="X", help="gradient norm")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N")
@@ -411,7 +401,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="of the target; the head's weights are fp32, run under autocast with bfloat16")
     add_chat_options(parser)
     return parser.parse_args(argv)
-
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ It counts where t_{i+2} is the assistant's.
 
 Shapes: B dialogues, T tokens, M positions that count, L levels, V vocabulary or draft vocabulary.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class SoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, predicted: Tensor, true: Tensor, weight: Tensor,
+    def forward(ctx: Any, predicted: Tensor, true: Tensor, weight: Tensor,
                 labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """predicted, true [M, dim], weight [V, dim], labels [M, 1]: the weight's row of the text's token, -1 for none
         -> loss [], positions where predicted and true have the same likeliest token [], and where it is the label [].
@@ -58,7 +58,7 @@ class SoftCrossEntropy(torch.autograd.Function):
         return loss, same, right
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, *_) -> tuple[Tensor, None, None, None]:
         return ctx.saved_tensors[0] * grad_loss, None, None, None
 
 
@@ -85,7 +85,8 @@ class Learner(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[V, dim] of the target's LM head, frozen: the rows of the draft vocabulary where there is one."""
-        return (self.head.draft_output or self.head.target.output).weight
+        output: Any = self.head.draft_output or self.head.target.output
+        return output.weight
 
     def forward(self, batch: Batch, noise: Tensor | None) -> Losses:
         tokens, features, loss_mask = batch
@@ -217,7 +218,7 @@ def draft_ranks(head: EagleHead, tokens: Tensor, features: Tensor, max_depth: in
                                  level_mask(n_pair, level + 1, ids.device, level * n_pair + at))
                             for at, inputs in zip(j.split(n), before.split(n, dim=1))], dim=1)
         ranks.append(rank_of(head, hidden[0, :-1], ids[0, j[:-1] + 2]))
-    head.kv_cache = None
+    head.register_buffer("kv_cache", None, persistent=False)    # freed
     width = max(n_pair - max_depth, 0)
     return torch.stack([rank[:width] for rank in ranks]) if width else ids.new_zeros(max_depth, 0)
 

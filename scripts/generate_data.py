@@ -35,10 +35,11 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import root  # noqa: F401
-import generate as cli
 import ranks
+from checkpoint import demo_checkpoint, resolve_checkpoint
 from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
-from checkpoint import resolve_checkpoint
+from decoder import Decoder, setup_caches, slots_for
+from generate import load
 from model import Transformer
 from sampling import Sampling
 from scripts.report import loops
@@ -127,16 +128,14 @@ class Job(NamedTuple):
 def main(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: not a file in an existing folder")
-    if args.checkpoint is None:
-        from scripts.download import download_demo
-        args.checkpoint = str(download_demo(log=say))
+    args.checkpoint = args.checkpoint or str(demo_checkpoint())
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
                                           template_args=args.template_args)
     tokenizer.apply_chat_template(question_of({"turns": ["Hi"]}, args).turns)   # refuses now what always fails
     job = from_first_rank(lambda alive: prepare(args, tokenizer), pick_device(args.device), READ_SECONDS)
     if job.settings["date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(job.settings["date"])
-    model, *_ = cli.load(args)
+    model, *_ = load(args)
     total = args.dialogues if job.talks is None else len(job.seen) + len(job.talks)
     dropped = Counter()
     with tqdm(total=total, initial=len(job.seen), unit=" dialogues") as bar:
@@ -149,13 +148,6 @@ def main(args: argparse.Namespace) -> None:
     if not job.seen:
         raise ValueError(f"no dialogue was written{text_of(dropped, '; ')}")
     say(f"{len(job.seen)} dialogues in {args.out}{text_of(dropped, '; ')}")
-
-
-def text_of(dropped: Counter, separator: str) -> str:
-    return "".join(f"{separator}{n} {what} dropped" for what, n in dropped.items())
-
-
-# What there is to do
 
 
 def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Job:
@@ -241,17 +233,18 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Asking and answering
+def text_of(dropped: Counter, separator: str) -> str:
+    return "".join(f"{separator}{n} {what} dropped" for what, n in dropped.items())
 
 
 def rounds(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, job: Job,
            dropped: Counter) -> Iterator[list[str]]:
     """The lines of the dialogues that end in each round. A round takes up new questions where few are left, and answers
     a batch of them; a dialogue of several turns takes several rounds. Adds to job.seen, and to `dropped`."""
-    n_slot = cli.slots_for(args.max_prompt_tokens + max(args.max_new_tokens, args.max_user_tokens), model)
-    cli.setup_caches(model, None, args.batch_size, n_slot)
-    asker = cli.Decoder(model, args.batch_size, Sampling(1.0, None, 0.95), compile=args.compile)
-    answerer = cli.Decoder(model, args.batch_size, Sampling(args.temperature, None, args.top_p), compile=args.compile)
+    n_slot = slots_for(args.max_prompt_tokens + max(args.max_new_tokens, args.max_user_tokens), model)
+    setup_caches(model, None, args.batch_size, n_slot)
+    asker = Decoder(model, args.batch_size, Sampling(1.0, None, 0.95), compile=args.compile)
+    answerer = Decoder(model, args.batch_size, Sampling(args.temperature, None, args.top_p), compile=args.compile)
     max_length = min(args.max_prompt_tokens, n_slot - 1)
     new, waiting = job.talks, []        # waiting: for an answer to their prompt
     n_round, n_idle = job.n_round, 0
@@ -302,7 +295,7 @@ def line_of(talk: Talk, tokenizer: Tokenizer, n_round: int, settings: dict) -> s
     return json.dumps(entry, ensure_ascii=False).translate(LINE_ENDS) + "\n"
 
 
-def ask(decoder: cli.Decoder, tokenizer: Tokenizer, rng: random.Random, seed: int,
+def ask(decoder: Decoder, tokenizer: Tokenizer, rng: random.Random, seed: int,
         args: argparse.Namespace) -> list[str]:
     """A batch of user turns written by the target; fewer come back, as those that do not end in time are dropped."""
     openings = [rng.choice(OPENINGS) for _ in range(args.batch_size)]
