@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from console import read_text
-from model import read_json, refuse_lfs_pointer
+from checkpoint import read_json, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     import jinja2.nodes

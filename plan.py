@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from console import Parser, command, number, say
-from eagle_head import Tree, head_args, load_tree
-from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, quantize_settings, read_json, resolve_checkpoint
-from quantized import QuantLinear, install
-from scripts.shapes import SHAPES, head_shape
+from draft_tree import Tree, load_tree
+from eagle_head import head_args
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
+from model import PREFILL_CHUNK, MoEFeedForward
+from linears import QuantLinear, install
+from benchmarks.shapes import SHAPES, head_shape
 from tp import Shard, divides
 
 ITEM = 2    # bytes of a 16-bit number
@@ -185,7 +188,7 @@ def workspace_bytes(local: ModelArgs, shard: Shard, context: int, batch: int, n_
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="tp.py", description="Whether a model fits on so many GPUs, and a bound on its speed.")
     parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id (only its JSON files are "
-                        "fetched) or a shape of scripts/shapes.py")
+                        "fetched) or a shape of benchmarks/shapes.py")
     parser.add_argument("--world-size", type=number(int, 1), required=True, metavar="N")
     parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
     parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="of int4 (default 32)")

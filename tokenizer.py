@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from chat_template import (ChatTemplates, Messages, find_chat_templates, hide_special_tokens, reveal, special_text,
                            special_tokens, tokenizer_settings)
-from model import read_json, refuse_lfs_pointer, resolve_checkpoint
+from checkpoint import read_json, refuse_lfs_pointer, resolve_checkpoint
 
 if TYPE_CHECKING:
     import tokenizers

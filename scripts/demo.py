@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import generate as cli
 from console import Parser, command, number, say
-from eagle_head import load_tree
+from draft_tree import load_tree
 
 PROMPTS = [
     "Why is the sky blue?", "Write a short story about a lighthouse keeper.", "How do I make a good cup of tea?",

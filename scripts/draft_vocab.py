@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import root  # noqa: F401
 import generate as cli
 from console import Parser, add_chat_options, command, number, read_text, say, write_atomically
 from tokenizer import Tokenizer
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
         texts = [tokenizer.encode(line) for line in read_text(args.data).splitlines(keepends=True)]
         dialogues = [Dialogue(n, torch.tensor(ids), torch.ones(len(ids)).bool()) for n, ids in enumerate(texts)]
     ids = common_tokens(dialogues, tokenizer.stop_ids, args.size)
-    said = torch.cat([dialogue.tokens[dialogue.learnt] for dialogue in dialogues] or [torch.empty(0)])
+    said = torch.cat([dialogue.tokens[dialogue.loss_mask] for dialogue in dialogues] or [torch.empty(0)])
     if not len(said):
         raise ValueError(f"{args.data} holds no text")
     covered = torch.isin(said, torch.tensor(ids)).float().mean().item()

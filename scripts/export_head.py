@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from console import Parser, command, number, say, write_atomically  # noqa: E402
-from eagle_head import EagleHead  # noqa: E402
-from generate import load_draft_vocab  # noqa: E402
-from model import ModelArgs, load_weights, quantize_settings, read_json, resolve_checkpoint  # noqa: E402
+import root  # noqa: F401
+from console import Parser, command, number, say, write_atomically
+from eagle_head import EagleHead
+from generate import load_draft_vocab
+from checkpoint import load_weights, quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
 
 ARCHITECTURE = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
 KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from scripts.timing import clock
+from benchmarks.timing import clock
 
 
 class Answer(NamedTuple):

@@ -38,7 +38,7 @@ def demo_folder() -> Path:
 @pytest.fixture(scope="session")
 def forkserver() -> multiprocessing.context.BaseContext:
     """Starts processes that run functions of the tests, and find torch imported, and its compiler, which optimizers import."""
-    os.environ["PYTHONPATH"] = f"{TESTS.parent}:{TESTS}"
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS.parent / "scripts")))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_tp", "test_train", "torch._dynamo", "torch._inductor.compile_fx"])
     return context

@@ -1,14 +1,15 @@
-"""scripts/bench.py and what it stands on: the published shapes, the bytes of a step, replayed accepted lengths, whole runs."""
+"""benchmarks/bench.py and what it stands on: the published shapes, the bytes of a step, replayed accepted lengths, whole runs."""
 import json
 
 import pytest
 import torch
 
-from eagle_head import DynamicTree, StaticTree
-from generate import setup_caches
-from model import Transformer, read_json
+from draft_tree import DynamicTree, StaticTree
+from decoder import setup_caches
+from checkpoint import read_json
+from model import Transformer
 from reference import tiny
-from scripts import bench, shapes, simulate, timing, variants
+from benchmarks import bench, shapes, simulate, timing
 
 PARAMETERS = {  # what the published weight files add up to
     "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
@@ -31,12 +32,12 @@ def short(monkeypatch):
     monkeypatch.setitem(timing.BUFFER, "cpu", 1 << 24)
 
 
-def run(*argv, file, script=bench):
-    status = script.main(script.parse_args([*map(str, argv), "--device", "cpu", "--repeats", "2", "--json", str(file)]))
+def run(*argv, file):
+    status = bench.main(bench.parse_args([*map(str, argv), "--device", "cpu", "--repeats", "2", "--json", str(file)]))
     assert status == 0
     report = json.loads(file.read_text())
     assert DESCRIPTION <= report.keys()
-    assert report["torch"] == torch.__version__ and report["command"].startswith("python scripts/")
+    assert report["torch"] == torch.__version__ and report["command"].startswith("python benchmarks/")
     return report
 
 
@@ -61,7 +62,7 @@ def test_heads_have_the_published_parameter_counts():
 def test_the_demo_models_shape_is_that_of_its_config(demo_folder):
     import dataclasses
 
-    from model import ModelArgs
+    from config import ModelArgs
     assert dataclasses.asdict(ModelArgs.from_config(read_json(demo_folder / "config.json"))) \
         == dataclasses.asdict(bench.SHAPES["smollm2-135m"])
 
@@ -84,7 +85,7 @@ def test_step_reads_the_experts_its_rows_can_be_routed_to(tmp_path):
     folder, _ = tiny("mixtral", tmp_path)
     model = Transformer.from_pretrained(folder, dtype=torch.float32)
     c = model.config
-    experts = 4 * sum(layer.feed_forward.w13.numel() + layer.feed_forward.w2.numel() for layer in model.layers)
+    experts = 4 * sum(layer.feed_forward.w13.weight.numel() + layer.feed_forward.w2.weight.numel() for layer in model.layers)
     rest = 4 * sum(p.numel() for p in model.parameters()) - experts - 4 * model.tok_embeddings.weight.numel()
     for n_row, share in (1, 2 / 8), (3, 6 / 8), (4, 1), (26, 1):
         assert bench.step_bytes(model, n_row, 0) == rest + share * experts + 4 * n_row * c.dim
@@ -177,30 +178,6 @@ def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.inv_freq.dtype == torch.float32
     logits, _ = model(torch.tensor([[1, 2, 3]]), torch.arange(3))
     assert logits.isfinite().all() and logits.std() > 0
-
-
-def test_variants_of_both_dtypes_are_compared(tmp_path, capsys):
-    folder, _ = tiny("gqa", tmp_path / "model")
-    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 64, "--ways", "eager", "packed",
-                 file=tmp_path / "report.json", script=variants)
-    found = [(row["variant"], row["dtype"], row["rows"]) for row in report["variants"]]
-    assert set(found) >= {("eager", dtype, rows) for dtype in ("bfloat16", "float32") for rows in (1, 4)}
-    assert ("packed", "float32", 1) not in found  # packing is for bf16: it would be eager again
-    assert all(ordered(row) and row["first_call_seconds"] > 0 for row in report["variants"])
-    assert "ms at 4" in capsys.readouterr().out
-
-
-def test_variants_share_weights_but_not_modules(tmp_path):
-    folder, _ = tiny("gqa", tmp_path)
-    args = variants.parse_args(["--checkpoint", str(folder), "--slots", "64", "--ways", "eager", "packed"])
-    args.device = torch.device("cpu")
-    models = dict(variants.variants(args))
-    eager, fp32 = models["eager", "bfloat16"], models["eager", "float32"]
-    assert isinstance(eager.output, torch.nn.Linear) and fp32.output.weight.dtype == torch.float32
-    if ("packed", "bfloat16") in models:
-        packed = models["packed", "bfloat16"]
-        assert isinstance(packed.output, variants.PackedLinear) and packed.kv_cache is eager.kv_cache
-        assert packed.tok_embeddings.weight is eager.tok_embeddings.weight
 
 
 def test_peer_decodes_the_same_tokens(tmp_path, short):

@@ -1,4 +1,4 @@
-"""scripts/gpu_suite.sh: a dry run on the CPU, and what it does when parts fail or time is up."""
+"""benchmarks/gpu_suite.sh: a dry run on the CPU, and what it does when parts fail or time is up."""
 import json
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import gpu_suite
-from scripts.gpu_suite import Part
+from benchmarks import gpu_suite
+from benchmarks.gpu_suite import Part
 
 REPO = Path(gpu_suite.__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ def python(name, code, limit=60):
 def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
     file = tmp_path / "suite.json"
     run = subprocess.run(
-        ["bash", REPO / "scripts/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny", "--repeats", "1",
+        ["bash", REPO / "benchmarks/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny", "--repeats", "1",
          "--parts", "bench", "cold", "eager", "--json", file], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
     assert run.returncode == 0, run.stderr
     report = json.loads(file.read_text())

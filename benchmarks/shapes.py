@@ -6,17 +6,15 @@
 What a step costs does not depend on the values of the weights, so nothing has to be fetched to time it.
 """
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eagle_head import EagleHead  # noqa: E402
-from model import ModelArgs, Transformer  # noqa: E402
-from quantized import install  # noqa: E402
+from eagle_head import EagleHead
+from config import ModelArgs
+from model import Transformer
+from linears import install
 
 
 def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,

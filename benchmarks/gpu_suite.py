@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, one part after another: bash scripts/gpu_suite.sh
+"""Everything that needs a GPU, one part after another: bash benchmarks/gpu_suite.sh
 
-    bash scripts/gpu_suite.sh --json gpu-suite.json                           # tests, speeds, cold starts on random weights
-    bash scripts/gpu_suite.sh --checkpoint checkpoints/SmolLM2-135M-Instruct  # the demo model from end to end too
-    bash scripts/gpu_suite.sh --parts tests cold --budget 120
-    bash scripts/gpu_suite.sh --device cpu --shapes tiny --repeats 1          # a dry run where there is no GPU
+    bash benchmarks/gpu_suite.sh --json gpu-suite.json                           # tests, speeds, cold starts on random weights
+    bash benchmarks/gpu_suite.sh --checkpoint checkpoints/SmolLM2-135M-Instruct  # the demo model from end to end too
+    bash benchmarks/gpu_suite.sh --parts tests cold --budget 120
+    bash benchmarks/gpu_suite.sh --device cpu --shapes tiny --repeats 1          # a dry run where there is no GPU
 
 A part that fails does not keep the others from running; what does not fit in the budget is stopped, or skipped. Ends with
 a table of the main figures beside what they were designed for, and writes one JSON object with the reports of all parts.
@@ -25,11 +25,11 @@ from typing import NamedTuple
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-from console import Parser, command, number, pick_device, say, write_atomically  # noqa: E402
-from model import read_json  # noqa: E402
-from scripts.shapes import SHAPES  # noqa: E402
-from scripts.timing import environment, print_table  # noqa: E402
+import root  # noqa: F401
+from console import Parser, command, number, pick_device, say, write_atomically
+from checkpoint import read_json
+from benchmarks.shapes import SHAPES
+from benchmarks.timing import environment, print_table
 
 ACCEPT_LENGTHS = {"llama-2-7b": ("3.62", "4.70")}   # MT-bench at temperature 0, static tree [EAGLE], dynamic [EAGLE-2]
 LAYER_GRAPHS = 4                                    # one row, a block of rows, the head's, with varying sizes marked as such
@@ -53,7 +53,7 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
     yield Part("tests", "tests", ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests], 210)
     yield bench_part(shape, args)
     # The first finds nothing compiled, the second what the first left behind.
-    cold = ["scripts/cold_start.py", "--shape", shape, "--tree", "static", *device]
+    cold = ["benchmarks/cold_start.py", "--shape", shape, "--tree", "static", *device]
     for start in "cold start", "second start":
         yield Part(f"{shape}, {start}", "cold", cold, 90, cache=True)
     # Acceptance takes many more operators there: beside the second start's, this is what a step of them costs.
@@ -66,13 +66,13 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
         yield bench_part(shape, args, mode, group_size)
     for other in shapes:
         yield bench_part(other, args)
-    yield Part(f"{shape}, eager", "eager", ["scripts/bench.py", "--shape", shape, "--rows", "1", "--slots", "256",
+    yield Part(f"{shape}, eager", "eager", ["benchmarks/bench.py", "--shape", shape, "--rows", "1", "--slots", "256",
                                             "--repeats", str(args.repeats), "--no-compile", *device], 60)
 
 
 def bench_part(shape: str, args: argparse.Namespace, mode: str | None = None, group_size: int | None = None) -> Part:
     accept = ACCEPT_LENGTHS.get(shape)
-    command = ["scripts/bench.py", "--shape", shape, "--rows", "1", "10", "26", "60", "--slots", "256", "2048",
+    command = ["benchmarks/bench.py", "--shape", shape, "--rows", "1", "10", "26", "60", "--slots", "256", "2048",
                "--trees", "static", "dynamic", *(["--simulate-accept", *accept] if accept else []),
                "--repeats", str(args.repeats), "--device", args.device]
     if mode is None:
@@ -210,7 +210,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for a dry run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: build/gpu-suite.json")
-    parser.set_defaults(command=shlex.join(["bash", "scripts/gpu_suite.sh", *argv]))
+    parser.set_defaults(command=shlex.join(["bash", "benchmarks/gpu_suite.sh", *argv]))
     return parser.parse_args(argv)
 
 

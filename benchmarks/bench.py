@@ -1,10 +1,10 @@
 """How fast is the target here, and how near the memory's speed? A table on stdout, one JSON object in a file.
 
-    python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
-    python scripts/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
-    python scripts/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
-    python scripts/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and whole generations
-    python scripts/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
+    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
+    python benchmarks/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
+    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
+    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and whole generations
+    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
 Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. A random
 head is never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is
@@ -28,17 +28,27 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from console import Parser, command, number, pick_device, say, write_atomically  # noqa: E402
-from eagle_head import EagleHead, EagleStep, load_tree  # noqa: E402
-from generate import Decoder, Generation, common_prefix, compile_layers  # noqa: E402
-from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,  # noqa: E402
-                   pack_for_cpu, prefill, quantize_settings, read_json, resolve_checkpoint, stored)
-from quantized import Format, quantize_in_place, tune  # noqa: E402
-from replay import can_trace, capture  # noqa: E402
-from scripts.shapes import SHAPES, TINY, meta_model, random_head, random_model  # noqa: E402
-from scripts.simulate import accept_lengths, simulated_decoder  # noqa: E402
-from scripts.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,  # noqa: E402
+import root  # noqa: F401
+from console import Parser, command, number, pick_device, say, write_atomically
+from draft_tree import load_tree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
+from decoder import Decoder
+from generate import Generation
+from runtime import compile_layers
+from tokenizer import common_prefix
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
+from linears import stored
+from model import Transformer, attention_bias, bucket, causal_mask, prefill
+from runtime import pack_for_cpu
+from sampling import Sampling, next_tokens
+from linears import Format, quantize_in_place
+from runtime import tune
+from runtime import can_trace, capture
+from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
+from benchmarks.simulate import accept_lengths, simulated_decoder
+from benchmarks.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,
                             print_table, spread, traced)
 
 SLOTS = [128, 1024, 4096]
@@ -568,7 +578,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.set_defaults(command=shlex.join(["python", "scripts/bench.py", *argv]))
+    parser.set_defaults(command=shlex.join(["python", "benchmarks/bench.py", *argv]))
     return parser.parse_args(argv)
 
 

@@ -9,16 +9,17 @@ these accepted lengths would take. Whoever reports it says that it is simulated.
 """
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eagle_head import Accepted, Draft, EagleHead, EagleStep, Tree  # noqa: E402
-from generate import Decoder, PlainStep  # noqa: E402
-from model import Sampling, Transformer  # noqa: E402
+from draft_tree import Draft, Tree
+from eagle_head import EagleHead
+from eagle_step import Accepted, EagleStep
+from decoder import Decoder, PlainStep
+from model import Transformer
+from sampling import Sampling
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 

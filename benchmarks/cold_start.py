@@ -1,29 +1,31 @@
-"""How long a fresh process takes to its first token: python scripts/cold_start.py --shape llama-2-7b
+"""How long a fresh process takes to its first token: python benchmarks/cold_start.py --shape llama-2-7b
 
-    TORCHINDUCTOR_CACHE_DIR=/tmp/new python scripts/cold_start.py --shape llama-2-7b --tree static      # nothing compiled before
+    TORCHINDUCTOR_CACHE_DIR=/tmp/new python benchmarks/cold_start.py --shape llama-2-7b --tree static      # nothing compiled before
 
 Random weights, made on the device: reading a checkpoint from a disk comes on top. Everything else is in it: Python and
 torch, the weights, prefill, compilation and graph capture for the whole answer, as generate.py does them.
 """
+# ruff: noqa: E402
 import time
 
 BEGIN = time.perf_counter()     # before torch is imported, which takes seconds
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import shlex  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
 
-import torch  # noqa: E402
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from console import Parser, command, number, pick_device, write_atomically  # noqa: E402
-from eagle_head import load_tree  # noqa: E402
-from generate import Decoder, setup_caches, slots_for  # noqa: E402
-from model import Sampling, pack_for_cpu  # noqa: E402
-from scripts.shapes import SHAPES, TINY, random_head, random_model  # noqa: E402
-from scripts.timing import clock, environment, print_table  # noqa: E402
+import root  # noqa: F401
+from console import Parser, command, number, pick_device, write_atomically
+from draft_tree import load_tree
+from decoder import Decoder, setup_caches, slots_for
+from runtime import pack_for_cpu
+from sampling import Sampling
+from benchmarks.shapes import SHAPES, TINY, random_head, random_model
+from benchmarks.timing import clock, environment, print_table
 
 
 @command()
@@ -73,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
-    parser.set_defaults(command=shlex.join(["python", "scripts/cold_start.py", *argv]))
+    parser.set_defaults(command=shlex.join(["python", "benchmarks/cold_start.py", *argv]))
     return parser.parse_args(argv)
 
 

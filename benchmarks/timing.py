@@ -6,7 +6,6 @@ machine hits all alike.
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -16,9 +15,8 @@ import torch
 from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
-from console import device_name  # noqa: E402
-from replay import trace  # noqa: E402
+from console import device_name
+from runtime import trace
 
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 
