@@ -37,7 +37,7 @@ import root  # noqa: F401
 import generate as cli
 import ranks
 from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
-from checkpoint import resolve_checkpoint
+from checkpoint import demo_checkpoint, resolve_checkpoint
 from model import Transformer
 from sampling import Sampling
 from scripts.report import loops
@@ -94,8 +94,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: not a file in an existing folder")
     if args.checkpoint is None:
-        from scripts.download import download_demo
-        args.checkpoint = str(download_demo(log=say))
+        args.checkpoint = str(demo_checkpoint())
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template, template_args=args.template_args)
     tokenizer.apply_chat_template(asked_by("Hi", args).turns)   # what cannot be rendered at all shows now
     job = from_first_rank(lambda alive: prepare(args, tokenizer), pick_device(args.device), READ_SECONDS)
