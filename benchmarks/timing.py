@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
 from console import device_name
+from eagle_head import EagleStep
 from replay import trace
 
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
@@ -41,6 +42,12 @@ def traced(job: Callable[[], object], modules: list[torch.nn.Module]) -> Callabl
     replay = trace(lambda _: job(), modules)
     replay(0)
     return lambda: replay(0)
+
+
+def restoring(step: EagleStep, run: Callable[[], object]) -> Callable[[], list]:
+    """`run`, after which the step's state is as before. Returns what was written, for a trace to keep it."""
+    state = [tensor.clone() for tensor in step.state]
+    return lambda: [run(), step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
 
 
 def elapsed(run: Callable[[], None], device: torch.device) -> float:
