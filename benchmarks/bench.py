@@ -1,14 +1,14 @@
 """How fast is the target here, and how near the memory's speed? A table on stdout, one JSON object in a file.
 
-    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
-    python benchmarks/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
+    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json smollm2.json
+    python benchmarks/bench.py --shape llama-2-7b                       # random weights: nothing to fetch
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
-    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and whole generations
+    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and generations
     python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
-Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. A random
-head is never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is
-labelled as simulated. Run it alone on the machine.
+Decoding is bound by memory, so each step is compared with the time that reading its bytes takes. A random head is
+never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is labelled
+as simulated. Run it alone on the machine.
 
 Shapes: T new tokens (rows), S cache slots, H query heads, K key/value heads, G = H / K, D head dim.
 """
@@ -29,17 +29,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import root  # noqa: F401
-from console import Parser, command, number, pick_device, say, write_atomically
-from eagle_head import EagleHead, EagleStep, load_tree
-from generate import Decoder, Generation, common_prefix, compile_layers
-from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,
-                   pack_for_cpu, prefill, quantize_settings, read_json, resolve_checkpoint, stored)
-from quantized import Format, quantize_in_place, tune
-from replay import can_trace, capture
 from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
 from benchmarks.simulate import accept_lengths, simulated_decoder
-from benchmarks.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,
-                            print_table, spread, traced)
+from benchmarks.timing import (add_run_options, clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,
+                               print_table, restoring, settle_run_options, spread, traced)
+from console import Parser, command, number, say, write_atomically
+from eagle_head import EagleHead, EagleStep, load_tree
+from generate import Decoder, Generation, common_prefix, compile_layers
+from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens, pack_for_cpu,
+                   prefill, quantize_settings, read_json, resolve_checkpoint, stored)
+from quantized import Format, quantize_in_place, tune
+from replay import can_trace, capture
 
 SLOTS = [128, 1024, 4096]
 LONG_PROMPT = 2048          # tokens of the prefill run
@@ -48,62 +48,52 @@ STEPS = 16                  # EAGLE steps in each of them, all within the same b
 
 
 @command()
-def main(args: argparse.Namespace) -> None:
-    run(args, check, compare_peer if args.peer else measure_target)
-
-
 @torch.inference_mode()
-def run(args: argparse.Namespace, check: Callable[[argparse.Namespace], None],
-        measure: Callable[[argparse.Namespace], dict]) -> None:
+def main(args: argparse.Namespace) -> None:
     check(args)
     report = environment(args.device, args.command) | {
         "model": args.checkpoint or args.shape, "random_weights": args.checkpoint is None,
         "dtype": str(args.dtype).removeprefix("torch."), "compiled": args.compile, "repeats": args.repeats}
     say(f"{report['device_name']}, torch {report['torch']}, commit {report['commit']}")
-    report |= measure(args)
+    report |= compare_peer(args) if args.peer else measure_target(args)
     if args.json:
         write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse at the start what would fail after the work is done; settle what the options leave open."""
-    check_model(args)
-    if args.peer and not args.checkpoint:
-        raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
-    for tree in args.trees:
-        if load_tree(tree).n_room + 2 > min(args.slots):
-            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
-    if args.prompt_tokens + args.new_tokens > context(args.config):
-        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the model's "
-                         f"context of {context(args.config)} tokens")
-    if args.simulate_accept and not args.trees:
-        raise ValueError("--simulate-accept needs --trees")
-    if args.simulate_accept and len(args.simulate_accept) not in (1, len(args.trees)):
-        raise ValueError("--simulate-accept takes one value for all --trees, or one for each of them")
-    if len(args.simulate_accept) == 1:
-        args.simulate_accept *= len(args.trees)
-    args.lengths = [accept_lengths(spec, load_tree(tree).depth + 1) for spec, tree in zip(args.simulate_accept, args.trees)]
-
-
-def check_model(args: argparse.Namespace) -> None:
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json}: not a file in an existing folder")
-    args.device, args.dtype = pick_device(args.device), getattr(torch, args.dtype)
+    settle_run_options(args)
+    args.dtype = getattr(torch, args.dtype)
     if args.device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
-    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
+    if args.peer and not args.checkpoint:
+        raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
+    if args.mode and args.checkpoint:
+        raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
+    if args.mode == "int4":
+        args.group_size = args.group_size or 128
     args.config = SHAPES.get(args.shape, TINY) if args.shape else ModelArgs.from_config(
         read_json(resolve_checkpoint(args.checkpoint) / "config.json"))
     longest = context(args.config)
     args.slots = args.slots or [n for n in SLOTS if n <= longest] or [longest]
     if max(args.slots) > longest:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
+    if args.prompt_tokens + args.new_tokens > longest:
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the model's "
+                         f"context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
-    if args.mode and args.checkpoint:
-        raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
-    if args.mode == "int4":
-        args.group_size = args.group_size or 128
+    for tree in args.trees:
+        if load_tree(tree).n_room + 2 > min(args.slots):
+            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
+    if args.simulate_accept and not args.trees:
+        raise ValueError("--simulate-accept needs --trees")
+    if args.simulate_accept and len(args.simulate_accept) not in (1, len(args.trees)):
+        raise ValueError("--simulate-accept takes one value for all --trees, or one for each of them")
+    if len(args.simulate_accept) == 1:
+        args.simulate_accept *= len(args.trees)
+    args.lengths = [accept_lengths(spec, load_tree(tree).depth + 1)
+                    for spec, tree in zip(args.simulate_accept, args.trees)]
     check_memory(args)
 
 
@@ -125,7 +115,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     device = args.device
     bandwidth = measure_bandwidth(device)
     begin = clock(device)
-    model = load(args, args.dtype)
+    model = load(args)
     make_fast(model, model.layers, args)
     load_seconds = clock(device) - begin
     trees = {name: load_tree(name) for name in args.trees}
@@ -234,14 +224,6 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     root = step.ingest(n_slot)
     draft = step.grow(root, n_slot)
     logits, features = step.verify(draft, n_slot)
-    state = [tensor.clone() for tensor in step.state]
-
-    def restoring(run: Callable[[], object]) -> Callable[[], list[torch.Tensor]]:
-        def restored() -> list[torch.Tensor]:
-            run()
-            return [step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
-        return restored
-
     # twin counts the target; a packed head has no parameters left to count
     c = head.config
     layer = c.dim * (1 + 2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
@@ -255,10 +237,10 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
             ("grow", tree.n_node - 1, grow, lambda: step.grow(root, n_slot)),
             ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
             ("accept + commit", tree.depth + 1, 0,
-             restoring(lambda: step.commit(draft, features, step.accept(logits, draft)))),
+             restoring(step, lambda: step.commit(draft, features, step.accept(logits, draft)))),
             ("draft LM head", 1, lm_head, lambda: head.draft_logits(root)),
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
-            ("whole step", tree.n_node, ingest + grow + target, restoring(lambda: step(n_slot)))):
+            ("whole step", tree.n_node, ingest + grow + target, restoring(step, lambda: step(n_slot)))):
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
 
 
@@ -450,63 +432,50 @@ def compare_peer(args: argparse.Namespace) -> dict:
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = load(args, args.dtype)
+    model, n_new, produced = load(args), args.new_tokens, {}
     if not args.compile:
         pack_for_cpu(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint(args.checkpoint), dtype=args.dtype)
+    theirs = theirs.to(args.device).eval()
     prompt = random_tokens(model, args.prompt_tokens)
-    lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
-    arms = [peer_arm(theirs.to(args.device).eval(), prompt, args.new_tokens), *(our_arm(model, prompt, n, args) for n in lengths)]
-    seconds = [[] for _ in arms]
-    for _ in tqdm(range(args.repeats + 1), "rounds", leave=False, disable=None):
-        outputs = []
-        for arm, times in zip(arms, seconds):
-            begin = clock(args.device)
-            outputs.append(arm())
-            times.append(clock(args.device) - begin)
-    speeds = [[args.new_tokens / second for second in times[1:]] for times in seconds]  # the first round warms up
-    ratios = [[a / b for a, b in zip(speeds[i], speeds[j])] for i, j in ((1, 0), (2, 1))]
-    names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
-    print_table(["", "tokens/s median", "min", "max"],
-                [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds)])
-    for name, pairs in zip(("\nours / transformers", "long / short cache"), ratios):
-        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
-    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
-            "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
-                     for name, s in zip(names, speeds)],
-            "ratio_to_transformers": statistics.median(ratios[0]), "ratio_pairs": ratios[0],
-            "long_to_short_cache": statistics.median(ratios[1]), "long_to_short_pairs": ratios[1],
-            "same_tokens": common_prefix(outputs[0], outputs[1])}
+    ids = torch.tensor([prompt], device=args.device)
 
-
-def peer_arm(theirs: torch.nn.Module, prompt: list[int], n_new: int) -> Callable[[], list[int]]:
-    ids = torch.tensor([prompt], device=theirs.device)
-
-    def run() -> list[int]:
+    def their_arm() -> None:
         output = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                                  min_new_tokens=n_new, max_new_tokens=n_new)
-        return output[0, len(prompt):].tolist()
-    return run
+        produced["theirs"] = output[0, len(prompt):].tolist()
 
+    def our_arm(n_slot: int) -> Callable[[], None]:
+        model.setup_caches(1, n_slot)
+        decoder = Decoder(model, 1, compile=args.compile)
+        return lambda: produced.update(ours=decoder.generate([prompt], n_new).tokens[0])
 
-def our_arm(model: Transformer, prompt: list[int], n_slot: int, args: argparse.Namespace) -> Callable[[], list[int]]:
-    model.setup_caches(1, n_slot)
-    cache = model.kv_cache
-    decoder = Decoder(model, 1, compile=args.compile)
-
-    def run() -> list[int]:
-        model.kv_cache = cache  # each arm's own: captured graphs hold its address
-        return decoder.generate([prompt], args.new_tokens).tokens[0]
-    return run
+    lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
+    arms = {"theirs": their_arm, "short": our_arm(lengths[0]), "long": our_arm(lengths[1])}
+    names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
+    speeds = {arm: [n_new / seconds for seconds in times]
+              for arm, times in interleave(arms, args.repeats, args.device).items()}
+    print_table(["", "tokens/s median", "min", "max"],
+                [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds.values())])
+    to_theirs, to_short = ([a / b for a, b in zip(speeds[arm], speeds[base])]
+                           for arm, base in (("short", "theirs"), ("long", "short")))
+    for name, pairs in (("\nours / transformers", to_theirs), ("long / short cache", to_short)):
+        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
+    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": n_new,
+            "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
+                     for name, s in zip(names, speeds.values())],
+            "ratio_to_transformers": statistics.median(to_theirs), "ratio_pairs": to_theirs,
+            "long_to_short_cache": statistics.median(to_short), "long_to_short_pairs": to_short,
+            "same_tokens": common_prefix(produced["theirs"], produced["ours"])}
 
 
 # Models
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
+def load(args: argparse.Namespace) -> Transformer:
     if args.checkpoint:
-        return Transformer.from_pretrained(args.checkpoint, args.device, dtype)
-    model = random_model(args.config, args.device, dtype)
+        return Transformer.from_pretrained(args.checkpoint, args.device, args.dtype)
+    model = random_model(args.config, args.device, args.dtype)
     if args.mode:
         quantize_in_place(model, Format.from_settings(quantised(args), "--mode"))
         tune(model)
@@ -537,24 +506,16 @@ def random_tokens(model: Transformer, n: int) -> list[int]:
 # Command line
 
 
-def model_parser(description: str, rows: list[int]) -> Parser:
-    """The options that scripts/variants.py has too."""
-    parser = Parser(description=description)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description=__doc__.split("\n")[0])
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
     model.add_argument("--shape", choices=[*SHAPES, "tiny"], help="random weights of a published shape")
-    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=rows, metavar="T")
+    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
     parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
                         help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
     parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step or peer")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = model_parser(__doc__.split("\n")[0], [1, 4, 8, 16, 26, 32, 60])
     parser.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
     parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
                         help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
@@ -567,7 +528,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    add_run_options(parser)
     parser.set_defaults(command=shlex.join(["python", "benchmarks/bench.py", *argv]))
     return parser.parse_args(argv)
 

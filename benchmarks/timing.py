@@ -1,8 +1,11 @@
 """What the measuring scripts share: the clock, runs in turn, the memory's speed, the environment, a table.
 
-Times are medians of runs that alternate between all that is compared, so that a drifting clock or a neighbour on the
-machine hits all alike.
+    times = interleave({"a": run_a, "b": run_b}, repeats=20, device=torch.device("cpu"))
+    print_table(["", "ms"], [[name, 1e3 * statistics.median(seconds)] for name, seconds in times.items()])
+
+Runs take turns, so that a drifting clock or a busy neighbour hits all alike.
 """
+import argparse
 import platform
 import statistics
 import subprocess
@@ -15,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
-from console import device_name
+from console import check_writable, device_name, pick_device
 from eagle_head import EagleStep
 from replay import trace
 
@@ -105,6 +108,20 @@ def environment(device: torch.device, command: str) -> dict:
         "device": str(device), "device_name": device_name(device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(),
     }
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
+
+
+def settle_run_options(args: argparse.Namespace) -> None:
+    """Refuse what cannot be used or written; `device` becomes a torch.device, `compile` a bool."""
+    if args.json:
+        check_writable("--json", args.json)
+    args.device = pick_device(args.device)
+    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
 
 
 def print_table(header: list[str], rows: list[list]) -> None:
