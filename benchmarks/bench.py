@@ -130,15 +130,16 @@ def measure_target(args: argparse.Namespace) -> dict:
     steps = time_parts(parts, [model, *([head] if head else [])], args, bandwidth)
     plain = measure_host_gap(model, None, twin, None, args)
     sweep = step_bytes(twin, 1, 0) / bandwidth["bytes_per_second"]
+    decode, simulated = measure_generations(model, head, sweep, args)
     report = {
         "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
         "mode": args.mode, "group_size": args.group_size,
         "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
-        "prefill": measure_prefill(model, args), "decode": measure_decode(model, sweep, args),
+        "prefill": measure_prefill(model, args), "decode": decode,
         "plain": plain, "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in trees],
-        "simulated": measure_simulated(model, head, sweep, args) if args.simulate_accept else [],
+        "simulated": simulated,
     }
     print_target(report)
     return report
@@ -319,22 +320,31 @@ def measure_prefill(model: Transformer, args: argparse.Namespace) -> dict:
             "warmup_seconds": seconds[0]}
 
 
-def measure_decode(model: Transformer, sweep: float, args: argparse.Namespace) -> dict:
-    """Plain greedy decoding end to end: the host's part of each step is in it. sweep: seconds to read all weights once."""
-    first, *results = decode_in_turn({"plain": Decoder(model, 1, compile=args.compile)}, model, args)["plain"]
-    return {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(results, sweep),
-            "warmup_seconds": first.timings["compile_seconds"]}
+def measure_generations(model: Transformer, head: EagleHead | None, sweep: float,
+                        args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Greedy decoding end to end, with the host's part of each step: plainly, and by each tree with accepted lengths
+    replayed. ROUNDS generations of each over the same prompt take turns, after one that warms up.
 
-
-def decode_in_turn(decoders: dict[str, Decoder], model: Transformer,
-                   args: argparse.Namespace) -> dict[str, list[Generation]]:
-    """ROUNDS generations of each over the same prompt, alternating, after one that warms up."""
+    sweep: seconds to read all weights once. Returns the report's "decode" and "simulated".
+    """
     prompt = random_tokens(model, args.prompt_tokens)
+    decoders = {"plain": Decoder(model, 1, compile=args.compile)}
+    for name, lengths in zip(args.trees, args.lengths):
+        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
     results = {name: [] for name in decoders}
     for _ in tqdm(range(ROUNDS + 1), "decode", leave=False, disable=None):
         for name, decoder in decoders.items():
             results[name].append(decoder.generate([prompt], args.new_tokens))
-    return results
+    first, *plain = results.pop("plain")
+    decode = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(plain, sweep),
+              "warmup_seconds": first.timings["compile_seconds"]}
+    rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}] if results else []
+    for (name, (_, *runs)), spec in zip(results.items(), args.simulate_accept):
+        steps = [n for run in runs for n in run.accept_lengths[0]]
+        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
+        rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
+                     **speeds(runs, sweep), **spread(pairs, "speedup")})
+    return decode, rows
 
 
 def speeds(results: list[Generation], sweep: float) -> dict:
@@ -375,22 +385,6 @@ def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: 
     models = (ms["ingest"] + ms["draft LM head"] + (load_tree(name).depth - 1) * ms["one draft level"] + ms["verify"])
     return row | {"outside_models_share": 1 - models / row["ms_wall_per_step"],
                   "relative_to_plain_step": row["ms_whole_step"] / plain["ms_whole_step"]}
-
-
-def measure_simulated(model: Transformer, head: EagleHead, sweep: float, args: argparse.Namespace) -> list[dict]:
-    """Whole generations, plain and by each tree with accepted lengths replayed, taking turns."""
-    decoders = {"plain": Decoder(model, 1, compile=args.compile)}
-    for name, lengths in zip(args.trees, args.lengths):
-        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
-    results = {name: runs[1:] for name, runs in decode_in_turn(decoders, model, args).items()}
-    plain = results.pop("plain")
-    rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}]
-    for (name, runs), spec in zip(results.items(), args.simulate_accept):
-        steps = [n for run in runs for n in run.accept_lengths[0]]
-        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
-        rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
-                     **speeds(runs, sweep), **spread(pairs, "speedup")})
-    return rows
 
 
 def print_target(report: dict) -> None:

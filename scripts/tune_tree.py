@@ -38,33 +38,7 @@ from scripts.questions import HUB_SETS, read_questions
 from tokenizer import Tokenizer
 from train_head import draft_ranks
 
-QUESTIONS = """\
-Why do leaves change colour in autumn?
-Write a short story about a lighthouse keeper.
-How do I cook rice?
-Explain the difference between a list and a tuple in Python.
-What were the causes of the French Revolution?
-Give me three tips for sleeping better.
-Write a polite email asking for a day off.
-What is 15% of 240? Show your steps.
-Pretend to be a pirate captain and tell me why you never learned to swim.
-Anna is taller than Ben, and Ben is taller than Carla. Is Carla taller than Anna? Explain.
-Write a function in C++ that tells whether a string is a palindrome.
-List the name, the year and the city in this text as JSON: Marie Curie moved to Paris in 1891 to study physics.
-Solve for x: 3x + 7 = 2(x - 4). Then check the result.
-How does a transistor amplify a signal?
-Compare the economic policies of two countries of your choice in the 1930s.
-Rewrite this sentence so that it is shorter: \
-Owing to the fact that it was raining, we made the decision to stay at home.
-You are a doctor. A patient has had a headache for three days. What do you ask?
-Name the people in this text and what each wants: \
-Tom asked Lisa for her bicycle, but she needs it to visit Omar, who is ill.
-Write a limerick about a cat that is afraid of mice.
-A train leaves at 14:35 and arrives at 17:10. How long does it take?
-What is the time complexity of merge sort, and why?
-Which gases make up the atmosphere of Mars?
-Argue against the claim that social media makes people lonely.
-Describe the taste of a lemon to somebody who never ate one."""
+QUESTIONS = Path(__file__).with_name("calibration.jsonl")
 FINALISTS = 5   # trees that answer the questions
 
 
@@ -73,9 +47,9 @@ def main(args: argparse.Namespace) -> None:
     args.tree = "static"
     if ranks.writes() and args.out is not None:
         check_writable("--out", args.out)
-    texts = ranks.on_rank_0(lambda: QUESTIONS.split("\n") if args.questions is None else [
-        question["turns"][0] for question in read_questions(args.questions)])
+    questions = ranks.on_rank_0(lambda: read_questions(args.questions))
     model, head, tokenizer, _ = cli.load(args)
+    texts = [question["turns"][0] for question in questions]
     prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
     with torch.inference_mode():
         guesses = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
@@ -262,8 +236,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Choose the draft tree that is fastest here, and save it beside the head.")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", nargs="?", const="", default="", metavar="HEAD", help="default: the one that ships")
-    parser.add_argument("--questions", metavar="SET", help=f"to calibrate on: {', '.join(HUB_SETS)}, or a file in "
-                        "MT-bench's form (default: 24 questions of our own)")
+    parser.add_argument("--questions", default=str(QUESTIONS), metavar="SET",
+                        help=f"to calibrate on: {', '.join(HUB_SETS)}, or a file in MT-bench's form")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: tree.json or tree-MODE.json beside the head")
     parser.add_argument("--max-new-tokens", type=number(int, 16), default=128, metavar="N")
     parser.add_argument("--max-depth", type=number(int, 1), default=7, metavar="N")
