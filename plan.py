@@ -14,9 +14,12 @@ import torch
 from torch import nn
 
 from console import Parser, command, number, say
-from eagle_head import Tree, head_args, load_tree
-from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, quantize_settings, read_json, resolve_checkpoint
-from quantized import QuantLinear, install
+from draft_tree import Tree, load_tree
+from eagle_head import head_args
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
+from model import PREFILL_CHUNK, MoEFeedForward
+from linears import QuantLinear, install
 from benchmarks.shapes import SHAPES, head_shape
 from tp import Shard, divides
 

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eagle_head import EagleHead
-from model import ModelArgs, Transformer, TransformerBlock
+from config import ModelArgs
+from model import Transformer, TransformerBlock
 
 ROWS = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc"}      # split by output
 COLUMNS = {"o_proj", "down_proj", "w2"}                         # split by input: partial sums to be added up

@@ -31,15 +31,20 @@ from tqdm import tqdm
 import root  # noqa: F401
 from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
 from benchmarks.simulate import accept_lengths, simulated_decoder
-from benchmarks.timing import (add_run_options, clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,
-                               print_table, restoring, settle_run_options, spread, traced)
+from benchmarks.timing import (add_run_options, clock, elapsed, environment, interleave, measure_bandwidth,
+                               milliseconds, print_table, restoring, settle_run_options, spread, traced)
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
 from console import Parser, command, number, say, write_atomically
-from eagle_head import EagleHead, EagleStep, load_tree
-from generate import Decoder, Generation, common_prefix, compile_layers
-from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens, pack_for_cpu,
-                   prefill, quantize_settings, read_json, resolve_checkpoint, stored)
-from quantized import Format, quantize_in_place, tune
-from replay import can_trace, capture
+from decoder import Decoder, Generation
+from draft_tree import load_tree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
+from linears import Format, quantize_in_place, stored
+from model import Transformer, attention_bias, bucket, causal_mask, prefill
+from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
+from sampling import Sampling, next_tokens
+from tokenizer import common_prefix
 
 SLOTS = [128, 1024, 4096]
 LONG_PROMPT = 2048          # tokens of the prefill run
@@ -222,8 +227,8 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     n_slot = bucket(n_used, model.kv_cache.shape[4])
     with eagerly(args):
         step.prefill([random_tokens(model, n_used - tree.n_room + 1)])
-    root = step.ingest(n_slot)
-    draft = step.grow(root, n_slot)
+    hidden = step.ingest(n_slot)
+    draft = step.grow(hidden, n_slot)
     logits, features = step.verify(draft, n_slot)
     # twin counts the target; a packed head has no parameters left to count
     c = head.config
@@ -235,11 +240,11 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     grow = lm_head + (tree.depth - 1) * level
     for part, n_row, n_byte, run in (
             ("ingest", tree.depth + 1, ingest, lambda: step.ingest(n_slot)),
-            ("grow", tree.n_node - 1, grow, lambda: step.grow(root, n_slot)),
+            ("grow", tree.n_node - 1, grow, lambda: step.grow(hidden, n_slot)),
             ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
             ("accept + commit", tree.depth + 1, 0,
              restoring(step, lambda: step.commit(draft, features, step.accept(logits, draft)))),
-            ("draft LM head", 1, lm_head, lambda: head.draft_logits(root)),
+            ("draft LM head", 1, lm_head, lambda: head.draft_logits(hidden)),
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
             ("whole step", tree.n_node, ingest + grow + target, restoring(step, lambda: step(n_slot)))):
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)

@@ -22,9 +22,10 @@ import root  # noqa: F401
 from benchmarks.shapes import SHAPES, TINY, random_head, random_model
 from benchmarks.timing import add_run_options, clock, environment, print_table, settle_run_options
 from console import Parser, command, number, write_atomically
-from eagle_head import load_tree
-from generate import Decoder, setup_caches, slots_for
-from model import Sampling, pack_for_cpu
+from decoder import Decoder, setup_caches, slots_for
+from draft_tree import load_tree
+from runtime import pack_for_cpu
+from sampling import Sampling
 
 
 @command()

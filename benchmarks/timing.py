@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-REPO = Path(__file__).resolve().parent.parent
 from console import check_writable, device_name, pick_device
-from eagle_head import EagleStep
-from replay import trace
+from eagle_step import EagleStep
+from runtime import trace
 
+REPO = Path(__file__).resolve().parent.parent
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 
 

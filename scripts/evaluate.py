@@ -37,14 +37,19 @@ import root  # noqa: F401
 import generate as cli
 import ranks
 from benchmarks.timing import environment
+from chat import encode, opening
+from checkpoint import read_json, resolve_checkpoint
 from console import Parser, add_chat_options, check_writable, command, is_text, number, say, write_atomically
-from eagle_head import EagleHead, Tree, load_tree
-from model import Transformer, causal_mask, prefill, read_json, resolve_checkpoint
+from decoder import Decoder, not_finite, setup_caches
+from draft_tree import Tree, load_tree
+from eagle_head import EagleHead
+from model import Transformer, causal_mask, prefill
+from sampling import Sampling
 from scripts import report
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
 from scripts.questions import HUB_SETS, choose, read_questions
-from tokenizer import Tokenizer
-from train_data import target_stamp
+from tokenizer import Tokenizer, common_prefix
+from train_features import target_stamp
 
 TOP_LOGITS = 10     # the largest, on which rounding is measured
 
@@ -117,7 +122,7 @@ def leave_out(questions: list[dict], system: str | None, tokenizer: Tokenizer,
     """The questions whose first turn leaves room for an answer, and {"question_id", "prompt_tokens"} of the others."""
     kept, left_out = [], []
     for question in questions:
-        n = len(cli.encode(question["turns"][0], tokenizer, raw=False, system=system))
+        n = len(encode(question["turns"][0], tokenizer, raw=False, system=system))
         if n < n_slot:
             kept.append(question)
         else:
@@ -151,7 +156,7 @@ def answer_all(questions: list[dict], done: set, run: dict, args: argparse.Names
 class Arm:
     """A way to decode: plainly, or by EAGLE with a tree."""
 
-    def __init__(self, decoder: cli.Decoder, max_new_tokens: int, stop_ids: frozenset[int]):
+    def __init__(self, decoder: Decoder, max_new_tokens: int, stop_ids: frozenset[int]):
         self.decoder, self.max_new_tokens, self.stop_ids = decoder, max_new_tokens, stop_ids
         self.tree: Tree | None = decoder.eagle and decoder.eagle.tree
 
@@ -190,12 +195,12 @@ class Arm:
 def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead, tokenizer: Tokenizer, trees: list[str],
              n_slot: int) -> dict[str, Arm]:
     """Plain decoding, and EAGLE with each tree, over the same weights and caches. "tuned": the tree beside the head."""
-    cli.setup_caches(model, head, 1, n_slot)
-    sampling = cli.Sampling(args.temperature, args.top_k, args.top_p)
-    decoders = {"plain": cli.Decoder(model, 1, sampling, compile=args.compile)}
+    setup_caches(model, head, 1, n_slot)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    decoders = {"plain": Decoder(model, 1, sampling, compile=args.compile)}
     for spec in trees:
         tree = load_tree(args.tree if spec == "tuned" else spec)
-        decoders[report.arm_of_tree(spec)] = cli.Decoder(model, 1, sampling, compile=args.compile, head=head, tree=tree)
+        decoders[report.arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=head, tree=tree)
     return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
@@ -203,7 +208,7 @@ def ask(question: dict, args: argparse.Namespace, tokenizer: Tokenizer, arms: di
         n_slot: int) -> dict[str, dict]:
     """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn. The last
     turns are missing where the conversation has filled its context."""
-    answers, messages, place = {}, cli.opening(args.system), question["place"]
+    answers, messages, place = {}, opening(args.system), question["place"]
     for turn, text in enumerate(question["turns"]):
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.apply_chat_template(messages)
@@ -272,14 +277,14 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
     error   how much the largest logits, and those of the two tokens, differ there between the passes of the two arms.
             Each logit may be off by as much, so rounding can swap two tokens up to a gap of twice the error
     """
-    n = cli.common_prefix(plain.tokens, other.tokens)
+    n = common_prefix(plain.tokens, other.tokens)
     if n == min(len(plain.tokens), len(other.tokens)):  # rounding cannot do that
         same = len(plain.tokens) == len(other.tokens)
         return None if same else {"position": n, "tokens": [], "gap": None, "error": None}
     ids = [plain.tokens[n], other.tokens[n]]
     one, block = plain_arm.logits_before(prompt, plain, n), arm.logits_before(prompt, other, n)
     if not (one.isfinite().all() and block.isfinite().all()):
-        raise ValueError(cli.not_finite(plain_arm.decoder.model.norm.weight.dtype, 0, n))
+        raise ValueError(not_finite(plain_arm.decoder.model.norm.weight.dtype, 0, n))
     shown = [*one.topk(TOP_LOGITS).indices.tolist(), *ids]
     return {"position": n, "tokens": ids, "gap": (one.max() - one[ids].min()).item(),
             "error": (one[shown] - block[shown]).abs().max().item()}

@@ -36,12 +36,14 @@ from tqdm import tqdm
 import root  # noqa: F401
 import generate as cli
 import ranks
-import tp
 from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
-from model import Sampling, Transformer, resolve_checkpoint
+from checkpoint import resolve_checkpoint
+from model import Transformer
+from sampling import Sampling
 from scripts.report import loops
 from tokenizer import Tokenizer
-from train_data import LeftOut, Unusable, answer_text, chat_of, check_same, holds_records, target_stamp
+from train_data import LeftOut, Unusable, answer_text, chat_of, holds_records
+from train_features import DIFFERS, READ_SECONDS, check_same, from_first_rank, target_stamp
 
 OPENINGS = """A|Act as|An|Analyze|Answer|Are|Arrange|As a|Assume|Brainstorm|Calculate|Can you|Can you explain|Classify|
 Come up with|Compare|Compose|Complete|Consider|Construct|Convert|Could you|Create|Debug|Define|Describe|Design|Determine|
@@ -66,7 +68,6 @@ animals and pets|food and drink|festivals and culture|myths and legends|humour a
 famous people|inventions|money|weather|transport|fashion|etiquette""".replace("\n", "").split("|")
 
 MARK = "\u241f"  # stands where the user's text goes in a template
-READING = 3600.0        # seconds that the first process may read the target's files while the others wait
 IDLE_ROUNDS = 100       # of the target asking itself without one dialogue to keep, after which it is hopeless
 
 
@@ -97,12 +98,7 @@ def main(args: argparse.Namespace) -> None:
         args.checkpoint = str(download_demo(log=say))
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template, template_args=args.template_args)
     tokenizer.apply_chat_template(asked_by("Hi", args).turns)   # what cannot be rendered at all shows now
-    writes = not ranks.launched() or tp.Shard.world().rank == 0
-    if ranks.launched():
-        job = ranks.in_turn(writes, pick_device(args.device), lambda alive: prepare(args, tokenizer), READING)
-        job = tp.Shard.world().from_rank_0(job)
-    else:
-        job = prepare(args, tokenizer)
+    job = from_first_rank(lambda alive: prepare(args, tokenizer), pick_device(args.device), READ_SECONDS)
     if job.settings["date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(job.settings["date"])
 
@@ -111,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     with tqdm(total=rounds.total, initial=len(job.seen), unit=" dialogues") as bar:
         while not rounds.done:
             lines = rounds.next()
-            if writes:
+            if ranks.writes():
                 append(args.out, lines)
             bar.update(len(lines))
             bar.set_postfix_str(rounds.dropped_text(", "), refresh=False)
@@ -130,7 +126,7 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Job:
     settings = {"checkpoint": args.checkpoint, "target": target_stamp(resolve_checkpoint(args.checkpoint))[:16],
                 "template": tokenizer.template_digest[:16], "prompts": questions and digest([q.key for q in questions])}
     settings |= {"date": date, "self_prompted": questions is None} | {key: getattr(args, key) for key in OPTIONS}
-    check_same(kept, settings, OUT_DIFFERS, args.out)
+    check_same(kept, settings, str(args.out), "; give another --out", OUT_DIFFERS)
     drop_cut_line(args.out)
     if questions is not None:
         questions = [question for question in questions if question.key not in seen]
@@ -139,14 +135,7 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Job:
 
 # Options that change what is written
 OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "max_user_tokens", "max_prompt_tokens", "dtype", "system")
-OUT_DIFFERS = {key: f"{{where}} was made with {key} {{was!r}}, not {{now!r}}; give another --out"
-               for key in (*OPTIONS, "self_prompted", "date")}
-OUT_DIFFERS |= {
-    "target": "{where} was written by another target than {mine[checkpoint]}: weights, config.json or quantize.json are not "
-              "those of {kept[checkpoint]}; give another --out",
-    "template": "{where} was made with another chat template; give another --out",
-    "prompts": "{where} answers other questions than --prompts asks; give another --out",
-}
+OUT_DIFFERS = DIFFERS | {"prompts": "{where} answers other questions than --prompts asks"}
 
 
 def read_answered(out: Path) -> tuple[set[str], int, dict]:
@@ -194,11 +183,11 @@ def read_questions(file: Path, args: argparse.Namespace) -> list[Question]:
         if question.key in questions:
             left_out.add("repeated", line)
         questions[question.key] = question
-    if "broken lines" in left_out.counts:
+    if "broken lines" in left_out.places:
         raise ValueError(f"{file}: {left_out}: give JSON with \"messages\", \"conversations\" or \"turns\", or one question a line")
     if not questions:
-        raise ValueError(f"{file} asks nothing" + (f": {left_out}" if left_out.counts else ""))
-    if left_out.counts:
+        raise ValueError(f"{file} asks nothing" + (f": {left_out}" if left_out.places else ""))
+    if left_out.places:
         say(f"{file}: {len(questions)} questions; left out: {left_out}")
     return list(questions.values())
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import root  # noqa: F401
 from console import Parser, command, say, whole_or_nothing, write_atomically
-from model import read_json
+from checkpoint import read_json
 
 DRAWS = 2000    # of the bootstrap
 MARK = re.compile(r"<!-- (?P<folder>\S+?)(, arms: (?P<arms>[^>]+?))? -->\n(?P<content>((?!<!--).)*)<!-- end -->", re.S)

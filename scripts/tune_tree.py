@@ -30,13 +30,17 @@ import root  # noqa: F401
 import generate as cli
 import ranks
 from benchmarks.timing import interleave, restoring, traced
+from chat import encode
 from console import Parser, add_chat_options, check_writable, command, device_name, number, say, write_atomically
-from eagle_head import EagleHead, EagleStep, StaticTree
+from decoder import Decoder, setup_caches, slots_for
+from draft_tree import StaticTree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask
-from replay import can_trace
+from runtime import can_trace
 from scripts.questions import HUB_SETS, read_questions
 from tokenizer import Tokenizer
-from train_head import draft_ranks
+from train_loss import draft_ranks
 
 QUESTIONS = Path(__file__).with_name("calibration.jsonl")
 FINALISTS = 5   # trees that answer the questions
@@ -81,7 +85,7 @@ def write_tree(args: argparse.Namespace, finalists: list["Candidate"], rates: li
 
 def encode_all(texts: list[str], tokenizer: Tokenizer, room: int) -> list[list[int]]:
     """Prompts of at most `room` tokens; longer ones are left out by name."""
-    prompts = [cli.encode(text, tokenizer, raw=False) for text in texts]
+    prompts = [encode(text, tokenizer, raw=False) for text in texts]
     for n, prompt in enumerate(prompts, start=1):
         if len(prompt) > room:
             say(f"question {n} has {len(prompt)} tokens, more than the {room} that leave room for an answer: left out")
@@ -93,8 +97,8 @@ def encode_all(texts: list[str], tokenizer: Tokenizer, room: int) -> list[list[i
 def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]], max_new_tokens: int,
                   stop_ids: frozenset[int], max_depth: int) -> list[Tensor]:
     """Rank of the target's next token among the head's guesses at each depth: of each answer [max_depth, positions]."""
-    cli.setup_caches(model, None, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    answers = cli.Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
+    setup_caches(model, None, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    answers = Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
     columns = []
     for prompt, answer in tqdm(list(zip(prompts, answers)), desc="acceptance", unit="answer"):
         ids = torch.tensor(prompt + answer, device=model.inv_freq.device)
@@ -116,7 +120,7 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
     rows = [n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if n <= max_nodes + 1]
     deep, flat = (EagleStep(model, head, StaticTree.chain(depth), 1) for depth in (5, 1))
     n_slot = used + max(*rows, deep.tree.n_room)
-    cli.setup_caches(model, head, 1, n_slot)
+    setup_caches(model, head, 1, n_slot)
     prompt = list(range(1, used + 1))
     deep.prefill([prompt]), flat.prefill([prompt])
     view = bucket(n_slot, n_slot)
@@ -152,8 +156,8 @@ def measure_decoding(model: Transformer, head: EagleHead, trees: list[list[list[
     """Tokens a second of plain decoding, and of EAGLE with each tree; all answer each prompt in turn."""
     shapes = [None, *map(StaticTree.from_paths, trees)]
     room = max(tree.n_room for tree in shapes[1:])
-    cli.setup_caches(model, head, 1, cli.slots_for(max(map(len, prompts)) + args.max_new_tokens + room, model))
-    decoders = [cli.Decoder(model, 1, compile=args.compile, head=tree and head, tree=tree) for tree in shapes]
+    setup_caches(model, head, 1, slots_for(max(map(len, prompts)) + args.max_new_tokens + room, model))
+    decoders = [Decoder(model, 1, compile=args.compile, head=tree and head, tree=tree) for tree in shapes]
     for decoder in decoders:
         decoder.TRACE_FROM = 1      # one trace for all the answers
         decoder.generate(prompts[:1], args.max_new_tokens)      # warm up

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import quantize
-from eagle_head import EagleStep
+from eagle_step import EagleStep
 from model import Transformer
 from reference import edited_json, naive_decode, read_safetensors, write_checkpoint
 from scripts import evaluate, generate_data, peers, report, tune_tree

@@ -4,8 +4,10 @@ All rows are one tile, so that the weights are read once whatever their number; 
 registers. The columns are split over `split_k` programs where the rows of the weight alone would not fill the GPU;
 their partial sums are added in a fixed order, so that a step gives the same bits each time.
 
-Shapes as in quantized.py. Runs on a CPU, slowly, under TRITON_INTERPRET=1.
+Shapes as in linears.py. Runs on a CPU, slowly, under TRITON_INTERPRET=1.
 """
+# pyright: reportArgumentType=false
+# (constexpr parameters take plain numbers)
 import torch
 import triton
 import triton.language as tl
@@ -49,15 +51,15 @@ def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, stride_q, n_group
 
 @library.custom_op("eagle::quant_matmul", mutates_args=())
 def quant_matmul(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None, block_n: int, split_k: int) -> Tensor:
-    """x [M, K] of up to 64 rows by a weight as quantized.py stores it -> [split_k, M, N] fp32, to be added up."""
+    """x [M, K] of up to 64 rows by a weight as linears.py stores it -> [split_k, M, N] fp32, to be added up."""
     M, K = x.shape
     N, n_group = scales.shape
     assert M <= 64 and x.stride(1) == 1, (x.shape, x.stride())
     is_int4 = zeros is not None
     out = torch.empty(split_k, M, N, dtype=torch.float32, device=x.device)
     _quant_matmul[(triton.cdiv(N, block_n), split_k)](
-        x, q, scales, zeros, out, M, N, K, x.stride(0), q.stride(0), n_group, split_k, GROUP=K // n_group if is_int4 else 0,
-        IS_INT4=is_int4, BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
+        x, q, scales, zeros, out, M, N, K, x.stride(0), q.stride(0), n_group, split_k,
+        GROUP=K // n_group if is_int4 else 0, IS_INT4=is_int4, BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
     return out
 
 
