@@ -120,6 +120,19 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
                         help="more variables for the chat template, such as '{\"enable_thinking\": false}'")
 
 
+def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
+    """Raise ValueError, before the work is done, where its result could not be written.
+
+    path: a file in a folder that exists, or with is_folder a folder, which may be missing as its parents may.
+    """
+    full = path.absolute()
+    if not is_folder and (full.exists() and not full.is_file() or not full.parent.is_dir()):
+        raise ValueError(f"{option} {path}: not a file in an existing folder")
+    place = next(place for place in ((full, *full.parents) if is_folder else full.parents) if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{option} {path}: {place} is no folder that can be written to")
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Beside it, then renamed: it is there whole or not at all. Raises OSError naming the file."""
     with whole_or_nothing(file, ".part") as part:
