@@ -26,9 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import ranks
 import tp
-from console import (Parser, add_chat_options, command, device_name, is_text, number, pick_device, read_text, say,
+from console import (Parser, add_chat_options, command, device_name, is_text, launched, number, pick_device, read_text, say,
                      whole_or_nothing, write_atomically)
 from eagle_head import EagleHead, EagleStep, Tree, load_tree
 from model import (NOT_FINITE, Sampling, Transformer, bucket, causal_mask, next_tokens, pack_for_cpu, prefill, quantize_settings,
@@ -435,7 +434,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--interactive reads chat turns from the terminal: no --prompt, --prompt-file or --raw")
     if args.interactive and sys.stdin is None:
         raise ValueError("--interactive reads chat turns from standard input, which is closed")
-    if args.interactive and ranks.launched():
+    if args.interactive and launched():
         raise ValueError("--interactive runs in one process: under torchrun give --prompt or --prompt-file")
 
 
@@ -450,10 +449,9 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
                                           template_args=args.template_args)
     say_not_applied(read_json(resolve_checkpoint(args.checkpoint, weights=False) / "generation_config.json", absent={}))
-    shard = tp.Shard.world() if ranks.launched() else None
+    shard = tp.Shard.world() if launched() else None
     if shard is not None and device.type == "cuda":
-        from plan import check_memory
-        check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
+        tp.check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
     model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard)
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
@@ -464,7 +462,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, "Toke
     if args.seed is None and args.temperature > 0:
         args.seed = torch.seed() % 2 ** 31
     if shard is not None:
-        args.seed = shard.from_rank_0(args.seed)
+        args.seed = tp.on_rank_0(lambda: args.seed)
         if shard.rank > 0:  # what it would write, rank 0 writes
             args.json = args.profile = None
     seconds = time.perf_counter() - start
@@ -861,4 +859,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))

@@ -1,7 +1,8 @@
-"""Tensor parallelism over torch.distributed: each process holds a slice of every large weight.
+"""Tensor parallelism: the processes that torchrun starts, each with a slice of every large weight.
 
-    torchrun --nproc-per-node 4 generate.py --checkpoint meta-llama/Llama-2-70b-chat-hf --eagle yuhuili/EAGLE-llama2-chat-70B
-    python tp.py --plan llama-2-70b --world-size 4 --mode int4 --head --gpu-memory 40       # will it fit? (plan.py)
+    torchrun --nproc-per-node 4 generate.py --checkpoint meta-llama/Llama-2-70b-chat-hf \\
+        --eagle yuhuili/EAGLE-llama2-chat-70B
+    python scripts/plan.py llama-2-70b --world-size 4 --mode int4 --head --gpu-memory 40       # will it fit?
 
 Acts on a model from outside. `Shard` says which slices a rank holds; an ordinary, smaller model is built and loaded
 with them, and `connect` then adds the communication (Megatron-LM, arXiv 1909.08053, section 3): one all-reduce after
@@ -15,23 +16,40 @@ generators seeded alike. EAGLE_TP_CHECK=1 compares the tokens of all ranks after
 
 Shapes: B batch, T new tokens, V vocabulary, W ranks, n vocabulary rows of one rank (the last rank may have fewer).
 """
+import argparse
+import contextlib
+import functools
+import io
 import os
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # noqa: F401  (registers torch.ops._c10d_functional)
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
+from console import command, launched, say
 from eagle_head import EagleHead
-from model import ModelArgs, Transformer, TransformerBlock
+from model import ModelArgs, Transformer, TransformerBlock, install_quantized, read_json, resolve_checkpoint
+from quantized import QuantLinear
 
 ROWS = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc"}      # split by output
 COLUMNS = {"o_proj", "down_proj", "w2"}                         # split by input: partial sums to be added up
 KV, VOCAB = {"k_proj", "v_proj"}, {"embed_tokens", "lm_head"}
+
+COLLECTIVE = 120.0      # seconds a rank waits for another in a collective: ranks compile at different speeds
+PATIENCE = 7 * 86400.0  # seconds it waits where one rank may work alone for hours
+GRACE = 2.0             # seconds in which torchrun ends a rank, once another one has failed
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,17 +64,17 @@ class Shard:
         """Of the default process group, which must be there."""
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
 
-    def from_rank_0(self, value: object) -> object:
-        """What rank 0 has, for all."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
     # Which slices
 
     def local(self, config: ModelArgs) -> ModelArgs:
-        """The config of one rank's part; vocab_size and dim stay the whole's. Raises ValueError, naming the sizes that work."""
-        check_divides(config, self.size)
+        """The config of one rank's part. vocab_size and dim stay those of the whole model.
+
+        Raises ValueError for a model that does not divide, naming the sizes that work.
+        """
+        if not divides(config, self.size):
+            sizes = ", ".join(str(n) for n in range(1, config.n_head + 1) if divides(config, n))
+            raise ValueError(f"{config.n_head} heads, {config.n_kv_head} key/value heads and a feed-forward of "
+                             f"{config.intermediate_size} do not divide over {self.size} processes; {sizes} do")
         return replace(config, n_head=config.n_head // self.size, n_kv_head=max(config.n_kv_head // self.size, 1),
                        intermediate_size=config.intermediate_size // self.size)
 
@@ -119,29 +137,23 @@ class Shard:
         """Add the communication to a part, once its weights are there. In place."""
         if isinstance(module, EagleHead):
             if module.fc.out_features < module.config.dim:      # else every rank has the whole
-                module.fc = nn.Sequential(module.fc, AllGather(self))
+                module.fc = nn.Sequential(module.fc, Exchange(all_gather, self))
                 self.connect_block(module.layer)
             return module
         module.tok_embeddings = ShardedEmbedding(module.tok_embeddings, self, module.config.vocab_size)
         module.output = ShardedOutput(module.output, self, module.config.vocab_size)
         for block in module.layers:
             self.connect_block(block)
+        if dist.is_initialized():
+            meet()      # some ranks read their slices faster than others
         return module
 
     def connect_block(self, block: TransformerBlock) -> None:
-        block.attention.wo = nn.Sequential(block.attention.wo, AllReduce(self))
+        block.attention.wo = nn.Sequential(block.attention.wo, Exchange(all_reduce, self))
         if hasattr(block.feed_forward, "gate"):     # each expert is split, and their sum is linear in the parts
-            block.feed_forward = nn.Sequential(block.feed_forward, AllReduce(self))
+            block.feed_forward = nn.Sequential(block.feed_forward, Exchange(all_reduce, self))
         else:
-            block.feed_forward.w2 = nn.Sequential(block.feed_forward.w2, AllReduce(self))
-
-
-def check_divides(config: ModelArgs, size: int) -> None:
-    """Raises ValueError unless a model can be split over `size` ranks."""
-    if not divides(config, size):
-        sizes = ", ".join(str(n) for n in range(1, config.n_head + 1) if divides(config, n))
-        raise ValueError(f"{config.n_head} heads, {config.n_kv_head} key/value heads and a feed-forward of "
-                         f"{config.intermediate_size} do not divide over {size} processes; {sizes} do")
+            block.feed_forward.w2 = nn.Sequential(block.feed_forward.w2, Exchange(all_reduce, self))
 
 
 def divides(config: ModelArgs, size: int) -> bool:
@@ -165,22 +177,15 @@ def all_gather(x: Tensor, shard: Shard) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(parts).movedim(0, -2).flatten(-2)
 
 
-class AllReduce(nn.Module):
-    def __init__(self, shard: Shard):
+class Exchange(nn.Module):
+    """all_reduce or all_gather, to follow a layer."""
+
+    def __init__(self, collective: Callable[[Tensor, Shard], Tensor], shard: Shard):
         super().__init__()
-        self.shard = shard
+        self.collective, self.shard = collective, shard
 
     def forward(self, x: Tensor) -> Tensor:
-        return all_reduce(x, self.shard)
-
-
-class AllGather(nn.Module):
-    def __init__(self, shard: Shard):
-        super().__init__()
-        self.shard = shard
-
-    def forward(self, x: Tensor) -> Tensor:
-        return all_gather(x, self.shard)
+        return self.collective(x, self.shard)
 
 
 # The vocabulary
@@ -305,8 +310,156 @@ def check_ranks(tokens: Tensor) -> None:
         raise RuntimeError(f"the ranks disagree: {every.flatten(0, -2).T.tolist()}, one row a rank")
 
 
-if __name__ == "__main__":
-    import sys
+# Whether it fits
 
-    import plan
-    sys.exit(plan.main(plan.parse_args()))
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of all weights, 16-bit ones and quantised ones; tied weights are counted once."""
+    quantised = [part for part in module.modules() if isinstance(part, QuantLinear)]
+    return (sum(tensor.nbytes for part in quantised for tensor in part.stored().values())
+            + sum(parameter.nbytes for parameter in module.parameters()))
+
+
+def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
+    """Say how many bytes of weights a rank will hold. Raises ValueError when a GPU of n_byte cannot hold them."""
+    folder = resolve_checkpoint(checkpoint, weights=False)
+    with torch.device("meta"):
+        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json"))).bfloat16()
+        install_quantized(target, folder)
+    weights = weight_bytes(target.bfloat16())
+    if weights > n_byte:
+        raise ValueError(f"{weights / 1e9:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, "
+                         "or a quantised checkpoint")
+    say(f"{world_size} ranks, {weights / 1e9:.1f} GB of weights on each")
+
+
+# The ranks of torchrun. What ends a run, and how fast, is in docs/multi-gpu.md
+
+
+def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace, timeout: float = COLLECTIVE) -> int:
+    """The exit status of main(args), which is one rank's part where torchrun has started several.
+
+    Rank 0 prints, the others are silent. torchrun ends all of them once one has exited with an error. So a silent rank
+    waits a moment with its own (give_way): it prints only an error that rank 0 does not have.
+    """
+    if not launched():
+        return main(args)
+    rank, terminal = int(os.environ["RANK"]), os.dup(2)
+    silence = None if rank == 0 else Silence()
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        status = run_in_group(main, args, timeout)
+    except KeyboardInterrupt:   # where main does not expect it
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status == 0:
+        return 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if silence is not None and status != 130:
+        give_way()
+        if silence.error:
+            os.write(terminal, f"error: rank {rank}: {silence.error}\n".encode())
+    with contextlib.suppress(OSError):      # nobody reads it any more
+        sys.stdout.flush()
+    os._exit(status)    # an orderly end would wait for collectives that nobody else joins
+
+
+@record     # what it raises is in torchrun's report, with the traceback
+def run_in_group(main: Callable[[argparse.Namespace], int], args: argparse.Namespace, timeout: float) -> int:
+    if status := place(args):
+        return status
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo", store=store, rank=rank,
+                            world_size=size, timeout=timedelta(seconds=timeout))
+    try:
+        meet()
+        status = main(args)
+        if status == 0:
+            meet()      # before the connections are closed
+            dist.destroy_process_group()
+        return status
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        lost = "another rank"
+        with contextlib.suppress(RuntimeError):     # the store may have gone with rank 0's machine
+            store.set(f"noticed {rank}", "")
+            give_way()
+            lost = f"rank {', '.join(str(r) for r in range(size) if not store.check([f'noticed {r}']))}"
+        say(f"error: {lost} does not answer: {' '.join(str(error).split())[:300]}")
+        return 1
+
+
+class Silence(io.TextIOBase):
+    """In the place of stdout and stderr: drops what is printed, but for the last error."""
+    error = ""
+
+    def __init__(self):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):       # C++ code prints its warnings there
+            os.dup2(nowhere, descriptor)
+        sys.stdout = sys.stderr = self
+
+    def write(self, text: str) -> int:
+        if text.startswith("error: "):
+            self.error = text.removeprefix("error: ").rstrip()
+        return len(text)
+
+
+@command(in_ranks=True)
+def place(args: argparse.Namespace) -> None:
+    """Give each process of a machine a GPU of its own."""
+    if str(args.device).startswith("cuda:"):
+        raise ValueError(f"--device {args.device}: under torchrun each process takes a GPU of its own; leave it out")
+    if not torch.cuda.is_available() or args.device not in (None, "cuda"):
+        return
+    n_gpu, n_local = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if n_local > n_gpu:
+        raise ValueError(f"{n_local} processes on a machine with {n_gpu} GPUs: --nproc-per-node {n_gpu}, or --device cpu")
+    args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(args.device)
+
+
+def give_way() -> None:
+    """Time for torchrun to end this process because of another one. If none is at fault, the lowest rank goes on first."""
+    time.sleep(GRACE + 0.3 * int(os.environ["RANK"]))
+
+
+def interrupt(*_) -> None:
+    """Ctrl-C, once: it comes from the terminal and from torchrun."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def writes() -> bool:
+    """Whether this process writes files: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@functools.cache
+def patient_group() -> dist.ProcessGroup:
+    """All ranks once more, for collectives in which some may wait for hours. All must first ask for it together."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
+
+
+def meet() -> None:
+    """Wait for all ranks, however late the last one comes."""
+    dist.barrier(patient_group())
+
+
+def in_turn(is_mine: bool, work: Callable[[], T]) -> T | None:
+    """What work() returns, on the rank whose turn it is. The others wait for it, and get None."""
+    result = work() if is_mine else None
+    meet()
+    return result
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What work() returns on rank 0, for all ranks. The others wait for it."""
+    if not launched():
+        return work()
+    values = [work() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0, group=patient_group())
+    return values[0]

@@ -24,7 +24,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +35,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import tp
 from console import Parser, add_chat_options, command, number, pick_device, say, write_atomically
 from eagle_head import EagleHead, head_args
 from model import Transformer, pack_for_cpu, read_json, resolve_checkpoint
-from ranks import in_turn, launched, run
 from tokenizer import Tokenizer
 from train_data import (FEATURES_DIFFER, Batch, Dialogue, Features, check_same, common_tokens, features_origin, make_batches,
                         read_dialogues, target_stamp, tokens_digest)
@@ -47,7 +46,7 @@ from train_data import (FEATURES_DIFFER, Batch, Dialogue, Features, check_same, 
 # Elements of a block of logits, whatever the vocabulary: on a CPU 16 MiB in fp32, which stay in its cache.
 LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 27, "mps": 2 ** 25}
 MASK_AT_ONCE = 2 ** 20      # elements of an evaluation's mask, where a training step's is smaller
-READING = 3600.0            # seconds that a process may read the target's files while the others wait
+SAVING = 300.0              # seconds that the others wait in a step while rank 0 saves a checkpoint
 N_ALPHA = 5                 # n-alpha is reported for n = 0 .. 4
 
 
@@ -346,12 +345,12 @@ def load_target(folder: Path, device: torch.device, dtype: torch.dtype, shard: b
         pack_for_cpu(model.layers)
         return model
 
-    def load(_) -> Transformer:
+    def load() -> Transformer:
         model = Transformer.from_pretrained(folder, "cpu", dtype, choose_kernels=False)
         shard_layers(model, device, rank, world)
         return model.to(device)
 
-    turns = [in_turn(turn == rank, device, load, READING) for turn in range(world)]  # the host holds one whole target at a time
+    turns = [tp.in_turn(turn == rank, load) for turn in range(world)]  # the host holds one whole target at a time
     return turns[rank]
 
 
@@ -422,15 +421,14 @@ def settings_of(args: argparse.Namespace, device: torch.device, world: int) -> d
             **{key: str(value) for key, value in vars(args).items() if key not in FREE_ON_RESUME}}
 
 
-def origin_of(args: argparse.Namespace, folder: Path, kept: dict[str, str],
-              on_first: Callable) -> tuple[Tokenizer, dict[str, str]]:
+def origin_of(args: argparse.Namespace, folder: Path, kept: dict[str, str]) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer, and what the target's features come from beside the tokens.
 
     A chat template that asks for the date is told one for the whole training: the checkpoint's, the cache's, or today's.
     """
     cached = {} if args.cache_features is None else features_origin(args.cache_features)
     date = kept.get("date") or cached.get("date")
-    stamp, now = on_first(lambda alive: (target_stamp(folder), datetime.now().isoformat(timespec="seconds")), READING)
+    stamp, now = tp.on_rank_0(lambda: (target_stamp(folder), datetime.now().isoformat(timespec="seconds")))
     tokenizer = Tokenizer.from_pretrained(folder, chat_template=args.chat_template, template_args=args.template_args,
                                           date=datetime.fromisoformat(date or now))
     if tokenizer.uses_date:
@@ -487,21 +485,13 @@ def train(args: argparse.Namespace) -> int:
     if args.shard_target and (world == 1 or args.cache_features is not None):
         raise ValueError("--shard-target needs torchrun with several processes, and no --cache-features")
 
-    def on_first(work: Callable, patience: float | None = None) -> object:
-        """What work(alive) gives on the first process, for all."""
-        if world == 1:
-            return work(lambda: None)
-        given = [in_turn(first, device, work, patience)]
-        dist.broadcast_object_list(given)
-        return given[0]
-
     if args.checkpoint is None:
         from scripts.download import download_demo
         args.checkpoint = str(download_demo(log=say))
     folder = resolve_checkpoint(args.checkpoint)
     resumes = state_file.exists()
     kept = load_state(state_file)["settings"] if resumes else {}
-    tokenizer, origin = origin_of(args, folder, kept, on_first)
+    tokenizer, origin = origin_of(args, folder, kept)
     settings = origin | {"data": hashlib.sha256(args.data.read_bytes()).hexdigest()} | settings_of(args, device, world)
     check_same(kept, settings, RESUME_DIFFERS, state_file)      # before anything is loaded or written
     if args.cache_features is not None:
@@ -514,7 +504,7 @@ def train(args: argparse.Namespace) -> int:
 
     n_token = args.batch_size * args.max_length
     if args.cache_features is not None and world > 1:   # the first process fills the cache, the others find it full
-        in_turn(first, device, lambda alive: Features(model, dialogues, args.cache_features, n_token, origin, alive))
+        tp.in_turn(first, lambda: Features(model, dialogues, args.cache_features, n_token, origin))
     features = Features(model, dialogues, args.cache_features, n_token, origin)
 
     held_out, learnt = split([dialogue.line for dialogue in dialogues], args.eval_dialogues, args.seed)
@@ -706,4 +696,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parse_args()) if launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args(), timeout=SAVING))

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import root  # noqa: F401
 import generate as cli
-import ranks
-from console import Parser, add_chat_options, command, number, read_records, say, write_atomically
+import tp
+from console import Parser, add_chat_options, command, launched, number, read_records, say, write_atomically
 from eagle_head import EagleHead, Tree, load_tree
 from model import Transformer, causal_mask, prefill, read_json, resolve_checkpoint
 from scripts import report
@@ -62,9 +62,9 @@ TOP_LOGITS = 10     # the largest, on which rounding is measured
 def main(args: argparse.Namespace) -> None:
     if args.peers and args.temperature > 0:
         raise ValueError("--peers decode greedily: they need --temperature 0")
-    if args.peers and ranks.launched():
+    if args.peers and launched():
         raise ValueError("--peers run in one process: leave them out under torchrun")
-    every = ranks.on_rank_0(lambda: read_questions(args.questions))
+    every = tp.on_rank_0(lambda: read_questions(args.questions))
     trees, args.tree = args.tree, None
     model, head, tokenizer, run = cli.load(args)
     n_slot = min(args.max_seq_length, model.config.block_size)
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
             "tree": trees, "also": list(also) or None, "arms": [*arms, *peers], "absent": absent, "label": args.out.name,
             "drafting": [name for name, arm in arms.items() if arm.tree is not None] + [p for p in peers if p in DRAFTING_PEERS],
             "stamps": stamps, "template_date": None}
-    done, run = ranks.on_rank_0(lambda: resume(args.out, run, tokenizer))
+    done, run = tp.on_rank_0(lambda: resume(args.out, run, tokenizer))
     if run["template_date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
     questions, run["left_out"] = leave_out(choose(every, args.limit), tokenizer, n_slot)
@@ -104,23 +104,23 @@ def main(args: argparse.Namespace) -> None:
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
         for question in bar:
             answers = ask(question, args, tokenizer, arms, peers, n_slot)
-            if question is todo[0] and ranks.writes():  # not before: a run that fails at once leaves nothing
+            if question is todo[0] and tp.writes():  # not before: a run that fails at once leaves nothing
                 (args.out / "answers").mkdir(parents=True, exist_ok=True)
                 write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
             for name, lines in answers.items():
-                if ranks.writes():
+                if tp.writes():
                     append_answer(args.out, name, question, f"{run['label']}-{name}", lines)
                 totals[name][0] += sum(lines["timed_tokens"])
                 totals[name][1] += sum(lines["decode_seconds"])
             bar.set_postfix_str(progress(totals, answers, run["drafting"]))
-    if ranks.writes():
+    if tp.writes():
         made = report.write_report(args.out)
         print((args.out / "report.md").read_text())
         say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
 
 
 def stamp_of(checkpoint: str) -> str:
-    return ranks.on_rank_0(lambda: target_stamp(resolve_checkpoint(checkpoint)))
+    return tp.on_rank_0(lambda: target_stamp(resolve_checkpoint(checkpoint)))
 
 
 def digest(value: object) -> str:
@@ -411,4 +411,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))

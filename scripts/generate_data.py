@@ -35,9 +35,8 @@ from tqdm import tqdm
 
 import root  # noqa: F401
 import generate as cli
-import ranks
 import tp
-from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
+from console import Parser, add_chat_options, command, number, parse_json, read_records, read_text, say
 from model import Sampling, Transformer, resolve_checkpoint
 from scripts.report import loops
 from tokenizer import Tokenizer
@@ -66,7 +65,6 @@ animals and pets|food and drink|festivals and culture|myths and legends|humour a
 famous people|inventions|money|weather|transport|fashion|etiquette""".replace("\n", "").split("|")
 
 MARK = "\u241f"  # stands where the user's text goes in a template
-READING = 3600.0        # seconds that the first process may read the target's files while the others wait
 IDLE_ROUNDS = 100       # of the target asking itself without one dialogue to keep, after which it is hopeless
 
 
@@ -97,12 +95,7 @@ def main(args: argparse.Namespace) -> None:
         args.checkpoint = str(download_demo(log=say))
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template, template_args=args.template_args)
     tokenizer.apply_chat_template(asked_by("Hi", args).turns)   # what cannot be rendered at all shows now
-    writes = not ranks.launched() or tp.Shard.world().rank == 0
-    if ranks.launched():
-        job = ranks.in_turn(writes, pick_device(args.device), lambda alive: prepare(args, tokenizer), READING)
-        job = tp.Shard.world().from_rank_0(job)
-    else:
-        job = prepare(args, tokenizer)
+    job = tp.on_rank_0(lambda: prepare(args, tokenizer))
     if job.settings["date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(job.settings["date"])
 
@@ -111,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     with tqdm(total=rounds.total, initial=len(job.seen), unit=" dialogues") as bar:
         while not rounds.done:
             lines = rounds.next()
-            if writes:
+            if tp.writes():
                 append(args.out, lines)
             bar.update(len(lines))
             bar.set_postfix_str(rounds.dropped_text(", "), refresh=False)
@@ -403,4 +396,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))

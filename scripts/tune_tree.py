@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import root  # noqa: F401
 import generate as cli
-import ranks
+import tp
 from console import Parser, add_chat_options, command, device_name, number, read_records, say, write_atomically
 from eagle_head import EagleHead, EagleStep, StaticTree
 from model import Transformer, bucket, causal_mask
@@ -62,19 +62,19 @@ FINALISTS = 5   # trees that answer the questions
 @command(in_ranks=True)
 def main(args: argparse.Namespace) -> None:
     args.tree = "static"
-    if ranks.writes() and args.out is not None and not args.out.absolute().parent.is_dir():
+    if tp.writes() and args.out is not None and not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: not a file in an existing folder")
-    texts = ranks.on_rank_0(lambda: QUESTIONS if args.questions is None else read_questions(args.questions))
+    texts = tp.on_rank_0(lambda: QUESTIONS if args.questions is None else read_questions(args.questions))
     model, head, tokenizer, _ = cli.load(args)
     prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
     with torch.inference_mode():
         guesses = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
         accept = rank_frequencies(torch.cat(guesses, dim=1), args.max_rank)
         costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
-        costs = ranks.on_rank_0(lambda: costs)      # each has its own clock, and all must choose the same trees
+        costs = tp.on_rank_0(lambda: costs)      # each has its own clock, and all must choose the same trees
         finalists = search(accept, [list(zip(*answer.tolist())) for answer in guesses], costs, args.max_nodes)[:FINALISTS]
         rates = measure_decoding(model, head, [finalist.paths for finalist in finalists], prompts, args, tokenizer.stop_ids)
-    if ranks.writes():
+    if tp.writes():
         write_tree(args, finalists, rates, {"device": device_name(model.inv_freq.device), "torch": torch.__version__,
                                             "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs,
                                             "accept_by_depth_and_rank": accept})
@@ -296,4 +296,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))
