@@ -6,7 +6,7 @@
     python quantize.py --checkpoint heads/mine --mode int8 --out heads/mine-int8            # an EAGLE head
     python quantize.py --checkpoint C-int4 --eval benchmarks/text.txt                       # perplexity only
 
-The result is a folder like any other, with `quantize.json` beside the weights; `quantized.py` states the format. One
+The result is a folder like any other, with `quantize.json` beside the weights; `linears.py` states the format. One
 layer is in memory at a time. Shards are written to OUT.part, which cannot be loaded and becomes OUT at the end; killed
 and started again, the same command goes on after the last finished layer.
 
@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
-from model import (ModelArgs, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
-                   iterate_weights, read_json, resolve_checkpoint, rope_cos_sin, rope_inv_freq)
-from quantized import GROUP_SIZES, Format, fit_grid, install, pack, round_to_nearest, to_grid
+from checkpoint import iterate_weights, read_json, resolve_checkpoint
+from config import ModelArgs
+from model import Transformer, TransformerBlock, attention_bias, block_targets, causal_mask, rope_cos_sin, rope_inv_freq
+from linears import GROUP_SIZES, Format, fit_grid, install, pack, round_to_nearest, to_grid
 from tokenizer import Tokenizer
 from train_data import read_dialogues
 

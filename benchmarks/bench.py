@@ -30,12 +30,22 @@ from tqdm import tqdm
 
 import root  # noqa: F401
 from console import Parser, command, number, pick_device, say, write_atomically
-from eagle_head import EagleHead, EagleStep, load_tree
-from generate import Decoder, Generation, common_prefix, compile_layers
-from model import (ModelArgs, Sampling, Transformer, attention_bias, bucket, causal_mask, next_tokens,
-                   pack_for_cpu, prefill, quantize_settings, read_json, resolve_checkpoint, stored)
-from quantized import Format, quantize_in_place, tune
-from replay import can_trace, capture
+from draft_tree import load_tree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
+from decoder import Decoder
+from generate import Generation
+from runtime import compile_layers
+from tokenizer import common_prefix
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
+from linears import stored
+from model import Transformer, attention_bias, bucket, causal_mask, prefill
+from runtime import pack_for_cpu
+from sampling import Sampling, next_tokens
+from linears import Format, quantize_in_place
+from runtime import tune
+from runtime import can_trace, capture
 from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
 from benchmarks.simulate import accept_lengths, simulated_decoder
 from benchmarks.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,

@@ -20,9 +20,10 @@ import torch
 
 import root  # noqa: F401
 from console import Parser, command, number, pick_device, write_atomically
-from eagle_head import load_tree
-from generate import Decoder, setup_caches, slots_for
-from model import Sampling, pack_for_cpu
+from draft_tree import load_tree
+from decoder import Decoder, setup_caches, slots_for
+from runtime import pack_for_cpu
+from sampling import Sampling
 from benchmarks.shapes import SHAPES, TINY, random_head, random_model
 from benchmarks.timing import clock, environment, print_table
 

@@ -27,7 +27,7 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 import root  # noqa: F401
 from console import Parser, command, number, pick_device, say, write_atomically
-from model import read_json
+from checkpoint import read_json
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import environment, print_table
 

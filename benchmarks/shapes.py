@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 
 from eagle_head import EagleHead
-from model import ModelArgs, Transformer
-from quantized import install
+from config import ModelArgs
+from model import Transformer
+from linears import install
 
 
 def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,

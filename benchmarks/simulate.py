@@ -14,9 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eagle_head import Accepted, Draft, EagleHead, EagleStep, Tree
-from generate import Decoder, PlainStep
-from model import Sampling, Transformer
+from draft_tree import Draft, Tree
+from eagle_head import EagleHead
+from eagle_step import Accepted, EagleStep
+from decoder import Decoder, PlainStep
+from model import Transformer
+from sampling import Sampling
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
 from console import device_name
-from replay import trace
+from runtime import trace
 
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 

@@ -1,9 +1,10 @@
-"""Answer the same prompts plainly and with EAGLE, in turn, and compare: python scripts/demo.py
+"""Answers the same prompts with plain decoding and with EAGLE, in turn, and compares speed and text.
 
+    python scripts/demo.py
     python scripts/demo.py --prompt "Why is the sky blue?" --max-new-tokens 64
     python scripts/demo.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3
 
-Both decode greedily over the same weights. Speed is new tokens over decode seconds, prefill and warm-up outside.
+Both decode greedily with the same weights. Speed is new tokens over decode seconds, without prefill and warm-up.
 """
 import argparse
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import root  # noqa: F401
 import generate as cli
 from console import Parser, command, number, say
-from eagle_head import load_tree
+from draft_tree import load_tree
 
 PROMPTS = [
     "Why is the sky blue?", "Write a short story about a lighthouse keeper.", "How do I make a good cup of tea?",
@@ -35,32 +36,36 @@ def main(args: argparse.Namespace) -> None:
     for decoder in (plain, eagle):  # warm up
         decoder.TRACE_FROM = 1      # one trace for all the answers
         decoder.generate(prompts[:1], min(8, args.max_new_tokens))
-    results = []
+    plain_runs, eagle_runs = [], []
     for text, prompt in zip(args.prompt, prompts):
         print(f"\n> {text}\n")
         printer = cli.Printer(cli.StopTexts(tokenizer), [prompt])
-        ours = plain.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids, on_tokens=printer)
+        plain_runs += [plain.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids, on_tokens=printer)]
         printer.close()
-        theirs = eagle.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids)
-        print(f"\n  {line(ours, theirs)}", flush=True)
-        results.append((ours, theirs))
-    print(f"\nall {len(results)}: {line(*map(total, zip(*results)))}")
-    if any(a.tokens != b.tokens for a, b in results) and args.dtype != "float32":
-        print("(Texts differ where two tokens are so near that 16-bit rounding decides; with --dtype float32 they are equal.)")
+        eagle_runs += [eagle.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids)]
+        print(f"\n  {compared(plain_runs[-1:], eagle_runs[-1:])}", flush=True)
+    print(f"\nall {len(prompts)}: {compared(plain_runs, eagle_runs)}")
+    if any(a.tokens != b.tokens for a, b in zip(plain_runs, eagle_runs)) and args.dtype != "float32":
+        print("(Two tokens can be so close in probability that 16-bit rounding decides between them. "
+              "With --dtype float32 the texts are equal.)")
 
 
-def total(results: list[cli.Generation]) -> cli.Generation:
-    """All generations of one kind as the rows of one."""
-    rows = lambda field: [row for result in results for row in getattr(result, field)]
-    seconds = sum(result.timings["decode_seconds"] for result in results)
-    return cli.Generation(rows("tokens"), rows("accept_lengths"), rows("finish_reason"), timings={"decode_seconds": seconds})
-
-
-def line(plain: cli.Generation, eagle: cli.Generation) -> str:
-    same = sum(a == b for a, b in zip(plain.tokens, eagle.tokens))
-    texts = f"{same} of {len(plain.tokens)} texts equal" if len(plain.tokens) > 1 else f"texts {'equal' if same else 'differ'}"
+def compared(plain_runs: list[cli.Generation], eagle_runs: list[cli.Generation]) -> str:
+    plain, eagle = total(plain_runs), total(eagle_runs)
+    same, n = sum(a == b for a, b in zip(plain.tokens, eagle.tokens)), len(plain.tokens)
+    texts = f"{same} of {n} texts equal" if n > 1 else f"texts {'equal' if same else 'differ'}"
     return (f"plain {plain.tokens_per_second:.1f} tokens/s, EAGLE {eagle.tokens_per_second:.1f} tokens/s "
-            f"({eagle.tokens_per_second / plain.tokens_per_second:.2f}x), accepted length {eagle.mean_accept_length:.2f}, {texts}")
+            f"({eagle.tokens_per_second / plain.tokens_per_second:.2f}x), "
+            f"accepted length {eagle.mean_accept_length:.2f}, {texts}")
+
+
+def total(runs: list[cli.Generation]) -> cli.Generation:
+    """Runs of one decoder as the rows of a single one."""
+    return cli.Generation(
+        tokens=[row for run in runs for row in run.tokens],
+        accept_lengths=[row for run in runs for row in run.accept_lengths],
+        finish_reason=[row for run in runs for row in run.finish_reason],
+        timings={"decode_seconds": sum(run.timings["decode_seconds"] for run in runs)})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

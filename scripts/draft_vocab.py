@@ -1,10 +1,12 @@
-"""Make a head's draft vocabulary: python scripts/draft_vocab.py --data dialogues.jsonl --size 8192 --eagle HEAD
+"""Makes a draft vocabulary: the most frequent tokens of some data.
 
-The LM head is most of what drafting costs when the vocabulary is large. Drafting only the tokens that are common in
-the data (FR-Spec, arXiv 2502.14856) cuts that to a few percent, and verification over the whole vocabulary keeps the
-output what it was. The ids are written beside the head as draft_vocab.json, the commonest first, so that
-`generate.py --draft-vocab N` can take fewer. --data is a file of dialogues (train_data.py says in which formats), of which
-what the assistant says counts, or a text file, which counts whole.
+    python scripts/draft_vocab.py --data dialogues.jsonl --size 8192 --eagle HEAD
+
+With a large vocabulary, most of the time of drafting goes into the LM head. Drafting only frequent tokens (FR-Spec,
+arXiv 2502.14856) cuts that to a few percent. The output stays the same, as the target verifies with its whole
+vocabulary. The ids are written to draft_vocab.json beside the head, the most frequent first, so that
+`generate.py --draft-vocab N` can take fewer. --data is a file of dialogues in one of train_data.py's formats, of which
+the assistant's words count, or a text file, of which every word counts.
 """
 import argparse
 import json
@@ -25,15 +27,16 @@ def main(args: argparse.Namespace) -> None:
     if args.checkpoint is None:
         from scripts.download import download_demo
         args.checkpoint = str(download_demo(log=say))
-    tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template, template_args=args.template_args)
+    tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
+                                          template_args=args.template_args)
     out = args.out or Path(args.eagle or cli.shipped_head(args.checkpoint)) / "draft_vocab.json"
     if holds_records(args.data):
         dialogues = read_dialogues(args.data, tokenizer, tokenizer.vocab_size, max_length=sys.maxsize)
     else:
         texts = [tokenizer.encode(line) for line in read_text(args.data).splitlines(keepends=True)]
-        dialogues = [Dialogue(n, torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool)) for n, ids in enumerate(texts)]
+        dialogues = [Dialogue(n, torch.tensor(ids), torch.ones(len(ids)).bool()) for n, ids in enumerate(texts)]
     ids = common_tokens(dialogues, tokenizer.stop_ids, args.size)
-    said = torch.cat([dialogue.tokens[dialogue.learnt] for dialogue in dialogues] or [torch.empty(0)])
+    said = torch.cat([dialogue.tokens[dialogue.loss_mask] for dialogue in dialogues] or [torch.empty(0)])
     if not len(said):
         raise ValueError(f"{args.data} holds no text")
     covered = torch.isin(said, torch.tensor(ids)).float().mean().item()
@@ -42,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description="Count tokens and write the commonest as a draft vocabulary.")
+    parser = Parser(description="Count tokens and write the most frequent as a draft vocabulary.")
     parser.add_argument("--checkpoint", help="whose tokenizer (default: the demo model)")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="dialogues, or text")
     add_chat_options(parser)

@@ -37,13 +37,16 @@ import root  # noqa: F401
 import generate as cli
 import tp
 from console import Parser, add_chat_options, command, launched, number, read_records, say, write_atomically
-from eagle_head import EagleHead, Tree, load_tree
-from model import Transformer, causal_mask, prefill, read_json, resolve_checkpoint
+from decoder import not_finite
+from draft_tree import Tree, load_tree
+from eagle_head import EagleHead
+from checkpoint import read_json, resolve_checkpoint
+from model import Transformer, causal_mask, prefill
 from scripts import report
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
 from benchmarks.timing import environment
-from tokenizer import Tokenizer
-from train_data import target_stamp
+from tokenizer import Tokenizer, common_prefix
+from train_features import target_stamp
 
 # name -> hub repository, file, and what makes the first turn of a row
 HUB_SETS = {
@@ -332,13 +335,13 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
     error   how much the largest logits, and those two, differ there between the passes of the two arms: each of two logits
             may be off by as much, so rounding can turn their order up to a gap of twice the error
     """
-    n = cli.common_prefix(plain.tokens, other.tokens)
+    n = common_prefix(plain.tokens, other.tokens)
     if n == min(len(plain.tokens), len(other.tokens)):  # rounding cannot do that
         return None if len(plain.tokens) == len(other.tokens) else {"position": n, "tokens": [], "gap": None, "error": None}
     ids = [plain.tokens[n], other.tokens[n]]
     one, block = plain_arm.logits_before(prompt, plain, n), arm.logits_before(prompt, other, n)
     if not (one.isfinite().all() and block.isfinite().all()):
-        raise ValueError(cli.not_finite(plain_arm.decoder.model.norm.weight.dtype, 0, n))
+        raise ValueError(not_finite(plain_arm.decoder.model.norm.weight.dtype, 0, n))
     shown = [*one.topk(TOP_LOGITS).indices.tolist(), *ids]
     return {"position": n, "tokens": ids, "gap": (one.max() - one[ids].min()).item(),
             "error": (one[shown] - block[shown]).abs().max().item()}

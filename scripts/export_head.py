@@ -30,7 +30,8 @@ import root  # noqa: F401
 from console import Parser, command, number, say, write_atomically
 from eagle_head import EagleHead
 from generate import load_draft_vocab
-from model import ModelArgs, load_weights, quantize_settings, read_json, resolve_checkpoint
+from checkpoint import load_weights, quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
 
 ARCHITECTURE = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
 KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps

@@ -37,10 +37,13 @@ import root  # noqa: F401
 import generate as cli
 import tp
 from console import Parser, add_chat_options, command, number, parse_json, read_records, read_text, say
-from model import Sampling, Transformer, resolve_checkpoint
+from checkpoint import resolve_checkpoint
+from model import Transformer
+from sampling import Sampling
 from scripts.report import loops
 from tokenizer import Tokenizer
-from train_data import LeftOut, Unusable, answer_text, chat_of, check_same, holds_records, target_stamp
+from train_data import LeftOut, Unusable, answer_text, chat_of, holds_records
+from train_features import DIFFERS, check_same, target_stamp
 
 OPENINGS = """A|Act as|An|Analyze|Answer|Are|Arrange|As a|Assume|Brainstorm|Calculate|Can you|Can you explain|Classify|
 Come up with|Compare|Compose|Complete|Consider|Construct|Convert|Could you|Create|Debug|Define|Describe|Design|Determine|
@@ -123,7 +126,7 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Job:
     settings = {"checkpoint": args.checkpoint, "target": target_stamp(resolve_checkpoint(args.checkpoint))[:16],
                 "template": tokenizer.template_digest[:16], "prompts": questions and digest([q.key for q in questions])}
     settings |= {"date": date, "self_prompted": questions is None} | {key: getattr(args, key) for key in OPTIONS}
-    check_same(kept, settings, OUT_DIFFERS, args.out)
+    check_same(kept, settings, str(args.out), "; give another --out", OUT_DIFFERS)
     drop_cut_line(args.out)
     if questions is not None:
         questions = [question for question in questions if question.key not in seen]
@@ -132,14 +135,7 @@ def prepare(args: argparse.Namespace, tokenizer: Tokenizer) -> Job:
 
 # Options that change what is written
 OPTIONS = ("seed", "temperature", "top_p", "max_new_tokens", "max_user_tokens", "max_prompt_tokens", "dtype", "system")
-OUT_DIFFERS = {key: f"{{where}} was made with {key} {{was!r}}, not {{now!r}}; give another --out"
-               for key in (*OPTIONS, "self_prompted", "date")}
-OUT_DIFFERS |= {
-    "target": "{where} was written by another target than {mine[checkpoint]}: weights, config.json or quantize.json are not "
-              "those of {kept[checkpoint]}; give another --out",
-    "template": "{where} was made with another chat template; give another --out",
-    "prompts": "{where} answers other questions than --prompts asks; give another --out",
-}
+OUT_DIFFERS = DIFFERS | {"prompts": "{where} answers other questions than --prompts asks"}
 
 
 def read_answered(out: Path) -> tuple[set[str], int, dict]:
@@ -187,11 +183,11 @@ def read_questions(file: Path, args: argparse.Namespace) -> list[Question]:
         if question.key in questions:
             left_out.add("repeated", line)
         questions[question.key] = question
-    if "broken lines" in left_out.counts:
+    if "broken lines" in left_out.places:
         raise ValueError(f"{file}: {left_out}: give JSON with \"messages\", \"conversations\" or \"turns\", or one question a line")
     if not questions:
-        raise ValueError(f"{file} asks nothing" + (f": {left_out}" if left_out.counts else ""))
-    if left_out.counts:
+        raise ValueError(f"{file} asks nothing" + (f": {left_out}" if left_out.places else ""))
+    if left_out.places:
         say(f"{file}: {len(questions)} questions; left out: {left_out}")
     return list(questions.values())
 

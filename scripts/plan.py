@@ -16,10 +16,13 @@ from torch import nn
 
 import root  # noqa: F401
 from benchmarks.shapes import SHAPES, head_shape
-from console import Parser, command, number, say
-from eagle_head import Tree, head_args, load_tree
-from model import PREFILL_CHUNK, ModelArgs, MoEFeedForward, quantize_settings, read_json, resolve_checkpoint
-from quantized import install
+from console import Parser, command, number
+from draft_tree import Tree, load_tree
+from eagle_head import head_args
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
+from model import PREFILL_CHUNK, MoEFeedForward
+from linears import install
 from tp import Shard, divides, weight_bytes
 
 ITEM = 2    # bytes of a 16-bit number

@@ -1,8 +1,8 @@
 """The figures, tables and pictures of an evaluation, from its answers: python scripts/report.py FOLDER
 
-    python scripts/report.py results/demo                                     # report.json, report.md and report.png again
-    python scripts/report.py results/a results/b --waterfall waterfall.png    # the speeds of all their arms in one picture
-    python scripts/report.py benchmarks/results/* --readme README.md          # between <!-- FOLDER --> and <!-- end -->
+    python scripts/report.py results/demo                                     # report.json, .md and .png again
+    python scripts/report.py results/a results/b --waterfall waterfall.png    # all their arms in one picture
+    python scripts/report.py benchmarks/results/* --doc docs/evaluation.md README.md     # the tables of documents
 
 A folder holds run.json, how it was measured, and answers/ARM.jsonl, one line a question in FastChat's form with what
 was measured beside each turn. Everything here is computed from these. An arm is a way to decode: plain, EAGLE with
@@ -10,41 +10,41 @@ some tree, a peer. Metrics are totals over totals, never means of ratios.
 
  - tokens/s: new tokens over decode seconds; loading, compilation and prefill outside. A peer's clock runs from its
    first token to its last.
- - speedup: tokens/s of an arm over those of the plain arm, with the 95% interval of a bootstrap over the questions; of an
-   arm in another format also over the plain arm of that format.
+ - speedup: tokens/s of an arm over those of the plain arm, with the 95% interval of a bootstrap over the questions; of
+   an arm in another format also over the plain arm of that format.
  - accepted length: tokens produced per target pass, the bonus token included.
- - answers as plain: those equal to plain decoding's by the same target, of a peer to our plain arm's.
- - looping: answers in which some 8 tokens come three times. An answer that repeats itself is easy to draft, so the figures
-   are also given for the rest: the turns where neither the arm's answer nor plain's loops or is empty.
+ - answers as plain: those equal to plain decoding's by the same target; of a peer, to our plain arm's.
+ - looping: answers in which some 8 tokens come three times. A loop is easy to draft, so the figures are also given
+   without looping: of the turns where neither the arm's answer nor plain's loops or is empty.
  - acceptance at depth d: how often the draft at depth d was right where the one above it was; n-alpha for a chain.
 """
 import argparse
+import itertools
 import json
 import random
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import root  # noqa: F401
-from console import Parser, command, say, write_atomically
-from model import read_json
+from console import Parser, command, say, whole_or_nothing, write_atomically
+from checkpoint import read_json
 
 DRAWS = 2000    # of the bootstrap
+MARK = re.compile(r"<!-- (?P<folder>\S+?)(, arms: (?P<arms>[^>]+?))? -->\n(?P<content>((?!<!--).)*)<!-- end -->", re.S)
 
 Answers = dict[str, list[dict]]     # arm -> its lines, the same questions in the same order in each
 
 
 @command()
 def main(args: argparse.Namespace) -> None:
-    reports = [write_report(folder) for folder in args.folders]
+    reports = {str(folder): write_report(folder) for folder in args.folders}
     if args.waterfall:
-        draw_waterfall(reports, args.waterfall)
-    if args.readme:
-        text = args.readme.read_text(encoding="utf-8")
-        for folder, report in zip(args.folders, reports):
-            text = fill_in(text, folder, summary(report))
-        write_atomically(args.readme, text)
+        draw_waterfall([*reports.values()], args.waterfall)
+    if args.doc:
+        write_documents(args.doc, reports)
 
 
 def write_report(folder: Path) -> dict:
@@ -98,21 +98,27 @@ def figures_of_arms(answers: Answers, run: dict) -> dict[str, dict]:
                       for arm, lines in answers.items()}
     for arm, lines in answers.items():
         plain = plain_of(arm, answers)
-        out[arm] = speed(lines)
+        out[arm] = {"new_tokens": sum(all_of(lines, "new_tokens")),
+                    "decode_seconds": sum(all_of(lines, "decode_seconds")), "tokens_per_second": rate(lines)}
         if arm != "plain":
             out[arm] |= speedup(answers["plain"], lines)
         if plain not in ("plain", arm):
             out[arm] |= {f"own_{key}": value for key, value in speedup(answers[plain], lines).items()}
         lengths = all_lengths(lines)
-        drafts = arm in run["drafting"] if "drafting" in run else max(lengths, default=0) > 1   # earlier runs do not say
+        # Earlier runs do not say which arms draft.
+        drafts = arm in run["drafting"] if "drafting" in run else max(lengths, default=0) > 1
         if drafts:
             out[arm] |= acceptance(lengths)
         if arm != plain and run["temperature"] == 0:
             out[arm] |= agreement(answers[plain], lines, (run.get("rounding") or {}).get(plain))
-        out[arm] |= {"answers": len(flaws[arm]), "looping": flaws[arm].count("looping"), "empty": flaws[arm].count("empty")}
+        out[arm] |= {"answers": len(flaws[arm])} | {flaw: flaws[arm].count(flaw) for flaw in ("looping", "empty")}
         good = [not (mine or plains) for mine, plains in zip(flaws[arm], flaws["plain"])]
         if any(good) and not all(good):
-            out[arm]["without_flaws"] = without_flaws(only(answers["plain"], good), only(lines, good), drafts)
+            lengths = all_lengths(lines, good)
+            out[arm]["without_flaws"] = {
+                "answers": sum(good), "tokens_per_second": rate(lines, good),
+                "speedup": rate(lines, good) / rate(answers["plain"], good),
+                **({"mean_accept_length": sum(lengths) / len(lengths)} if drafts else {})}
     return out
 
 
@@ -123,24 +129,6 @@ def flaw_of(text: str, tokens: list[int]) -> str | None:
 def loops(ids: list[int], n: int = 8, times: int = 3) -> bool:
     """Whether some n-gram comes `times` times."""
     return max(Counter(zip(*(ids[i:] for i in range(n)))).values(), default=0) >= times
-
-
-def only(lines: list[dict], wanted: list[bool]) -> list[dict]:
-    """The lines with the wanted turns only; `wanted` has an entry for each turn of all lines."""
-    wanted = iter(wanted)
-    flags = [[next(wanted) for _ in turns(line)["turns"]] for line in lines]
-    keep = lambda value, row: [x for x, flag in zip(value, row) if flag] if isinstance(value, list) else value
-    return [line | {"choices": [{key: keep(value, row) for key, value in turns(line).items()}]} for line, row in zip(lines, flags)]
-
-
-def without_flaws(plain: list[dict], lines: list[dict], drafts: bool) -> dict:
-    lengths = all_lengths(lines)
-    return {"answers": len(all_of(lines, "turns")), "tokens_per_second": rate(lines), "speedup": rate(lines) / rate(plain)} | (
-        {"mean_accept_length": sum(lengths) / len(lengths)} if drafts else {})
-
-
-def rate(lines: list[dict]) -> float:
-    return sum(all_of(lines, "timed_tokens")) / sum(all_of(lines, "decode_seconds"))
 
 
 def plain_of(arm: str, arms: Iterable[str]) -> str:
@@ -154,23 +142,24 @@ def turns(line: dict) -> dict:
     return line["choices"][0]
 
 
-def all_of(lines: list[dict], key: str) -> list:
-    return [value for line in lines for value in turns(line)[key]]
+def all_of(lines: list[dict], key: str, wanted: list[bool] | None = None) -> list:
+    """The entries of all turns, or of the `wanted` ones among them."""
+    values = [value for line in lines for value in turns(line)[key]]
+    return values if wanted is None else [*itertools.compress(values, wanted)]
 
 
-def all_lengths(lines: list[dict]) -> list[int]:
-    return [n for steps in all_of(lines, "accept_lengths") for n in steps]
+def all_lengths(lines: list[dict], wanted: list[bool] | None = None) -> list[int]:
+    return [n for steps in all_of(lines, "accept_lengths", wanted) for n in steps]
 
 
-def speed(lines: list[dict]) -> dict:
-    return {"new_tokens": sum(all_of(lines, "new_tokens")), "decode_seconds": sum(all_of(lines, "decode_seconds")),
-            "tokens_per_second": rate(lines)}
+def rate(lines: list[dict], wanted: list[bool] | None = None) -> float:
+    return sum(all_of(lines, "timed_tokens", wanted)) / sum(all_of(lines, "decode_seconds", wanted))
 
 
 def speedup(plain: list[dict], lines: list[dict]) -> dict:
     """Ratio of tokens/s, and the 2.5th and 97.5th percentile of the same ratio over resampled questions."""
-    totals = [(sum(turns(line)["timed_tokens"]), sum(turns(line)["decode_seconds"]),
-               sum(turns(base)["timed_tokens"]), sum(turns(base)["decode_seconds"])) for base, line in zip(plain, lines)]
+    totals = [tuple(sum(turns(of)[key]) for of in (line, base) for key in ("timed_tokens", "decode_seconds"))
+              for base, line in zip(plain, lines)]
 
     def ratio(rows: list[tuple]) -> float:
         tokens, seconds, base_tokens, base_seconds = map(sum, zip(*rows))
@@ -190,7 +179,7 @@ def acceptance(lengths: list[int]) -> dict:
 
 
 def agreement(plain: list[dict], lines: list[dict], rounding: dict | None) -> dict:
-    """How many answers are plain decoding's, and how near the two tokens were where the others first part.
+    """How many answers are plain decoding's, and how near the two tokens were where the others first differ.
 
     rounding    of an earlier run, which measured one bound for all answers
     """
@@ -204,7 +193,7 @@ def agreement(plain: list[dict], lines: list[dict], rounding: dict | None) -> di
 
 
 def is_rounding(divergence: dict, rounding: dict | None) -> bool:
-    """Whether rounding can have turned the order of the two tokens: each logit may be off by the error, one up, one down."""
+    """Whether rounding can have swapped the two tokens: each logit may be off by the error, one up and one down."""
     if divergence["gap"] is None:
         return False
     if "error" in divergence:
@@ -215,29 +204,6 @@ def is_rounding(divergence: dict, rounding: dict | None) -> bool:
 # Tables
 
 
-def summary(report: dict) -> str:
-    """How it was measured, a line for each arm, and why answers differ."""
-    overall = report["overall"]
-    columns = {     # the arms' cells; a column that says nothing is left out
-        "tokens/s": [f"{f['tokens_per_second']:.1f}" for f in overall.values()],
-        "speedup": [speedup_text(f) for f in overall.values()],
-        "over its own plain": [number_text(f.get("own_speedup"), "x") for f in overall.values()],
-        "accepted length": [number_text(f.get("mean_accept_length")) for f in overall.values()],
-        "answers as plain": [f"{f['identical']} of {f['answers']}" if "identical" in f else "" for f in overall.values()],
-        "looping": [f"{f['looping']} of {f['answers']}" if any(g["looping"] for g in overall.values()) else ""
-                    for f in overall.values()],
-        "the rest: tokens/s, speedup, length": [rest_text(f.get("without_flaws")) for f in overall.values()],
-    }
-    columns = {name: cells for name, cells in columns.items() if any(cells) or name in ("speedup", "accepted length")}
-    rows = [[arm, *cells] for arm, *cells in zip(overall, *columns.values())]
-    empty = [f"{arm}: {f['empty']} of {f['answers']} answers are empty." for arm, f in overall.items() if f["empty"]]
-    note = ["Looping: some 8 tokens come three times. The rest: turns in which neither the arm's answer nor plain's loops or is empty."]
-    rounding = report.get("rounding") or {}
-    return "\n\n".join([conditions(report), table(["", *columns], rows), *(note if "looping" in columns else []), *empty, *(
-        explanation(arm, plain_of(arm, overall), f, rounding.get(plain_of(arm, overall)))
-        for arm, f in overall.items() if f.get("divergences"))]) + "\n"
-
-
 def markdown(report: dict) -> str:
     """report.md: the summary, each category, and acceptance by depth."""
     overall = report["overall"]
@@ -245,23 +211,114 @@ def markdown(report: dict) -> str:
     drafting = [arm for arm in others if "acceptance_by_depth" in overall[arm]]
     header = ["category", "plain, tokens/s", *others, *(f"accepted length, {arm}" for arm in drafting)]
     rows = [[name, f"{f['plain']['tokens_per_second']:.1f}", *(speedup_text(f[arm]) for arm in others),
-             *(number_text(f[arm].get("mean_accept_length")) for arm in drafting)] for name, f in report["categories"].items()]
+             *(number_text(f[arm].get("mean_accept_length")) for arm in drafting)]
+            for name, f in report["categories"].items()]
     parts = [summary(report).rstrip(), table(header, rows)]
-    deep = [[arm, *(f"{x:.2f}" for x in overall[arm]["acceptance_by_depth"])] for arm in drafting]
+    deep = [[f"{x:.2f}" for x in overall[arm]["acceptance_by_depth"]] for arm in drafting]
     if deep:
-        width = max(map(len, deep)) - 1
-        parts.append(table(["acceptance at depth", *map(str, range(1, width + 1))],
-                           [row + [""] * (width + 1 - len(row)) for row in deep]))
+        columns = itertools.zip_longest(*deep, fillvalue="")
+        rows = [[arm, *cells] for arm, *cells in zip(drafting, *columns)]
+        parts.append(table(["acceptance at depth", *map(str, range(1, len(rows[0])))], rows))
     return "\n\n".join(parts) + "\n"
 
 
-def fill_in(text: str, folder: Path, content: str) -> str:
-    """Put content between the marks of a folder. Raises ValueError where they are missing."""
-    begin, found, rest = text.partition(f"<!-- {folder} -->\n")
-    _, closed, after = rest.partition("<!-- end -->")
-    if not (found and closed):
-        raise ValueError(f"the readme has no <!-- {folder} --> ... <!-- end --> to fill in")
-    return begin + found + content + closed + after
+def summary(report: dict) -> str:
+    """How it was measured, a line for each arm, and how answers differ from plain decoding's."""
+    overall = report["overall"]
+    columns = {     # the arms' cells; a column that says nothing is left out
+        "tokens/s": [f"{f['tokens_per_second']:.1f}" for f in overall.values()],
+        "speedup": [speedup_text(f) for f in overall.values()],
+        "over its own plain": [number_text(f.get("own_speedup"), "x") for f in overall.values()],
+        "accepted length": [number_text(f.get("mean_accept_length")) for f in overall.values()],
+        "answers as plain": [f"{f['identical']} of {f['answers']}" if "identical" in f else ""
+                             for f in overall.values()],
+        "looping": [f"{f['looping']} of {f['answers']}" if any(g["looping"] for g in overall.values()) else ""
+                    for f in overall.values()],
+        "without looping: tokens/s, speedup, length": [rest_text(f.get("without_flaws")) for f in overall.values()],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells) or name in ("speedup", "accepted length")}
+    parts = [f"{conditions(report)}\n\n`{report['command']}`",
+             table(["", *columns], [[arm, *cells] for arm, *cells in zip(overall, *columns.values())])]
+    if "looping" in columns:
+        parts.append("Looping: some 8 tokens come three times. Without looping: only the turns where neither this "
+                     "arm's answer nor plain's loops or is empty.")
+    parts += [f"{arm}: {f['empty']} of {f['answers']} answers are empty." for arm, f in overall.items() if f["empty"]]
+    return "\n\n".join([*parts, *differences(overall, report.get("rounding") or {})]) + "\n"
+
+
+def differences(overall: dict[str, dict], rounding: dict[str, dict]) -> Iterator[str]:
+    """How answers differ from plain decoding's: a table, and what its columns mean. rounding: see `agreement`."""
+    rows, bounded = [], False
+    for arm, f in overall.items():
+        if not f.get("divergences"):
+            continue
+        gaps, errors = ([d[key] for d in f["divergences"] if d.get(key) is not None] for key in ("gap", "error"))
+        bound = None if errors else rounding.get(plain_of(arm, overall))
+        bounded = bounded or bound is not None
+        rows.append([arm, f"{len(f['divergences'])} of {f['answers']}", spread_text(gaps),
+                     f"up to {bound['logit_error']:.3g}" if bound else spread_text(errors), str(f["unexplained"])])
+    if rows:
+        header = ["", "answers that differ", "gap: median, largest", "logits differ by: median, largest", "unexplained"]
+        yield table(header, rows)
+        yield ("Compared with the plain arm of the same format, where an answer first differs. Gap: how far the chosen "
+               "token lies below the largest logit. Logits: those of the two arms' passes. Unexplained: gaps of more "
+               "than twice that difference, which rounding cannot cause.")
+    if bounded:
+        yield "\"Up to\": not measured where these answers differ; the largest difference on other answers."
+
+
+def short_table(report: dict, arms: list[str]) -> str:
+    """Some arms in words, each with its command, and how they were measured."""
+    header = ["", "tokens/s", "speedup", "accepted length", "command"]
+    return (f"{table(header, [short_row(arm, report) for arm in arms])}\n\n"
+            f"{conditions(report)} All in one run: `{report['command']}`\n")
+
+
+def short_row(arm: str, report: dict) -> list[str]:
+    """An arm in words, its figures, and what decodes as it does: generate.py, or evaluate.py with --peers."""
+    f, label = report["overall"][arm], plain_of(arm, report["arms"]).removesuffix("plain").removesuffix("-")
+    kind = arm.removeprefix(f"{label}-")
+    name = {"plain": "plain decoding", "eagle-tuned": "EAGLE"}.get(kind, kind.replace("eagle-", "EAGLE, ", 1))
+    command = f"python generate.py --checkpoint {'-'.join(filter(None, (report['checkpoint'], label)))} --prompt TEXT"
+    if kind.startswith("eagle-"):
+        tree = next(tree for tree in report["tree"] if arm_of_tree(tree) == kind)
+        command += f" --eagle {report['eagle']}" + f" --tree {tree}" * (tree != "tuned")
+    elif kind != "plain":
+        command = "python scripts/evaluate.py --questions FILE --peers" + " --gguf FILE" * kind.startswith("llama.cpp")
+    if not kind.startswith("llama.cpp"):    # whose weights its name says
+        name += f" in {label or report['dtype']}"
+    length = number_text(f.get("mean_accept_length"))
+    return [name, f"{f['tokens_per_second']:.1f}", speedup_text(f), length, f"`{command}`"]
+
+
+def arm_of_tree(tree: str) -> str:
+    """The name of EAGLE's arm with the tree that --tree names."""
+    return f"eagle-{Path(tree).stem.replace(':', '-')}"
+
+
+def write_documents(files: list[Path], reports: dict[str, dict]) -> None:
+    """Write the tables of the reports, folder -> report, between the marks of these documents."""
+    texts = {file: file.read_text(encoding="utf-8") for file in files}
+    for folder in reports:
+        if not any(mark["folder"] == folder for text in texts.values() for mark in MARK.finditer(text)):
+            raise ValueError(f"{', '.join(map(str, files))}: no <!-- {folder} --> ... <!-- end --> to fill in")
+    for file, text in texts.items():
+        write_atomically(file, fill_in(text, reports))
+
+
+def fill_in(text: str, reports: dict[str, dict]) -> str:
+    """A document with its tables written anew. reports: folder -> report; a table stands between
+    <!-- FOLDER --> and <!-- end -->, the whole summary, or
+    <!-- FOLDER, arms: plain eagle-tuned --> and <!-- end -->, these arms in words, each with its command."""
+    def filled(mark: re.Match) -> str:
+        report, arms = reports.get(mark["folder"]), mark["arms"]
+        if report is None:
+            return mark[0]
+        if unknown := set(arms.split() if arms else []) - report["overall"].keys():
+            raise ValueError(f"<!-- {mark['folder']} -->: no arm {', '.join(sorted(unknown))} there")
+        made = short_table(report, arms.split()) if arms else summary(report)
+        return mark[0].replace(mark["content"] + "<!-- end -->", made + "<!-- end -->")
+    return MARK.sub(filled, text)
 
 
 def conditions(r: dict) -> str:
@@ -273,37 +330,16 @@ def conditions(r: dict) -> str:
         named = ", ".join(f"{q['question_id']} ({q['prompt_tokens']} tokens)" for q in r["left_out"])
         notes += f" Left out, as they leave no room in a context of {r['max_seq_length']}: questions {named}."
     if r["turns_not_asked"]:
-        notes += f" Turns not asked, as their conversation had filled the context of {r['max_seq_length']}: {r['turns_not_asked']}."
-    return (f"{r['device_name']}{cores}, torch {r['torch']}, commit {r['commit']}, {r['date'][:10]}; {Path(r['checkpoint']).name} in "
-            f"{r['dtype']}{draft_mode}, temperature {r['temperature']:g}; {r['questions']} questions of {r['question_set']}, {r['turns']} turns of "
-            f"up to {r['max_new_tokens']} new tokens, batch 1, {also}arms in turn question by question; speedups with 95% intervals.{notes}\n\n"
-            f"`{r['command']}`")
+        notes += (f" Turns not asked, as their conversation had filled the context of {r['max_seq_length']}: "
+                  f"{r['turns_not_asked']}.")
+    return (f"{r['device_name']}{cores}, torch {r['torch']}, commit {r['commit']}, {r['date'][:10]}; "
+            f"{Path(r['checkpoint']).name} in {r['dtype']}{draft_mode}, temperature {r['temperature']:g}; "
+            f"{r['questions']} questions of {r['question_set']}, {r['turns']} turns of up to {r['max_new_tokens']} new "
+            f"tokens, batch 1, {also}arms in turn question by question; speedups with 95% intervals.{notes}")
 
 
-def explanation(arm: str, plain: str, figures: dict, rounding: dict | None) -> str:
-    """rounding: of an earlier run, see `agreement`."""
-    parted = [d for d in figures["divergences"] if d["gap"] is not None]
-    plain_name = "plain" if plain == "plain" else f"{plain.removesuffix('-plain')} plain"
-    text = f"{arm}: {len(figures['divergences'])} answers part from {plain_name} decoding; "
-    if parted:
-        text += (f"where they do, the token chosen lies at most {max(d['gap'] for d in parted):.3g} below the largest logit "
-                 f"(median {median(d['gap'] for d in parted):.3g})")
-    if parted and "error" in parted[0]:
-        text += (f", and the two arms' passes give logits that differ by up to {max(d['error'] for d in parted):.3g} "
-                 f"(median {median(d['error'] for d in parted):.3g}); {figures['unexplained']} lie lower than twice the "
-                 "difference at their place, which rounding does not explain.")
-    elif parted and rounding:
-        text += (f". A block of rows and a single row give logits that differ by up to {rounding['logit_error']:.3g} on other "
-                 f"answers (not measured where these part), so gaps up to {rounding['gap_bound']:.3g} may be rounding; "
-                 f"{figures['unexplained']} are larger.")
-    else:
-        text += f"{figures['unexplained']} are not explained by rounding."
-    return text
-
-
-def median(values: Iterable[float]) -> float:
-    values = sorted(values)
-    return values[len(values) // 2]
+def spread_text(values: list[float]) -> str:
+    return f"{sorted(values)[len(values) // 2]:.3g}, {max(values):.3g}" if values else ""
 
 
 def rest_text(f: dict | None) -> str:
@@ -331,94 +367,100 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 # Pictures
 
 
-def pyplot():
-    """matplotlib's pyplot without a screen, or None where it is not installed."""
+def empty_figure(width: float, height: float):
+    """A figure of matplotlib, or None where it is not installed."""
     try:
         import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         say("no picture: matplotlib is not installed (pip install matplotlib)")
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    return plt
+    matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    return Figure(figsize=(width, height))
 
 
 def draw_report(report: dict, file: Path) -> None:
-    plt = pyplot()
-    if plt is None:
+    """Four pictures: tokens/s and speedups by category, acceptance by depth, tokens of a step."""
+    if (figure := empty_figure(13, 8)) is None:
         return
+    from matplotlib import colormaps
     overall, groups = report["overall"], {"all": report["overall"], **report["categories"]}
-    arms = list(overall)
-    colours = plt.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
-    drafting = [arm for arm in arms if "acceptance_by_depth" in overall[arm]]
-    figure, ((speeds, ratios), (depths, steps)) = plt.subplots(2, 2, figsize=(13, 8))
-    for n, arm in enumerate(arms):
-        at = [x + (n - (len(arms) - 1) / 2) * 0.8 / len(arms) for x in range(len(groups))]
-        speeds.bar(at, [f[arm]["tokens_per_second"] for f in groups.values()], 0.8 / len(arms), label=arm, color=colours[n % len(colours)])
+    drafting = [arm for arm in overall if "acceptance_by_depth" in overall[arm]]
+    colours = itertools.cycle(colormaps["tab10" if len(overall) <= 10 else "tab20"].colors)
+    (speeds, ratios), (depths, steps) = figure.subplots(2, 2)
+    for (arm, f), colour in zip(overall.items(), colours):
+        style, width = {"label": arm, "color": colour}, 0.8 / len(overall)
+        at = [x + middle([*overall], arm) * width for x in range(len(groups))]
+        speeds.bar(at, [g[arm]["tokens_per_second"] for g in groups.values()], width, **style)
         if arm != "plain":
-            middle = [f[arm]["speedup"] for f in groups.values()]
-            low, high = ([abs(f[arm]["speedup_interval"][i] - f[arm]["speedup"]) for f in groups.values()] for i in (0, 1))
-            ratios.errorbar(at, middle, (low, high), fmt="o", capsize=2, label=arm, color=colours[n % len(colours)])
+            values = [g[arm]["speedup"] for g in groups.values()]
+            errors = [[abs(g[arm]["speedup_interval"][i] - g[arm]["speedup"]) for g in groups.values()] for i in (0, 1)]
+            ratios.errorbar(at, values, errors, fmt="o", capsize=2, **style)
         if arm in drafting:
-            values = overall[arm]["acceptance_by_depth"]
-            depths.plot(range(1, len(values) + 1), values, "o-", label=arm, color=colours[n % len(colours)])
-            counts = overall[arm]["tokens_per_step"]
-            shift = (drafting.index(arm) - (len(drafting) - 1) / 2) * 0.8 / len(drafting)
-            steps.bar([int(k) + shift for k in counts], [v / sum(counts.values()) for v in counts.values()], 0.8 / len(drafting),
-                      label=arm, color=colours[n % len(colours)])
+            values, width = f["acceptance_by_depth"], 0.8 / len(drafting)
+            depths.plot(range(1, len(values) + 1), values, "o-", **style)
+            steps.bar([int(n) + middle(drafting, arm) * width for n in f["tokens_per_step"]],
+                      [count / f["target_passes"] for count in f["tokens_per_step"].values()], width, **style)
     ratios.axhline(1, color="grey", linewidth=0.8)
     for axes, ylabel in ((speeds, "tokens/s"), (ratios, "speedup over plain decoding")):
         axes.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
         axes.set_ylabel(ylabel)
     for axes, xlabel, ylabel in ((depths, "depth in the tree", "acceptance, given the draft above"),
                                  (steps, "tokens produced by a step", "share of the steps")):
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
     depths.set_ylim(0, 1)
     # One legend for all four: inside the axes it would lie over what is shown.
-    figure.legend(*speeds.get_legend_handles_labels(), loc="lower center", ncols=min(len(arms), 6), frameon=False)
-    figure.suptitle(f"{Path(report['checkpoint']).name}, {report['question_set']}, {report['questions']} questions, temperature "
-                    f"{report['temperature']:g}, {report['dtype']}, {report['device_name']}")
-    save(plt, figure, file, bottom=0.07)
+    figure.legend(*speeds.get_legend_handles_labels(), loc="lower center", ncols=min(len(overall), 6), frameon=False)
+    figure.suptitle(f"{title(report)}, {report['questions']} questions, temperature {report['temperature']:g}, "
+                    f"{report['dtype']}, {report['device_name']}")
+    save(figure, file, bottom=0.07)
+
+
+def title(report: dict) -> str:
+    return f"{Path(report['checkpoint']).name}, {report['question_set']}"
+
+
+def middle(names: list[str], name: str) -> float:
+    """Where a bar stands among those of its group: in widths of a bar, from the group's middle."""
+    return names.index(name) - (len(names) - 1) / 2
 
 
 def draw_waterfall(reports: list[dict], file: Path) -> None:
     """Tokens/s of every arm of the reports, from the slowest to the fastest."""
-    plt = pyplot()
-    if plt is None:
-        return
     several = len({r["checkpoint"] for r in reports}) > 1
-    bars = [(f"{arm}, {Path(r['checkpoint']).name}" if several else arm, f) for r in reports for arm, f in r["overall"].items()]
-    bars.sort(key=lambda bar: bar[1]["tokens_per_second"])
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(bars)))
-    for n, (name, f) in enumerate(bars):
-        axes.barh(n, f["tokens_per_second"], color="C1" if "mean_accept_length" in f else "C0")
-        length = f", accepted length {f['mean_accept_length']:.2f}" if "mean_accept_length" in f else ""
-        axes.text(f["tokens_per_second"], n, f" {f['tokens_per_second']:.1f}{length}", va="center")
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    bars = [(f["tokens_per_second"], f.get("mean_accept_length"), arm + f", {Path(r['checkpoint']).name}" * several)
+            for r in reports for arm, f in r["overall"].items()]
+    bars.sort(key=lambda bar: bar[0])
+    if (figure := empty_figure(9, 1 + 0.4 * len(bars))) is None:
+        return
+    axes = figure.subplots()
+    for n, (speed, length, _) in enumerate(bars):
+        text = f" {speed:.1f}" if length is None else f" {speed:.1f}, accepted length {length:.2f}"
+        axes.barh(n, speed, color="C0" if length is None else "C1")
+        axes.text(speed, n, text, va="center")
+    axes.set_yticks(range(len(bars)), [name for *_, name in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(f["tokens_per_second"] for _, f in bars))
+    axes.set_xlim(0, 1.5 * bars[-1][0])
     axes.set_xlabel("tokens/s, batch 1 (orange: with drafts)")
-    axes.set_title(f"{Path(reports[0]['checkpoint']).name}, {reports[0]['question_set']}, {reports[0]['device_name']}", fontsize=9)
-    save(plt, figure, file)
+    axes.set_title(f"{title(reports[0])}, {reports[0]['device_name']}", fontsize=9)
+    save(figure, file)
 
 
-def save(plt, figure, file: Path, bottom: float = 0.0) -> None:
+def save(figure, file: Path, bottom: float = 0.0) -> None:
     """bottom: share of the height that is left free for a legend."""
-    part = file.with_name(f"{file.stem}.part.png")
     figure.tight_layout(rect=(0, bottom, 1, 1))
-    figure.savefig(part, dpi=110)
-    plt.close(figure)
-    part.replace(file)
+    with whole_or_nothing(file, ".part.png") as part:
+        figure.savefig(part, dpi=110)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Make the report of an evaluation again from its answers.")
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="--out of scripts/evaluate.py")
     parser.add_argument("--waterfall", type=Path, metavar="PNG", help="one bar for each arm of all the folders")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put each folder's summary between its marks there")
+    parser.add_argument("--doc", type=Path, nargs="+", metavar="FILE",
+                        help="write the tables between <!-- FOLDER --> and <!-- end --> there, or between "
+                        "<!-- FOLDER, arms: A B --> and <!-- end --> a short one of these arms")
     return parser.parse_args(argv)
 
 

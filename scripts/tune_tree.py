@@ -31,12 +31,14 @@ import root  # noqa: F401
 import generate as cli
 import tp
 from console import Parser, add_chat_options, command, device_name, number, read_records, say, write_atomically
-from eagle_head import EagleHead, EagleStep, StaticTree
+from draft_tree import StaticTree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask
-from replay import can_trace
+from runtime import can_trace
 from benchmarks.timing import traced
 from tokenizer import Tokenizer
-from train_head import draft_ranks
+from train_loss import draft_ranks
 
 QUESTIONS = [
     "Why do leaves change colour in autumn?", "Write a short story about a lighthouse keeper.",

@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-from eagle_head import DynamicTree, StaticTree
-from generate import setup_caches
-from model import Transformer, read_json
+from draft_tree import DynamicTree, StaticTree
+from decoder import setup_caches
+from checkpoint import read_json
+from model import Transformer
 from reference import tiny
 from benchmarks import bench, shapes, simulate, timing
 
@@ -61,7 +62,7 @@ def test_heads_have_the_published_parameter_counts():
 def test_the_demo_models_shape_is_that_of_its_config(demo_folder):
     import dataclasses
 
-    from model import ModelArgs
+    from config import ModelArgs
     assert dataclasses.asdict(ModelArgs.from_config(read_json(demo_folder / "config.json"))) \
         == dataclasses.asdict(bench.SHAPES["smollm2-135m"])
 
@@ -84,7 +85,7 @@ def test_step_reads_the_experts_its_rows_can_be_routed_to(tmp_path):
     folder, _ = tiny("mixtral", tmp_path)
     model = Transformer.from_pretrained(folder, dtype=torch.float32)
     c = model.config
-    experts = 4 * sum(layer.feed_forward.w13.numel() + layer.feed_forward.w2.numel() for layer in model.layers)
+    experts = 4 * sum(layer.feed_forward.w13.weight.numel() + layer.feed_forward.w2.weight.numel() for layer in model.layers)
     rest = 4 * sum(p.numel() for p in model.parameters()) - experts - 4 * model.tok_embeddings.weight.numel()
     for n_row, share in (1, 2 / 8), (3, 6 / 8), (4, 1), (26, 1):
         assert bench.step_bytes(model, n_row, 0) == rest + share * experts + 4 * n_row * c.dim

@@ -23,8 +23,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint as checkpoint_file
 import generate as cli
-from generate import Decoder, Printer, StopTexts, generate
+from chat import Printer, StopTexts
+from decoder import Decoder
+from generate import generate
 from model import Transformer
 from reference import CONTEXT, edited_json, read_safetensors, write_checkpoint
 from tokenizer import Tokenizer
@@ -295,7 +298,7 @@ def first_end(tok, ids, stops):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stop_text_cuts_where_plain_decoding_stops_with_any_tree_in_each_row(talker, temperature):
-    from eagle_head import DynamicTree, StaticTree
+    from draft_tree import DynamicTree, StaticTree
     from test_eagle_lossless import head_of
 
     tok, model = Tokenizer.from_pretrained(talker), Transformer.from_pretrained(talker, dtype=torch.float32)
@@ -380,12 +383,30 @@ def test_the_context_of_the_model_bounds_the_answer(answer, broken):
     assert report["new_tokens"] == [40 - len(chat_ids(broken, "hi"))]
 
 
-def test_no_checkpoint_means_the_demo_model(run, checkpoint, monkeypatch):
-    import scripts.download
+@pytest.mark.parametrize("status", [0, 2])
+def test_no_checkpoint_means_the_demo_model_which_a_child_fetches(run, checkpoint, monkeypatch, tmp_path, status):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/download.py").write_text(f"""
+import os, sys
+print("fetching", file=sys.stderr)
+assert sys.argv[1:] == ["--demo"]
+if {status}:
+    sys.exit(print("error: no network", file=sys.stderr) or {status})
+os.symlink({str(checkpoint)!r}, {str(tmp_path / "demo")!r})
+print({str(tmp_path / "demo")!r})
+""")
+    monkeypatch.setattr(checkpoint_file, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(checkpoint_file, "DEMO_FOLDER", tmp_path / "demo")
+    code, out, err = run("--max-new-tokens", 4)
+    assert code == status and "fetching" in err and "fetching" not in out and str(tmp_path) not in out
+    assert err.count("error") == status // 2 and ("error: no network" in err) == (status == 2)
 
-    monkeypatch.setattr(scripts.download, "download_demo", lambda log: log("fetching") or checkpoint)
-    status, out, err = run("--max-new-tokens", 4)
-    assert status == 0 and "fetching" in err and "fetching" not in out
+
+def test_without_the_repository_a_checkpoint_must_be_named(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint_file, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(checkpoint_file, "DEMO_FOLDER", tmp_path / "demo")
+    code, out, err = run("--max-new-tokens", 4)
+    assert code == 2 and out == "" and err.count("\n") == 1 and "--checkpoint" in err
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -15,12 +15,15 @@ from console import command
 
 
 @pytest.mark.parametrize("outcome, status, line", [
-    (None, 0, ""), (1, 1, ""), (ValueError("two\nlines"), 2, "error: two lines\n"), (FileNotFoundError("gone"), 2, "error: gone\n"),
-    (SafetensorError("no space left"), 2, "error: no space left\n"), (torch.OutOfMemoryError("CUDA"), 2, "error: CUDA\n"),
+    (None, 0, ""), (1, 1, ""), (ValueError("two\nlines"), 2, "error: two lines\n"),
+    (FileNotFoundError("gone"), 2, "error: gone\n"), (SafetensorError("no space left"), 2, "error: no space left\n"),
+    (torch.OutOfMemoryError("CUDA"), 2, "error: CUDA\n"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory"),
     (RuntimeError("Could not determine home directory."), 2, "error: this user has no home directory: set HF_HOME"),
-    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch"), 2, "error: there is no working C or C++ compiler"),
-    (RuntimeError("Failed to find C compiler. Please specify via CC"), 2, "error: there is no working C or C++ compiler"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch"), 2,
+     "error: there is no working C or C++ compiler"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC"), 2,
+     "error: there is no working C or C++ compiler"),
     (RuntimeError("C++ compile error\n\nCommand:\ng++ x\n\nOutput:\nno Python.h\nmore"), 2,
      "error: the C or C++ compiler fails (no Python.h)"),
     (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), 2, "error: the C or C++ compiler fails: mend it"),

@@ -21,14 +21,20 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import decoder as decode_loop
+import draft_tree
 import eagle_head
+import eagle_step
 import generate as cli
 import model as model_file
 import quantize
-from eagle_head import (Draft, DynamicTree, EagleHead, EagleStep, StaticTree, accept_sampled, ancestor_mask, load_tree,
-                        plan_static)
-from generate import Decoder, generate, setup_caches
-from model import NOT_FINITE, Sampling, Transformer
+from draft_tree import Draft, DynamicTree, StaticTree, ancestor_mask, load_tree, plan_static
+from eagle_head import EagleHead
+from eagle_step import EagleStep, accept_sampled
+from decoder import Decoder, setup_caches
+from generate import generate
+from model import Transformer
+from sampling import NOT_FINITE, Sampling
 from reference import VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
 from benchmarks.shapes import TINY
 
@@ -290,7 +296,7 @@ def drafted(step, n_slot, monkeypatch):
 @all_trees
 def test_cached_level_by_level_drafts_equal_the_head_without_cache_on_each_path(narrow, tree, ids, monkeypatch):
     """Positions, slots and masks of the draft, in a prompt prefilled in chunks and in the steps after it."""
-    monkeypatch.setattr(eagle_head, "prefill", functools.partial(model_file.prefill, chunk=3))
+    monkeypatch.setattr(eagle_step, "prefill", functools.partial(model_file.prefill, chunk=3))
     sequences = [tokens_of(n, seed=n, vocab=12) for n in (9, 2, 5, 1)]
     n_slot = 64
     setup_caches(narrow.model, narrow.head, 4, n_slot)
@@ -551,7 +557,7 @@ def test_tokens_follow_the_target_whatever_the_draft(p, q):
 def test_children_are_drawn_without_replacement_in_the_order_of_draws():
     """The pair of the first two has probability q(a) q(b) / (1 - q(a))."""
     q, rows = torch.tensor([0.4, 0.3, 0.2, 0.1]), 100000
-    children, probs = eagle_head.draw_children(q.log().expand(rows, -1), 2, Sampling(1.0))
+    children, probs = draft_tree.draw_children(q.log().expand(rows, -1), 2, Sampling(1.0))
     torch.testing.assert_close(probs[0], q)
     for a in range(4):
         for b in range(4):
@@ -748,7 +754,7 @@ def test_a_compiled_decoder_gives_the_tokens_of_the_eager_one(narrow):
             setup_caches(model, head, batch, 64)
             with pytest.MonkeyPatch.context() as patch:
                 if backend is not None:
-                    patch.setattr(cli, "compile_layers", lambda layers: [
+                    patch.setattr(decode_loop, "compile_layers", lambda layers: [
                         layer.compile(dynamic=False, backend=backend) for layer in layers])
                 decoder = Decoder(model, batch, compile=compiled, head=head, tree=tree)
                 results.append(decoder.generate(prompts[:batch], 20))
@@ -760,16 +766,19 @@ def test_a_compiled_decoder_gives_the_tokens_of_the_eager_one(narrow):
 # Lifted into another project
 
 def test_model_and_eagle_head_alone_decode_and_import_no_compiler(narrow, tmp_path):
-    """model.py and eagle_head.py copied into an empty folder, and nothing else of this repository within reach. To import
+    """The files of a model, a head and its step copied into an empty folder, and no other of this repository in reach. To import
     torch's compiler takes a second, as loading did when it initialised weights on the meta device."""
-    for name in ("model.py", "eagle_head.py"):
+    for name in ("console.py", "checkpoint.py", "config.py", "sampling.py", "linears.py", "runtime.py", "model.py",
+                 "eagle_head.py", "draft_tree.py", "eagle_step.py"):
         shutil.copy(ROOT / name, tmp_path)
     prompt = tokens_of(7, seed=7, vocab=12)
     wanted = naive_decode(load(narrow.folder), prompt, 24)
     program = f"""
 import sys, torch
 from model import Transformer
-from eagle_head import EagleHead, EagleStep, load_tree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
+from draft_tree import load_tree
 try:
     import generate
     raise SystemExit("generate.py is within reach")

@@ -10,9 +10,14 @@ import functools
 import pytest
 import torch
 
-from eagle_head import Accepted, DynamicTree, EagleHead, EagleStep, StaticTree, take_rows
-from generate import Decoder, generate, setup_caches
-from model import ModelArgs, Sampling, Transformer
+from draft_tree import DynamicTree, StaticTree
+from eagle_head import EagleHead
+from eagle_step import Accepted, EagleStep
+from decoder import Decoder, setup_caches
+from generate import generate
+from config import ModelArgs
+from model import Transformer
+from sampling import Sampling
 from reference import VOCAB, naive_decode, tiny, tokens_of
 
 KINDS = ("gqa", "llama2", "qwen2", "mixtral", "gqa")
@@ -477,7 +482,8 @@ def everything_accepted(step, logits, accepted):
 
 
 def draw_bonus(logits, accepted, sampling):
-    last = take_rows(logits, accepted.path.gather(1, accepted.n_accepted))[:, 0].double()
+    rows = torch.arange(len(logits))[:, None]
+    last = logits[rows, accepted.path.gather(1, accepted.n_accepted)][:, 0].double()
     return torch.multinomial(processed_rows(last, sampling), 1)
 
 

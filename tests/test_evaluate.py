@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import quantize
-from eagle_head import EagleStep
+from eagle_step import EagleStep
 from model import Transformer
 from reference import edited_json, naive_decode, read_safetensors, write_checkpoint
 from scripts import evaluate, generate_data, peers, report, tune_tree
@@ -25,7 +25,7 @@ QUESTIONS = [{"question_id": 7, "category": "math", "turns": ["the fox", "and th
              {"question_id": 8, "category": "writing", "turns": ["the lazy dog"]},
              {"question_id": 9, "category": "math", "turns": ["dogs sleep", "for the day"]}]
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, DOC = ROOT / "README.md", ROOT / "docs/evaluation.md"
 ARMS = ["plain", "eagle-chain-3", "eagle-static"]
 
 
@@ -478,13 +478,53 @@ def test_under_torchrun_rank_0_writes_what_one_process_writes(run, pair, tmp_pat
     assert [file.name for file in (tmp_path / "rank1").iterdir()] == ["statuses"]
 
 
-@pytest.mark.parametrize("folder", sorted(ROOT.glob("benchmarks/results/*/run.json")), ids=lambda file: file.parent.name)
-def test_committed_reports_recompute_and_the_readme_has_their_summaries(folder):
-    folder = folder.parent
-    run, made = json.loads((folder / "run.json").read_text()), json.loads((folder / "report.json").read_text())
+COMMITTED = sorted(file.parent for file in ROOT.glob("benchmarks/results/*/run.json"))
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_reports_recompute_and_documents_have_their_tables(folder):
+    run, made = (json.loads((folder / name).read_text()) for name in ("run.json", "report.json"))
     assert run | report.figures(report.read_answers(folder, run["arms"]), run) == made
     assert (folder / "report.md").read_text() == report.markdown(made)
-    assert report.fill_in(README.read_text(), folder.relative_to(ROOT), report.summary(made)) == README.read_text()
+    name = str(folder.relative_to(ROOT))
+    assert f"<!-- {name} -->" in DOC.read_text()
+    for file in (DOC, README):
+        assert report.fill_in(file.read_text(), {name: made}) == file.read_text()
+
+
+def test_the_readme_has_one_table_of_chosen_arms_and_every_mark_in_documents_is_of_a_committed_report():
+    folders = {str(folder.relative_to(ROOT)) for folder in COMMITTED}
+    marks = {file: [*report.MARK.finditer(file.read_text())] for file in (DOC, README)}
+    for file, found in marks.items():
+        assert len(found) == file.read_text().count("<!-- end -->") and {mark["folder"] for mark in found} <= folders
+        assert all(mark["content"] for mark in found)
+    assert [mark["arms"] is not None for mark in marks[README]] == [True]
+    assert {"plain", "eagle-tuned", "transformers", "int4-plain", "int4-eagle-tuned"} <= set(marks[README][0]["arms"].split())
+
+
+def test_tables_are_written_between_their_marks_and_nothing_else_changes(run, tmp_path, capsys):
+    assert run()[0] == 0
+    out, doc, readme = tmp_path / "out", tmp_path / "doc.md", tmp_path / "readme.md"
+    doc.write_text(f"one\n<!-- {out} -->\nold\n<!-- end -->\ntwo\n<!-- elsewhere -->\nkept\n<!-- end -->\n")
+    readme.write_text(f"<!-- {out}, arms: eagle-chain-3 plain -->\n<!-- end -->\nthree\n")
+    argv = [str(out), "--doc", str(doc), str(readme)]
+    for _ in range(2):
+        assert report.main(report.parse_args(argv)) == 0, capsys.readouterr().err
+        made = json.loads((out / "report.json").read_text())
+        assert doc.read_text() == (f"one\n<!-- {out} -->\n{report.summary(made)}<!-- end -->\ntwo\n<!-- elsewhere -->\n"
+                                   "kept\n<!-- end -->\n")
+    text = readme.read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["| EAGLE, chain-3 in float32", "| plain decoding in float32"]
+    assert [row[1] for row in rows] == [f"{made['overall'][arm]['tokens_per_second']:.1f}" for arm in ("eagle-chain-3", "plain")]
+    assert f"--eagle {made['eagle']} --tree chain:3" in rows[0][-1] and "--eagle" not in rows[1][-1]
+    assert text.endswith("<!-- end -->\nthree\n") and made["command"] in text
+    for wrong, name in (("<!-- other -->\n<!-- end -->", str(out)), (f"<!-- {out}, arms: bush -->\n<!-- end -->", "bush"),
+                        (f"<!-- {out} -->\nno end", str(out))):
+        readme.write_text(wrong)
+        assert report.main(report.parse_args([str(out), "--doc", str(readme)])) == 2
+        assert name in (err := capsys.readouterr().err) and err.count("\n") == 1
+        assert readme.read_text() == wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from generate import Decoder, Sampling, generate
-from model import PackedLinear, PackedRMSNorm, RMSNorm, Transformer, bucket, logits_to_probs, pack_for_cpu, prefill, sample
+from decoder import Decoder
+from generate import generate
+from sampling import Sampling
+from linears import PackedLinear
+from model import RMSNorm, Transformer, bucket, prefill
+from runtime import PackedRMSNorm, pack_for_cpu
+from sampling import logits_to_probs, sample
 from reference import assert_close, expected, naive_decode, tiny, tokens_of
 
 CONTEXT = 400  # slots: bucket borders at 128, 192, 256, 384 and the end of the cache
@@ -124,7 +129,7 @@ def test_a_prefill_by_chunks_fills_the_caches_as_one_pass_does(gqa, n_cached):
 @pytest.mark.parametrize("lengths, n_new", [((1, 250), 150), ((120, 130), 9), ((120,), 10), ((300,), 99)])
 def test_every_step_of_a_ragged_batch_was_made_ready(gqa, monkeypatch, lengths, n_new):
     """Whichever row stops early. Those of the longest row alone were captured: the other row's ran without a graph."""
-    monkeypatch.setattr("generate.compile_layers", lambda layers: None)
+    monkeypatch.setattr("decoder.compile_layers", lambda layers: None)
     for early in (None, *range(len(lengths))):
         decoder = make_decoder(gqa.model, len(lengths), compile=True)
         prompts, taken = [tokens_of(n, seed=n) for n in lengths], []

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle_head import DynamicTree, StaticTree
-from generate import Decoder, setup_caches
-from model import Sampling
-from quantized import Format, quantize_in_place, tune
+from draft_tree import DynamicTree, StaticTree
+from decoder import Decoder, setup_caches
+from sampling import Sampling
+from linears import Format, quantize_in_place
+from runtime import tune
 from reference import assert_near_greedy, naive_decode, tokens_of
 from benchmarks.shapes import random_head, random_model, shape
 from benchmarks.simulate import simulated_decoder
@@ -99,8 +100,8 @@ def test_every_step_of_a_ragged_batch_is_a_captured_one(target, tree, longest_en
 
 def test_the_quantised_product_keeps_its_values_in_registers():
     """No kernel of a block of rows spills: one that does reads its own overflow again and again."""
-    from quantized import QuantLinear
-    import quantized_triton
+    from linears import QuantLinear
+    import linears_triton
     for mode, group_size in (("int4", 32), ("int4", 128), ("int8", None)):
         linear = torch.nn.Linear(4096, 4096, bias=False, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
         layer = torch.nn.Sequential(linear)
@@ -108,9 +109,9 @@ def test_the_quantised_product_keeps_its_values_in_registers():
         module = next(m for m in layer.modules() if isinstance(m, QuantLinear))
         for rows in (4, 26, 60):
             for block_n in (64, 128):
-                quantized_triton.quant_matmul(torch.randn(rows, 4096, device=DEVICE, dtype=torch.bfloat16), module.q, module.scales,
+                linears_triton.quant_matmul(torch.randn(rows, 4096, device=DEVICE, dtype=torch.bfloat16), module.q, module.scales,
                                               getattr(module, "zeros", None), block_n, 1)
-    kernels = [kernel for cache in quantized_triton._quant_matmul.device_caches.values() for kernel in cache[0].values()]
+    kernels = [kernel for cache in linears_triton._quant_matmul.device_caches.values() for kernel in cache[0].values()]
     for kernel in kernels:
         kernel._init_handles()
     spills = {f"{kernel.n_regs} registers": kernel.n_spills for kernel in kernels if kernel.n_spills}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eagle_head import EagleHead, load_tree, official_key
+from draft_tree import load_tree
+from eagle_head import EagleHead, official_key
 from generate import load_draft_vocab, shipped_head
-from model import load_weights
+from checkpoint import load_weights
 from test_eagle import head_config, head_weights, load, tiny, write_head, written_out_head
 
 

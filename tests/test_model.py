@@ -17,7 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import ModelArgs, Transformer, resolve_checkpoint
+from checkpoint import resolve_checkpoint
+from config import ModelArgs
+from linears import Format, QuantLinear
+from model import Transformer
 from reference import (BASE, KINDS, VOCAB, assert_close, edited_json, expected, naive_decode, read_safetensors, tiny,
                        tokens_of)
 
@@ -673,12 +676,12 @@ def test_an_empty_variable_puts_no_cache_into_the_working_directory(tmp_path, mo
     assert resolve_checkpoint("owner/name", weights=False) == tmp_path
     assert not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & set(seen.env)
 
-    import quantized
+    import runtime
     looked_at = []
-    monkeypatch.setattr(quantized, "read_json", lambda file: looked_at.append(file) or {})
+    monkeypatch.setattr(runtime, "read_json", lambda file: looked_at.append(file) or {})
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    quantized.tune(torch.nn.Module())
+    runtime.tune(QuantLinear(32, 8, Format("int8")))
     assert looked_at == [tmp_path / "home/.cache/eagle-kernels.json"]
     monkeypatch.setattr("pathlib.Path.expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
     with refused("~/model", "home directory"):

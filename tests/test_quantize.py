@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import library
 
 import quantize
-import quantized
+import linears
+import runtime
 from generate import generate
-from model import Transformer, _hf_targets, iterate_weights
-from quantized import Format, QuantLinear, dequantize, pack, quantize_in_place, round_to_nearest, tune, unpack
+from checkpoint import iterate_weights
+from model import Transformer, _hf_targets
+from linears import Format, QuantLinear, dequantize, fit_grid, pack, quantize_in_place, round_to_nearest, unpack
+from runtime import tune
 from tokenizer import Tokenizer
 from train_data import read_dialogues
 from reference import VOCAB, assert_close, assert_near_greedy, edited_json, naive_decode, tiny, tokens_of, write_checkpoint
@@ -73,7 +76,7 @@ def dense_twin(folder, out):
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_pack_then_unpack_gives_every_level_back(format):
-    low, high = quantized.LEVELS[format.mode]
+    low, high = linears.LEVELS[format.mode]
     q = torch.randint(low, high + 1, (5, 128))
     q[0, :2] = torch.tensor([low, high])
     stored = pack(q.float(), torch.ones(5, 1), torch.zeros(5, 1), format.mode)
@@ -109,7 +112,7 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
             x = torch.randn(1, rows, shape[1], dtype=dtype)
             theirs = x.double() @ exact + linear.bias.double()
             spaced = torch.cat((x, x), -1)[..., :shape[1]]  # as PackedRMSNorm's rows lie
-            for name in quantized.candidates(linear, rows):
+            for name in runtime.candidates(linear, rows):
                 assert_close(linear.product(name, x).double(), theirs, tolerance)
                 assert_close(linear.product(name, spaced).double(), theirs, tolerance)
 
@@ -127,7 +130,7 @@ def test_the_triton_kernel_equals_float64_for_every_number_of_rows(device):
 
 
 def check_triton(device):
-    from quantized_triton import quant_matmul
+    from linears_triton import quant_matmul
     if device == "cpu":
         multiply_bfloat16_in_triton_s_interpreter()
     torch.manual_seed(0)
@@ -179,7 +182,7 @@ def test_a_compiled_linear_is_one_graph():
     for dtype, name in ((torch.float32, "dense"), *((torch.bfloat16, name) for name in ("dense", "packed", "reduction"))):
         x = torch.randn(1, 1 if name == "reduction" else 3, 64)
         linear = QuantLinear.from_weight(torch.randn(48, 64).to(dtype), Format("int4", 32))
-        linear.kernels = dict.fromkeys(quantized.ROWS, name)
+        linear.kernels = dict.fromkeys(linears.ROWS, name)
         eager = "packed" if name == "packed" else "dense"
         linear.lay_out({eager})
         with torch.inference_mode():
@@ -191,26 +194,26 @@ def test_a_compiled_linear_is_one_graph():
 def test_a_kernel_that_does_not_run_is_left_out(monkeypatch, capsys):
     linear = QuantLinear.from_weight(torch.randn(48, 64).bfloat16(), Format("int4", 32))
     for others, best in ((["packed"], "packed"), ([], "dense")):
-        monkeypatch.setattr(quantized, "candidates", lambda module, rows: ["triton 32 1", "triton 32 2", *others])
+        monkeypatch.setattr(runtime, "candidates", lambda module, rows: ["triton 32 1", "triton 32 2", *others])
         tune(linear, cache=Path("/dev/null"))
         assert set(linear.kernels.values()) == {best}
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 * len(quantized.ROWS)
+    assert len(lines) == 4 * len(linears.ROWS)
     assert lines[0].startswith("kernel 'triton 32 1' does not run here (1 x (48, 64)): ")
 
 
 def test_as_many_weights_take_turns_as_no_cache_holds(monkeypatch):
     linears = [QuantLinear.from_weight(torch.randn(48, 64), Format("int4", 32)) for _ in range(5)]
     turns = []
-    monkeypatch.setattr(quantized, "COLD", 3 * 48 * 64 // 2)
-    monkeypatch.setattr(quantized, "_run", lambda modules, *rest: turns.append(len(modules)))
-    quantized.fastest(linears, ["dense"], 1)
+    monkeypatch.setattr(runtime, "COLD", 3 * 48 * 64 // 2)
+    monkeypatch.setattr(runtime, "_run", lambda modules, *rest: turns.append(len(modules)))
+    runtime.fastest(linears, ["dense"], 1)
     assert set(turns) == {3}
 
 
 def test_a_block_takes_the_kernel_of_the_next_larger_number_of_rows(monkeypatch):
     linear = QuantLinear.from_weight(torch.randn(48, 64), Format("int4", 32))
-    linear.kernels = {rows: str(rows) for rows in quantized.ROWS}
+    linear.kernels = {rows: str(rows) for rows in linears.ROWS}
     monkeypatch.setattr(QuantLinear, "product", lambda self, name, x, expert: name)
     wanted = {1: "1", 2: "2", 3: "4", 5: "8", 8: "8", 9: "16", 26: "32", 33: "64", 60: "64", 65: "64", 512: "64"}
     assert {rows: linear(torch.ones(1, rows, 64)) for rows in wanted} == wanted
@@ -220,18 +223,18 @@ def test_a_block_takes_the_kernel_of_the_next_larger_number_of_rows(monkeypatch)
 def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
     linear = QuantLinear.from_weight(torch.randn(48, 64).bfloat16(), Format("int4", 32))
     calls = []
-    monkeypatch.setattr(quantized, "fastest", lambda modules, names, rows: calls.append(rows) or names[rows % 2])
+    monkeypatch.setattr(runtime, "fastest", lambda modules, names, rows: calls.append(rows) or names[rows % 2])
     tune(linear)
-    assert calls == list(quantized.ROWS) and linear.kernels[1] == "packed" and linear.kernels[64] == "dense"
+    assert calls == list(linears.ROWS) and linear.kernels[1] == "packed" and linear.kernels[64] == "dense"
     again = QuantLinear.from_weight(torch.randn(48, 64).bfloat16(), Format("int4", 32))
     tune(again)
-    assert calls == list(quantized.ROWS) and again.kernels == linear.kernels
+    assert calls == list(linears.ROWS) and again.kernels == linear.kernels
     file = tmp_path / "cache/eagle-kernels.json"
     file.write_text("{broken")
     tune(again)
-    assert len(calls) == 2 * len(quantized.ROWS)
+    assert len(calls) == 2 * len(linears.ROWS)
     tune(again)
-    assert len(calls) == 2 * len(quantized.ROWS)    # whole again
+    assert len(calls) == 2 * len(linears.ROWS)    # whole again
     file.unlink()
     with monkeypatch.context() as rank:
         rank.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -243,7 +246,7 @@ def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
     tune(again)
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")     # no home
     tune(again)
-    assert len(calls) == 5 * len(quantized.ROWS) and again.kernels == linear.kernels
+    assert len(calls) == 5 * len(linears.ROWS) and again.kernels == linear.kernels
 
 
 # GPTQ
@@ -254,7 +257,7 @@ def written_out_gptq(weight, hessian, size):
     w, q = weight.clone(), torch.zeros_like(weight)
     for j in range(w.shape[1]):
         if j % size == 0:
-            scale, zero = quantized.fit_grid(w[:, j:j + size].float(), "int4")
+            scale, zero = fit_grid(w[:, j:j + size].float(), "int4")
             scale, zero = scale.double(), zero.double()
         q[:, j] = ((w[:, j] - zero) / scale).round().clamp(-8, 7) * scale + zero
         error, rest = w[:, j] - q[:, j], hessian[j + 1:, j + 1:]
@@ -682,7 +685,7 @@ def test_eagle_in_bf16_is_greedy_but_for_near_ties_where_rows_and_blocks_take_di
     model = Transformer.from_pretrained(out, dtype=torch.bfloat16)
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.kernels = dict.fromkeys(quantized.ROWS, block) | {1: one}
+            module.kernels = dict.fromkeys(linears.ROWS, block) | {1: one}
             module.lay_out({one, block})
     head = head_of(model).bfloat16()
     quantize_in_place(head, Format("int8"))
@@ -701,7 +704,7 @@ def test_quantize_in_place_gives_what_the_folder_gives(tmp_path, monkeypatch):
     model = Transformer.from_pretrained(folder, dtype=torch.float32)
     old, is_there = weakref.ref(model.layers[0].attention.wqkv), []
     with monkeypatch.context() as patch:
-        patch.setattr(quantized, "round_to_nearest",
+        patch.setattr(linears, "round_to_nearest",
                       lambda *args: is_there.append(old() is not None) or round_to_nearest(*args))
         quantize_in_place(model, Format("int4", 32), "int8")
     assert is_there[0] and not is_there[-1]     # no weight stays until all are rounded

@@ -7,11 +7,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model as model_file
-from eagle_head import DynamicTree, EagleHead, EagleStep, StaticTree
-from generate import Decoder, PlainStep, generate, setup_caches
-from model import Sampling, Transformer, logits_to_probs, pack_for_cpu
-from quantized import Format, QuantLinear, quantize_in_place, tune
+import sampling as sampling_file
+from draft_tree import DynamicTree, StaticTree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
+from decoder import Decoder, PlainStep, setup_caches
+from generate import generate
+from model import Transformer
+from runtime import pack_for_cpu
+from sampling import Sampling, logits_to_probs
+from linears import Format, QuantLinear, quantize_in_place
+from runtime import tune
 from reference import naive_decode, tiny, tokens_of
 from benchmarks.shapes import TINY
 from test_eagle_lossless import head_of
@@ -80,7 +86,7 @@ def test_top_p_by_the_likeliest_few_equals_a_full_sort(top_p, monkeypatch):
     for name, logits in cases.items():
         ours = logits_to_probs(logits, 1.0, None, top_p)
         with monkeypatch.context() as patch:
-            patch.setattr(model_file, "nucleus_by_the_likeliest", model_file.nucleus)
+            patch.setattr(sampling_file, "nucleus_by_the_likeliest", sampling_file.nucleus)
             expected = logits_to_probs(logits, 1.0, None, top_p)
         for found in (ours, traced(logits)):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=name)

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle_head import EagleHead, StaticTree, load_tree
+from draft_tree import StaticTree, load_tree
+from eagle_head import EagleHead
 from generate import generate
 from generate import parse_args as generate_args
 from model import Transformer
 from reference import tiny, write_checkpoint
 from scripts import draft_vocab, tune_tree
-from train_head import draft_ranks
+from train_loss import draft_ranks
 
 
 @pytest.fixture

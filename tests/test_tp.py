@@ -27,14 +27,17 @@ from unittest import mock
 import pytest
 import torch
 
+import checkpoint
 import generate as cli
-import model as model_file
 import quantize
 import tp
-from eagle_head import DynamicTree, EagleHead, EagleStep, StaticTree, load_tree
-from generate import generate, setup_caches
+from draft_tree import DynamicTree, StaticTree, load_tree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
+from decoder import setup_caches
+from generate import generate
 from model import Transformer
-from quantized import QuantLinear
+from linears import QuantLinear
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -306,14 +309,14 @@ def test_ranks_with_different_tokens_are_noticed(group, zoo):
 def test_a_rank_reads_only_its_slices(zoo, tmp_path, monkeypatch, binary):
     tiny("gqa", tmp_path, binary=binary, sharded=True)
     read = {}
-    iterate = model_file.iterate_weights
+    iterate = checkpoint.iterate_weights
 
     def spy(folder, part):
         for key, tensor, file in iterate(folder, part=part):
             read[key] = tuple(tensor.shape)
             yield key, tensor, file
 
-    monkeypatch.setattr(model_file, "iterate_weights", spy)
+    monkeypatch.setattr(checkpoint, "iterate_weights", spy)
     full = Transformer.from_pretrained(tmp_path, dtype=torch.float32)
     model = Transformer.from_pretrained(tmp_path, dtype=torch.float32, shard=tp.Shard(3, 4))
     # dim 64, 8 heads of 8 on 2 key/value heads, 56 hidden, 96 tokens

@@ -24,18 +24,23 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantize
+import train_features
 import train_head
+import train_loss
 from eagle_head import EagleHead
 from generate import generate
-from model import Transformer, read_json
-from quantized import Format, quantize_in_place
+from checkpoint import read_json
+from model import Transformer
+from linears import Format, quantize_in_place
 from reference import TEMPLATE, assert_close, edited_json, read_safetensors, tiny, tokens_of, write_checkpoint
 from scripts import export_head
 from test_eagle import written_out_head
 from test_train_data import REASONER
 from tokenizer import Tokenizer
-from train_data import Dialogue, Features, make_batches, read_dialogues
-from train_head import Learner, SoftCrossEntropy, draft_ranks, head_config, input_noise, new_head, parts_of
+from train_data import Dialogue, make_batches, parts_of, read_dialogues, split
+from train_features import Batch, Features, shard_layers
+from train_head import head_config, new_head
+from train_loss import Learner, SoftCrossEntropy, draft_ranks, evaluate, input_noise
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the quick brown fox jumps over lazy dog and then other dogs sleep for rest of day".split()
@@ -108,7 +113,7 @@ def state_of(out):
 @pytest.mark.parametrize("draft_vocab", [None, list(range(199, 9, -1))])
 def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, data, draft_vocab, monkeypatch):
     """L = SmoothL1(f^, f) + w CE(softmax(output(f)), output(f^)) over the answers, in float64, dialogue by dialogue."""
-    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 700)      # a few rows at a time, the last block a part
+    monkeypatch.setitem(train_loss.LOGITS_AT_ONCE, "cpu", 700)      # a few rows at a time, the last block a part
     dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:5]
     config = head_config(read_json(checkpoint / "config.json"), "tiny")
     head = new_head(config, model, None, seed=0)
@@ -116,7 +121,7 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
         for p in head.parameters():     # large, so that a dropped bias or norm shows
             p.add_(0.2 * torch.randn_like(p))
     head.set_draft_vocab(draft_vocab)
-    batch = Features(model, dialogues, None, 10 ** 6).batch(list(range(5)))
+    batch = Features(model, dialogues).batch(list(range(5)))
     noise = 0.1 * torch.randn(*batch.features[:, 2:].shape)
     losses = Learner(head, autocast=False)(batch, noise)
     losses_sum = losses.smooth_l1 + 0.1 * losses.cross_entropy
@@ -132,7 +137,7 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
         f_hat = written_out_head(config, weights, embedding, dialogue.tokens[1:T - 1].long(),
                                  f[:T - 2] + noise[row, :T - 2])            # pair (f_i, t_{i+1}) -> f_{i+1}
         for i in range(T - 2):
-            if not dialogue.learnt[i + 2]:                                  # f_{i+1} is what says t_{i+2}
+            if not dialogue.loss_mask[i + 2]:                                  # f_{i+1} is what says t_{i+2}
                 continue
             error = (f_hat[i] - f[i + 1]).abs()
             l1 = l1 + torch.where(error < 1, 0.5 * error ** 2, error - 0.5).mean()
@@ -149,7 +154,7 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
 
 
 def test_no_tensor_of_the_cross_entropy_is_larger_than_the_stated_block(monkeypatch):
-    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 8 * 4096)
+    monkeypatch.setitem(train_loss.LOGITS_AT_ONCE, "cpu", 8 * 4096)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -171,7 +176,7 @@ def test_no_tensor_of_the_cross_entropy_is_larger_than_the_stated_block(monkeypa
 def test_deeper_levels_learn_from_what_drafting_would_meet(checkpoint, model, data):
     """Level d at position j: the head fed one pair after the other, true features up to j - d, then its own."""
     dialogue = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[0]
-    batch, levels = Features(model, [dialogue], None, 10 ** 6).batch([0]), 3
+    batch, levels = Features(model, [dialogue]).batch([0]), 3
     head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, seed=0)
     for p in head.parameters():
         p.add_(0.2 * torch.randn_like(p))
@@ -180,7 +185,7 @@ def test_deeper_levels_learn_from_what_drafting_would_meet(checkpoint, model, da
     n_pair, output = tokens.shape[1] - 2, model.output.weight
     l1 = ce = same = 0.0
     for j in range(n_pair):
-        if not dialogue.learnt[j + 2]:
+        if not dialogue.loss_mask[j + 2]:
             continue
         for d in range(min(levels, j + 1)):
             known = f[:, :j - d + 1]
@@ -198,7 +203,7 @@ def test_deeper_levels_learn_from_what_drafting_would_meet(checkpoint, model, da
 
 def test_padding_does_not_change_the_loss(model, checkpoint, data):
     dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:6]
-    features = Features(model, dialogues, None, 10 ** 6)
+    features = Features(model, dialogues)
     learner = Learner(new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, 0), autocast=False)
     with torch.no_grad():
         together = torch.stack(learner(features.batch(list(range(6))), None))
@@ -229,22 +234,19 @@ def test_noise_is_uniform_fresh_and_on_the_inputs_only(train, monkeypatch):
     assert len({tuple(first.tolist()) for first in firsts}) == len(firsts)     # no two dialogues or epochs alike
 
 
-def test_noise_reaches_the_heads_input_and_not_its_goal(model, checkpoint, data):
+def test_noise_reaches_the_heads_input_and_not_its_goal(model, checkpoint, data, monkeypatch):
     dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:1]
-    batch = Features(model, dialogues, None, 10 ** 6).batch([0])
+    batch = Features(model, dialogues).batch([0])
     head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, 0)
     inputs = []
     head.register_forward_pre_hook(lambda module, args: inputs.append(args[1]))
     noise = input_noise(batch, [0], [len(dialogues[0].tokens)], 0.1, seed=1)
     goals = []
-    original, train_head_F = F.smooth_l1_loss, train_head.F
-    try:
-        train_head_F.smooth_l1_loss = lambda a, b, **k: goals.append(b) or original(a, b, **k)
-        Learner(head, autocast=False)(batch, noise)
-    finally:
-        train_head_F.smooth_l1_loss = original
+    original = F.smooth_l1_loss
+    monkeypatch.setattr(F, "smooth_l1_loss", lambda a, b, **k: goals.append(b) or original(a, b, **k))
+    Learner(head, autocast=False)(batch, noise)
     assert torch.equal(inputs[0], batch.features[:, :-2] + noise)
-    assert torch.equal(goals[0], batch.features[:, 1:-1][batch.learnt[:, 2:]])
+    assert torch.equal(goals[0], batch.features[:, 1:-1][batch.loss_mask[:, 2:]])
 
 
 def test_gradients_are_clipped_by_their_norm_and_adamw_has_the_papers_betas(train):
@@ -319,11 +321,11 @@ def test_the_examples_of_one_line_are_held_out_or_learnt_together(train, tmp_pat
 def test_where_each_line_is_one_example_the_sample_is_of_all_examples(n, seed):
     order = random.Random(seed).sample(range(60), 60)
     k = min(n, 6)
-    assert train_head.split([3 * i + 1 for i in range(60)], n, seed) == (sorted(order[:k]), sorted(order[k:]))
+    assert split([3 * i + 1 for i in range(60)], n, seed) == (sorted(order[:k]), sorted(order[k:]))
 
 
 def test_large_seeds_train_and_small_ones_draw_as_ever(train):
-    batch = train_head.Batch(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 6, 4), torch.ones(1, 6, dtype=torch.bool))
+    batch = Batch(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 6, 4), torch.ones(1, 6, dtype=torch.bool))
     expected = torch.zeros(4, 4).uniform_(-1, 1, generator=torch.Generator().manual_seed(3 * 1_000_003 + 7))
     assert torch.equal(input_noise(batch, [7], [6] * 8, 1.0, 3)[0], expected)
     for seed, status in ((20261126, 0), (2 ** 63 - 1, 0), (2 ** 63, 2)):
@@ -477,7 +479,7 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
         p.add_(0.2 * torch.randn_like(p))
     head.set_draft_vocab([10, 11, 12])
     dialogues = [Dialogue(n, torch.randint(10, 13, (40,), dtype=torch.int32), torch.rand(40) < 0.7) for n in range(2)]
-    entry = train_head.evaluate(Learner(head, autocast=False), Features(model, dialogues, None, 10 ** 6), [0, 1])
+    entry = evaluate(Learner(head, autocast=False), Features(model, dialogues), [0, 1])
     right, leading, n_position = [0] * 5, 0, 0
     for _, tokens, learnt in dialogues:
         tokens = tokens[None].long()
@@ -493,7 +495,7 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
             leading += (hits + [0]).index(0)
             n_position += 1
     assert 0 < right[4] < n_position and leading > 0                    # there is something to count
-    alone = Learner(head, autocast=False)(Features(model, dialogues, None, 10 ** 6).batch([0, 1]), None)
+    alone = Learner(head, autocast=False)(Features(model, dialogues).batch([0, 1]), None)
     assert entry["eval_agreement"] == pytest.approx(alone.same.item() / entry["eval_positions"])
     assert entry["eval_n_alpha"] == pytest.approx([r / n_position for r in right], abs=1e-4)
     assert entry["eval_chain_length"] == pytest.approx(1 + leading / n_position)
@@ -517,19 +519,19 @@ def test_an_evaluation_needs_no_larger_tensors_than_a_training_step(model, check
     head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, seed=0)
     head.set_draft_vocab(draft_vocab)
     tokens = torch.randint(0, 200, (500,), dtype=torch.int32)
-    batch = Features(model, [Dialogue(1, tokens, torch.ones(500, dtype=torch.bool))], None, 10 ** 6).batch([0])
-    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 10 ** 5)
+    batch = Features(model, [Dialogue(1, tokens, torch.ones(500, dtype=torch.bool))]).batch([0])
+    monkeypatch.setitem(train_loss.LOGITS_AT_ONCE, "cpu", 10 ** 5)
     with Largest() as training:
         sum(Learner(head, autocast=False)(batch, None)[:2]).backward()
-    monkeypatch.setattr(train_head, "MASK_AT_ONCE", 1)
+    monkeypatch.setattr(train_loss, "MASK_AT_ONCE", 1)
     rows, draft_logits = [], head.draft_logits
     monkeypatch.setattr(head, "draft_logits", lambda hidden: rows.append(len(hidden)) or draft_logits(hidden))
     with Largest() as evaluation:
         blocks = draft_ranks(head, batch.tokens[0], batch.features[0], 5)
     assert max(rows) * len(draft_vocab or model.output.weight) <= 10 ** 5
     assert evaluation.size <= 1.01 * training.size      # of 499 pairs, where there are 498 whose next token is there too
-    monkeypatch.setattr(train_head, "MASK_AT_ONCE", 10 ** 9)
-    monkeypatch.setitem(train_head.LOGITS_AT_ONCE, "cpu", 10 ** 9)
+    monkeypatch.setattr(train_loss, "MASK_AT_ONCE", 10 ** 9)
+    monkeypatch.setitem(train_loss.LOGITS_AT_ONCE, "cpu", 10 ** 9)
     with Largest() as at_once:
         whole = draft_ranks(head, batch.tokens[0], batch.features[0], 5)
     assert at_once.size > 2 * training.size and (blocks != whole).sum() <= 5     # but for near ties
@@ -545,17 +547,18 @@ def run_in_child(argv, errors):
 
 
 def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forkserver, checkpoint, data, tmp_path):
-    out, whole, rng = tmp_path / "killed", tmp_path / "whole", random.Random(0)
+    out, whole, errors, rng = tmp_path / "killed", tmp_path / "whole", tmp_path / "killed.err", random.Random(0)
     options = "--epochs", 30, "--lr", 1e-2, "--eval-every", 50
 
     def start(out, *more):
-        process = forkserver.Process(target=run_in_child, args=(command(checkpoint, data, out, *options, *more), tmp_path / "errors"))
+        argv = command(checkpoint, data, out, *options, *more)
+        process = forkserver.Process(target=run_in_child, args=(argv, out.with_suffix(".err")))
         process.start()
         return process
 
     def finish(process, status):
         process.join(120)
-        assert process.exitcode == status, (tmp_path / "errors").read_text()
+        assert process.exitcode == status, errors.read_text()
 
     undisturbed = start(whole)
     for life in range(11):
@@ -564,12 +567,12 @@ def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forks
         while run.is_alive() and not ((out / "checkpoint.pt").exists() and (out / "checkpoint.pt").stat().st_mtime_ns > before):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
-        assert run.is_alive(), (tmp_path / "errors").read_text()    # it would have finished: more epochs needed
+        assert run.is_alive(), errors.read_text()   # it would have finished: more epochs needed
         os.kill(run.pid, signal.SIGKILL if life < 10 else signal.SIGINT)
         finish(run, -signal.SIGKILL if life < 10 else 130)
         state_of(out), read_safetensors(out / "model.safetensors")  # what stands can be read
-    errors = (tmp_path / "errors").read_text()
-    assert errors.rstrip().endswith("the same command with --resume goes on from there") and "Traceback" not in errors
+    text = errors.read_text()
+    assert text.rstrip().endswith("the same command with --resume goes on from there") and "Traceback" not in text
     finish(start(out, "--resume"), 0)
     finish(undisturbed, 0)
     ours, theirs = state_of(out), state_of(whole)
@@ -584,7 +587,7 @@ def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forks
 def test_what_was_learnt_is_saved_before_an_evaluation_which_a_resume_makes_up_for(train, monkeypatch):
     options = "--epochs", 2, "--eval-every", 7
     _, _, whole = train(*options, out="whole")
-    evaluate, calls = train_head.evaluate, []
+    calls = []
 
     def too_large(*args):
         calls.append(args)
@@ -785,7 +788,7 @@ def test_a_sharded_layer_is_whole_while_it_runs_and_a_part_otherwise(tmp_path, m
             quantize_in_place(model, format)
     held = lambda model: sum(t.numel() * t.element_size() for t in (*model.layers.parameters(), *model.layers.buffers()))
     before = held(ranks[0])
-    kept = [train_head.shard_layers(model, torch.device("cpu"), rank, 2) for rank, model in enumerate(ranks)]
+    kept = [shard_layers(model, torch.device("cpu"), rank, 2) for rank, model in enumerate(ranks)]
     parts = [sum(piece.mine.untyped_storage().nbytes() for piece in pieces) for pieces in kept]
     assert parts[0] == parts[1] and 0.5 * before <= parts[0] < 0.55 * before
     assert all(held(model) == 0 for model in ranks)
@@ -854,7 +857,7 @@ def test_both_formats_of_dialogues_say_the_same(checkpoint, tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"id": "x", "conversations": [
         {"from": names[m["role"]], "value": m["content"]} for m in DIALOGUE]}))
     (a,), (b,) = (read_dialogues(tmp_path / name, tokenizer, 10 ** 6, 128) for name in ("a.jsonl", "b.jsonl"))
-    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.learnt, b.learnt)
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.loss_mask, b.loss_mask)
 
 
 def one_error_line(err):
@@ -909,7 +912,7 @@ def test_a_dialogue_longer_than_the_length_is_cut_and_counted(checkpoint, tmp_pa
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"messages": [DIALOGUE[0], {"role": "assistant", "content": "the dogs sleep " * 50}]}) + "\n" + GOOD)
     long, short = read_dialogues(file, Tokenizer.from_pretrained(checkpoint), 10 ** 6, 40)
-    assert len(long.tokens) == 40 and long.learnt.any() and len(short.tokens) <= 40
+    assert len(long.tokens) == 40 and long.loss_mask.any() and len(short.tokens) <= 40
     assert "cut at 40 tokens" in capsys.readouterr().err
 
 
@@ -929,7 +932,7 @@ def test_batches_hold_everything_once_within_their_size_with_little_padding():
 
 
 def test_cached_features_train_to_the_same_bits_and_a_cut_cache_is_completed(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(Features, "SHARD", 16)
+    monkeypatch.setattr(train_features, "SHARD", 16)
     assert train("--epochs", 2, out="plain")[0] == 0
     cache = tmp_path / "cache"
     status, err, cached = train("--epochs", 2, "--cache-features", cache, out="cached")
@@ -941,7 +944,7 @@ def test_cached_features_train_to_the_same_bits_and_a_cut_cache_is_completed(tra
     assert len(shards) == 4
     content, old = shards[1].read_bytes(), shards[0].stat().st_mtime_ns
     shards[1].unlink()
-    (cache / "00001.part").write_bytes(content[:100])                   # as a kill leaves it
+    (cache / "00001.safetensors.part").write_bytes(content[:100])                   # as a kill leaves it
     status, err, resumed = train("--epochs", 2, "--cache-features", cache, out="resumed")
     assert status == 0, err
     assert shards[1].read_bytes() == content and shards[0].stat().st_mtime_ns == old

@@ -58,7 +58,7 @@ def read(tokenizers, tmp_path):
         dialogues = read_dialogues(file, tokenizers[template], 10 ** 6, max_length, report.append)
         token = tokenizers["plain"]._backend._tokenizer.id_to_token
         show = lambda ids: "".join(map(token, ids)).replace("\u0120", " ").replace("\u010a", "\n")
-        return [(show(d.tokens.tolist()), show(d.tokens[d.learnt].tolist())) for d in dialogues], report[0], dialogues
+        return [(show(d.tokens.tolist()), show(d.tokens[d.loss_mask].tolist())) for d in dialogues], report[0], dialogues
 
     return read
 
@@ -119,7 +119,7 @@ def test_an_answer_cut_at_the_length_limit_is_learnt_as_it_is_and_not_to_end_the
     entry = {"messages": turns("the fox", "jumps", "q", text), "finish_reason": "length"}
     texts, _, dialogues = read([entry], template)
     prompt = tokenizers[template].apply_chat_template(turns("the fox", "jumps", "q"))
-    tokens, learnt = dialogues[-1].tokens.tolist(), dialogues[-1].learnt.tolist()
+    tokens, learnt = dialogues[-1].tokens.tolist(), dialogues[-1].loss_mask.tolist()
     assert tokens[:len(prompt)] == prompt and all(learnt[len(prompt):])
     assert texts[-1][1].endswith(said) and tokens[-1] not in tokenizers[template].stop_ids
 
@@ -145,7 +145,7 @@ def test_the_ids_that_the_target_generated_are_learnt_as_they_are(read, tokenize
         for dialogue, n, ids in zip(dialogues, (1, 3), entry["tokens"]):
             prompt = tokenizers[template].apply_chat_template(entry["messages"][:n])
             assert dialogue.tokens.tolist() == prompt + ids
-            assert dialogue.learnt.tolist() == [False] * len(prompt) + [True] * len(ids)
+            assert dialogue.loss_mask.tolist() == [False] * len(prompt) + [True] * len(ids)
     entry["tokens"][0] = tok.encode("the fox") + end                    # as the tokenizer spells it: one example
     (_, said), = read([entry])[0]
     assert said.startswith("the fox<|end|>the dog ")

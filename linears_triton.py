@@ -4,7 +4,7 @@ All rows are one tile, so that the weights are read once whatever their number; 
 registers. The columns are split over `split_k` programs where the rows of the weight alone would not fill the GPU;
 their partial sums are added in a fixed order, so that a step gives the same bits each time.
 
-Shapes as in quantized.py. Runs on a CPU, slowly, under TRITON_INTERPRET=1.
+Shapes as in linears.py. Runs on a CPU, slowly, under TRITON_INTERPRET=1.
 """
 import torch
 import triton
@@ -49,7 +49,7 @@ def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, stride_q, n_group
 
 @library.custom_op("eagle::quant_matmul", mutates_args=())
 def quant_matmul(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None, block_n: int, split_k: int) -> Tensor:
-    """x [M, K] of up to 64 rows by a weight as quantized.py stores it -> [split_k, M, N] fp32, to be added up."""
+    """x [M, K] of up to 64 rows by a weight as linears.py stores it -> [split_k, M, N] fp32, to be added up."""
     M, K = x.shape
     N, n_group = scales.shape
     assert M <= 64 and x.stride(1) == 1, (x.shape, x.stride())

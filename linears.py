@@ -1,11 +1,11 @@
-"""Weight-only int8 and int4 modules for `model.Transformer` and `eagle_head.EagleHead`: the format, and the products.
+"""The linear layers that models are built of: packed for a CPU, stacked as experts, and weight-only int8 and int4.
 
-    install(model, {"mode": "int4", "group_size": 32})     # empty modules in the place of the linears, then load
-    quantize_in_place(model, Format("int8"))               # or round the weights that are there
-    tune(model)                                            # measure once which kernel is the fastest, by rows and shape
+    install(model, {"mode": "int4", "group_size": 32})     # empty quantised modules replace the linears; then load
+    quantize_in_place(model, Format("int8"))               # or round the weights of a loaded model
+    runtime.tune(model)                                    # choose the fastest kernel by measurement
 
-Format. A weight w [N, K] is kept as whole numbers q with a scale, and for int4 a zero point, in bfloat16 for each group
-of columns of a row: w = q * scale + zero. A checkpoint stores it under the key of the weight it stands for:
+Format. A weight w [N, K] is stored as whole numbers q. Each group of columns of a row has a scale in bfloat16, and in
+int4 a zero point too: w = q * scale + zero. A checkpoint stores these under the key of the weight:
 
     *.weight    int8 [N, K], q from -127 to 127; or uint8 [N, K / 2], two q of -8 to 7 in a byte as q + 8, the even
                 column in the low half
@@ -13,17 +13,12 @@ of columns of a row: w = q * scale + zero. A checkpoint stores it under the key 
     *.zeros     bfloat16 [N, G], int4 only
 
 Rows stay rows, so q, k, v and gate, up are fused on loading as in a 16-bit checkpoint. Embeddings, norms, biases and
-routers keep their 16 bits; the LM head is int8 or int4 (of 32 where the layers are int8) where `quantize.json` says so.
+routers keep 16 bits. The LM head is quantised where quantize.json says so: int8, or int4 (groups of 32 if the layers
+are int8).
 
 Shapes: M rows of activations, N rows and K columns of a weight, G groups of a row, E experts.
 """
-import contextlib
 import functools
-import json
-import os
-import statistics
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,16 +26,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from console import device_name, say, write_atomically
-from model import MoEFeedForward, PackedLinear, read_json
-from replay import capture
+from checkpoint import quantize_settings
 
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
 GROUP_SIZES = (32, 64, 128)
-LINEARS = ("wqkv", "wo", "w13", "w2", "fc")     # by their names in model.py and eagle_head.py; routers are `gate`
-ROWS = (1, 2, 4, 8, 16, 32, 64)                 # kernels are measured for these, and used for what lies below each
+LINEARS = ("wqkv", "wo", "w13", "w2", "fc")     # names of the modules that are quantised; routers (`gate`) are not
+ROWS = (1, 2, 4, 8, 16, 32, 64)                 # kernels are chosen for these numbers of rows, and up to them
 
 
 class Format(NamedTuple):
@@ -77,7 +69,7 @@ class Format(NamedTuple):
 
 
 def fit_grid(groups: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """groups [..., g] fp32 -> scale, zero [...], with the values that bfloat16 will keep of them."""
+    """groups [..., g] fp32 -> scale, zero [...], rounded to values of bfloat16."""
     if mode == "int8":
         scale, zero = groups.abs().amax(-1) / 127, None
     else:
@@ -127,9 +119,9 @@ def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) ->
 
 
 def row_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """`dense_product` of one row x [1, K] as inductor makes one reduction of it, with no weight in memory.
+    """`dense_product` of one row x [1, K], written so that inductor makes one reduction and no dequantised weight.
 
-    Even and odd columns of int4 are summed apart: where they are stacked first, it writes all N x K products in fp32.
+    Even and odd columns of int4 are summed apart: of stacked ones, inductor would write all N x K products in fp32.
     """
     if zeros is None:
         return dense_product(x, q, scales, zeros)
@@ -148,15 +140,62 @@ def reduction() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
     return torch.compile(row_product, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
-# Modules
+class PackedLinear(nn.Module):
+    """bf16 linear whose weight oneDNN has reordered once, instead of at every call: 1.6x a plain linear at one row."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in ordinary layout [out, in]: a copy."""
+        return self.packed.to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # the tracer cannot record the empty list, which has no type
+            return _scripted_linear()(x, self.packed, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+@functools.cache
+def _scripted_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return torch.jit.CompilationUnit("""
+def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    scalars = torch.jit.annotate(List[Optional[Union[complex, float, int]]], [])
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", scalars, "")
+""").packed_linear
+
+
+class Experts(nn.Module):
+    """E linears without bias of one shape, in 16 or 32 bits: weight [E, N, K]."""
+    routes_on_host = False
+
+    def __init__(self, n_expert: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
+
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        """The weights of one or several experts."""
+        return self.weight[expert]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """x [..., K] -> [..., N] by one expert."""
+        return F.linear(x, self.weight[expert])
 
 
 class QuantLinear(nn.Module):
     """A linear, or a stack of n_expert of them, over quantised weights.
 
-    One row and a block of rows may take different kernels, which read the same q, scales and zeros: "dense", a product
-    with the dequantised weight; on a GPU "reduction" for one row, and "triton N S" of N rows a block and S splits; on a
-    CPU "packed". In fp32 there is only "dense", so that EAGLE and plain decoding agree to the token.
+    All kernels read the same q, scales and zeros. "dense" is a product with the dequantised weight. A GPU has also
+    "reduction" for one row and "triton N S" for blocks of rows (N output rows a program, S splits of the columns), a
+    CPU in bf16 "packed". In fp32 there is only "dense", so that EAGLE and plain decoding agree to the token.
     """
 
     def __init__(self, in_features: int, out_features: int, format: Format, bias: bool = False,
@@ -170,8 +209,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", torch.empty(*lead, n_group))
         self.register_buffer("zeros", torch.empty(*lead, n_group) if halves else None)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
-        self.kernels: dict[int, str] = {}       # rows -> the kernel that `tune` found; none: the dense product
-        self.layouts = nn.ModuleDict()          # what CPU kernels made of the weight, by kernel and expert
+        self.kernels: dict[int, str] = {}       # rows -> the kernel that runtime.tune chose; empty means dense
+        self.layouts = nn.ModuleDict()          # the weight as CPU kernels want it, by kernel and expert
 
     @classmethod
     def from_weight(cls, weight: Tensor, format: Format, bias: Tensor | None = None) -> "QuantLinear":
@@ -192,13 +231,17 @@ class QuantLinear(nn.Module):
         return {kind: tensor for kind, tensor in parts.items() if tensor is not None}
 
     def rows(self, index: Tensor) -> "QuantLinear":
-        """The linear of some rows only, which is what a draft vocabulary takes of an LM head."""
+        """The linear of some rows only: an LM head over a draft vocabulary."""
         with torch.device("meta"):
             linear = QuantLinear(self.in_features, len(index), self.format)
         linear.q, linear.scales = self.q[index], self.scales[index]
         linear.zeros = None if self.zeros is None else self.zeros[index]
-        tune(linear)
         return linear
+
+    @property
+    def routes_on_host(self) -> bool:
+        """Whether the host chooses the experts row by row: on a CPU that saves gathering their weights."""
+        return self.q.dim() == 3 and not self.q.is_cuda
 
     def parts(self, expert: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """q, scales and zeros: all, or those of one or several experts."""
@@ -233,7 +276,7 @@ class QuantLinear(nn.Module):
         """`forward` by the kernel of this name."""
         rows = x.reshape(-1, self.in_features)
         if name.startswith("triton"):
-            from quantized_triton import quant_matmul
+            from linears_triton import quant_matmul
             block_n, split_k = map(int, name.split()[1:])
             y = quant_matmul(rows, *self.parts(expert), block_n, split_k).sum(0).to(x.dtype)
         elif name == "reduction":   # a compiled layer compiles it with all the rest
@@ -246,10 +289,11 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def lay_out(self, names: set[str]) -> None:
-        """Make ready for these kernels, and forget what others made: inside a compiled layer it would be too late."""
+        """Make the layouts of these kernels and drop all others, before any layer is compiled."""
         if self.q.device.type == "cpu":
-            self.layouts = nn.ModuleDict({f"{name} {expert}": self._layout(name, expert) for name in names for expert in (
-                [None] if self.q.dim() == 2 else range(self.q.shape[0]))})
+            experts = [None] if self.q.dim() == 2 else range(self.q.shape[0])
+            self.layouts = nn.ModuleDict({f"{name} {expert}": self._layout(name, expert)
+                                          for name in names for expert in experts})
 
     def _layout(self, name: str, expert: int | None) -> nn.Module:
         """The product over the weight as a CPU kernel wants it, made once."""
@@ -286,29 +330,10 @@ class IntLinear(nn.Module):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.q, self.group_size, self.scales)
 
 
-class QuantMoEFeedForward(MoEFeedForward):
-    """Mixtral's experts over quantised weights; the router stays as it is."""
-    routes_on_host = True   # on a CPU, where it saves the gathering of weights
-
-    def __init__(self, gate: nn.Linear, n_expert_active: int, w13: QuantLinear, w2: QuantLinear):
-        nn.Module.__init__(self)    # not MoEFeedForward's: it would allocate the 16-bit experts
-        self.gate, self.n_expert_active, self.w13, self.w2 = gate, n_expert_active, w13, w2
-
-    def _gathered(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        if rows.is_cuda:
-            return super()._gathered(rows, weights, experts)
-        return torch.stack([sum(w * self._expert(e, row[None])[0] for w, e in zip(row_weights, row_experts.tolist()))
-                            for row, row_weights, row_experts in zip(rows, weights, experts)])
-
-    def _expert(self, e: int, rows: Tensor) -> Tensor:
-        gate, up = self.w13(rows, e).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up, e)
-
-
 def install(model: nn.Module, settings: dict, file: Path | str = "quantize.json") -> None:
-    """Put empty quantised modules in the place of the linears of a model that is on the meta device.
+    """Replace the linears of a model on the meta device by empty quantised modules.
 
-    settings  the content of a checkpoint's quantize.json; ValueError when it names what is not known here
+    settings is the content of a checkpoint's quantize.json. Raises ValueError for a format that is not known here.
     """
     def empty(weight: Tensor, bias: Tensor | None, format: Format) -> QuantLinear:
         return QuantLinear(weight.shape[-1], weight.shape[-2], format, bias is not None,
@@ -324,125 +349,22 @@ def quantize_in_place(model: nn.Module, format: Format, lm_head: str | None = No
 
 def _replace(model: nn.Module, format: Format, lm_head: str | None,
              make: Callable[[Tensor, Tensor | None, Format], QuantLinear]) -> None:
-    for module in model.modules():      # no list, which would hold the old weights of all until the end
+    for module in model.modules():      # not as a list, which would hold all old weights until the end
         for name, child in module.named_children():
             if type(child) is nn.Linear and name in LINEARS:
                 setattr(module, name, make(child.weight, child.bias, format))
             elif type(child) is nn.Linear and name == "output" and lm_head:
                 setattr(module, name, make(child.weight, child.bias, format.of_lm_head(lm_head)))
-            elif type(child) is MoEFeedForward:
-                setattr(module, name, QuantMoEFeedForward(child.gate, child.n_expert_active, make(child.w13, None, format),
-                                                          make(child.w2, None, format)))
+            elif type(child) is Experts and name in LINEARS:
+                setattr(module, name, make(child.weight, None, format))
 
 
-# Kernels, by measurement
+def install_quantized(model: nn.Module, folder: Path) -> None:
+    """`install` for the checkpoint in this folder, if it is a quantised one."""
+    if settings := quantize_settings(folder):
+        install(model, settings, folder / "quantize.json")
 
 
-COLD = 1 << 28  # bytes of quantised weights to go through in turn, so that no cache holds what is measured
-
-
-@torch.no_grad()
-def tune(model: nn.Module, cache: Path | None = None) -> None:
-    """Find the fastest kernel for each number of rows and shape of weight, by measurement, and note it in the modules.
-
-    The weights of one shape take turns. What was found is kept in `cache`, ~/.cache/eagle-kernels.json by default,
-    for this device, torch, and Triton or the number of threads: two runs then take the same kernels and give the same
-    text. Of several ranks the first writes it.
-    """
-    found, peers = {}, defaultdict(list)
-    with contextlib.suppress(OSError, ValueError, RuntimeError):    # not there, not to be read, broken, no home: measured anew
-        cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-kernels.json"
-        found = read_json(cache)
-    before = dict(found)
-    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            peers[module.format, module.shape, module.scales.dtype].append(module)
-    keys = defaultdict(dict)    # of the modules of a shape: rows -> the key of what was found
-    for peer, modules in tqdm(peers.items(), "choosing kernels", delay=2, leave=False, disable=None if is_first else True):
-        format, shape, dtype = peer
-        for rows in ROWS:
-            names = candidates(modules[0], rows)
-            if len(names) == 1:
-                continue
-            key = f"{place(modules[0])}, {format.mode} {format.group_size} {dtype}, {rows} x {'x'.join(map(str, shape))}"
-            keys[peer][rows] = key
-            if found.get(key) not in names:
-                found[key] = fastest(modules, names, rows)
-        for module in modules:
-            module.lay_out(set())   # one shape's copies at a time
-    if torch.distributed.is_initialized():  # what several ranks compute alike must be the same to the bit
-        chosen = [found]
-        torch.distributed.broadcast_object_list(chosen)
-        found |= chosen[0]
-    for peer, modules in peers.items():
-        for module in modules:
-            module.kernels = {rows: found[key] for rows, key in keys[peer].items()}
-            module.lay_out(set(module.kernels.values()) or {"dense"})
-    if found != before and is_first and cache is not None:
-        with contextlib.suppress(OSError):  # nowhere to keep it: the next run measures again
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cache, json.dumps(found, indent=1) + "\n")
-
-
-def candidates(module: QuantLinear, rows: int) -> list[str]:
-    """Names of the kernels that can run this module as it is placed."""
-    dtype, device = module.scales.dtype, module.q.device.type
-    if device == "cuda" and dtype != torch.float32:
-        with contextlib.suppress(ImportError):
-            import triton  # noqa: F401
-            return ["reduction" if rows == 1 else "dense",
-                    *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
-    # torch packs int4 rows by sixteens; its int8 product reads columns by sixteens, beyond the end where they do not divide.
-    by_sixteen = module.in_features if module.format.mode == "int8" else module.out_features
-    if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0:
-        return ["dense", "packed"]
-    return ["dense"]
-
-
-def place(module: QuantLinear) -> str:
-    """What a measurement holds for."""
-    where = f"{device_name(module.q.device)}, torch {torch.__version__}"
-    if module.q.is_cuda:
-        import triton
-        return f"{where}, triton {triton.__version__}"
-    return f"{where}, {torch.get_num_threads()} threads"
-
-
-def fastest(modules: list[QuantLinear], names: list[str], rows: int, repeats: int = 3) -> str:
-    """The kernel that takes these modules, all of one shape, through `rows` rows in the least time.
-
-    One that does not run here is left out, with a line on stderr; "dense" where none does.
-    """
-    module, is_cuda = modules[0], modules[0].q.is_cuda
-    expert = 0 if module.q.dim() == 3 else None
-    x = torch.randn(rows, module.in_features, dtype=module.scales.dtype, device=module.q.device)
-    modules = modules[:max(2, COLD // module.parts(expert)[0].nbytes)]
-    runs = {}
-    for name in names:
-        run = functools.partial(_run, modules, name, x, expert)
-        try:
-            run()   # compiles, and makes the layouts
-            runs[name] = capture(run).replay if is_cuda else run    # device time alone, without launches
-        except Exception as error:      # of a compiler or a driver, whatever its class: the others will do
-            say(f"kernel {name!r} does not run here ({rows} x {module.shape}): {' '.join(str(error).split())[:200]}")
-    times = {name: [] for name in runs}
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            times[name].append(_seconds(run, is_cuda))
-    return min(times, key=lambda name: statistics.median(times[name][1:]), default="dense")
-
-
-def _run(modules: list[QuantLinear], name: str, x: Tensor, expert: int | None) -> None:
-    for module in modules:
-        module.product(name, x, expert)
-
-
-def _seconds(run: Callable[[], object], is_cuda: bool) -> float:
-    if is_cuda:
-        torch.cuda.synchronize()    # sync: on loading only
-    begin = time.perf_counter()
-    run()
-    if is_cuda:
-        torch.cuda.synchronize()    # sync: on loading only
-    return time.perf_counter() - begin
+def stored(linear: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds of a linear or of stacked experts, by the last part of their keys."""
+    return linear.stored() if isinstance(linear, QuantLinear) else dict(linear.named_parameters())

@@ -1,0 +1,197 @@
+"""Text in and out: prompts as tokens, texts that end an answer, streaming, and a chat on the terminal.
+
+    stop = StopTexts(tokenizer, ["\n\n"])
+    printer = Printer(stop, [prompt], color=True)
+    generate(model, [prompt], 100, stop=stop, on_tokens=printer)
+    printer.close()
+"""
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterable
+
+from console import is_text, say
+from decoder import Decoder, check_prompts
+from tokenizer import StreamDecoder, Tokenizer, common_prefix
+
+
+def encode(text: str, tokenizer: Tokenizer, raw: bool, system: str | None = None,
+           plain_text: bool = False) -> list[int]:
+    """A prompt as token ids: the text itself if `raw`, else in the chat template, after a system message if given."""
+    if raw:
+        return tokenizer.encode(text, bos=tokenizer.adds_bos)
+    return tokenizer.apply_chat_template([*opening(system), {"role": "user", "content": text}], plain_text=plain_text)
+
+
+def opening(system: str | None) -> list[dict]:
+    """The messages that begin a chat."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+class StopTexts:
+    """Texts that end an answer. It ends with the token that completes one of them, and is cut before the first of them.
+
+        stop = StopTexts(tokenizer, ["\n\n"])
+        ids = generate(model, [prompt], 100, stop=stop).tokens[0]       # the last token completed the text
+        text = stop.decode(ids, prompt)                                 # without "\n\n" and what came with it
+
+    A special token may be named by its text. goes_on: the answer continues the prompt's text, so its first word keeps
+    its space. Raises ValueError for an empty text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str] = (), goes_on: bool = False):
+        self.tokenizer, self.texts, self.goes_on = tokenizer, list(texts), goes_on
+        if "" in self.texts:
+            raise ValueError("a stop text is empty")
+        self.longest = max(map(len, self.texts), default=0)
+        named = [ids[0] for ids in map(tokenizer.encode, self.texts) if len(ids) == 1]
+        self.ids = tokenizer.special_ids.intersection(named)     # they leave no text to be found
+
+    def __call__(self, prompt: list[int]) -> Callable[[int], bool]:
+        """The Stop of `generate`."""
+        stream, tail = self.stream(prompt), ""
+
+        def ends(token: int) -> bool:
+            nonlocal tail
+            if not self.texts:
+                return False
+            tail += stream.push([token])
+            text = tail + stream.peek()
+            tail = tail[max(0, len(tail) - self.longest + 1):]     # the beginning of a stop text may be here
+            return token in self.ids or any(stop in text for stop in self.texts)
+        return ends
+
+    def stream(self, prompt: list[int]) -> StreamDecoder:
+        return self.tokenizer.stream(after=prompt if self.goes_on else ())
+
+    def decode(self, ids: list[int], prompt: list[int]) -> str:
+        """The text of an answer to this prompt."""
+        return self.cut(self.tokenizer.decode(ids, after=prompt if self.goes_on else ()))
+
+    def cut(self, text: str) -> str:
+        return text[:min((text.find(stop) for stop in self.texts if stop in text), default=len(text))]
+
+    def n_certain(self, text: str) -> int:
+        """Characters before the place where a stop text begins or may have begun."""
+        return next((n for n in range(len(text))
+                     if any(text.startswith(stop, n) or stop.startswith(text[n:]) for stop in self.texts)), len(text))
+
+
+class Printer:
+    """Streams one answer as it comes. Several answers are printed one after the other once all are complete.
+
+    Text that may be the beginning of a stop text is held back until that is decided. With `color`, text from accepted
+    drafts is green and the target's own tokens are plain.
+    """
+
+    def __init__(self, stop: StopTexts, prompts: list[list[int]], color: bool = False):
+        self.stop, self.color = stop, color
+        self.streams = [stop.stream(prompt) for prompt in prompts]
+        self.held = [""] * len(prompts)
+        self.texts = [""] * len(prompts)
+
+    def __call__(self, row: int, ids: list[int], n_draft: int) -> None:
+        drafted = self._certain(row, ids[:n_draft])
+        self._put(row, f"\033[32m{drafted}\033[0m" if drafted and self.color else drafted)
+        self._put(row, self._certain(row, ids[n_draft:]))
+
+    def close(self) -> None:
+        for row, stream in enumerate(self.streams):
+            self._put(row, self.stop.cut(self.held[row] + stream.flush()))
+        if len(self.texts) == 1:
+            print(flush=True)
+        else:
+            for row, text in enumerate(self.texts):
+                print(f"[{row + 1}] {text}", flush=True)
+
+    def _certain(self, row: int, ids: list[int]) -> str:
+        text = self.held[row] + self.streams[row].push(ids)
+        n = self.stop.n_certain(text)
+        self.held[row] = text[n:]
+        return text[:n]
+
+    def _put(self, row: int, text: str) -> None:
+        self.texts[row] += text
+        if len(self.texts) == 1:
+            print(text, end="", flush=True)
+
+
+def chat(talk: "Conversation", decoder: Decoder) -> None:
+    """Answer the lines of standard input until it ends. Ctrl-C ends an answer."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing in input())
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")     # a byte that is not text spoils its own line only
+    say("Ctrl-C ends an answer, Ctrl-D leaves.")
+    while (text := read_message()) is not None:
+        with contextlib.suppress(KeyboardInterrupt):
+            talk.answer(decoder, text)
+
+
+def read_message() -> str | None:
+    """The next line that is not empty; None at the end of the input."""
+    while True:
+        try:
+            print("> ", end="", file=sys.stderr, flush=True)
+            text = input().removeprefix("\ufeff")
+        except EOFError:
+            say("")
+            return None
+        except KeyboardInterrupt:
+            say("\nCtrl-D leaves.")
+            continue
+        if not is_text(text):
+            say(f"That line is not {getattr(sys.stdin, 'encoding', 'UTF-8').upper()} text: it is left out.")
+        elif text.strip():
+            return text
+
+
+class Conversation:
+    """The messages of a chat, and how many of their tokens are in the decoder's cache: only new ones are prefilled."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer, n_slot: int, vocab_size: int):
+        self.args, self.tokenizer, self.n_slot, self.vocab_size = args, tokenizer, n_slot, vocab_size
+        self.messages = opening(args.system)
+        self.cached: list[int] = []
+        self.seed = args.seed               # for the first answer; the next ones go on with the generator
+        self.stop = StopTexts(tokenizer, args.stop)
+
+    def render(self, text: str) -> tuple[list[dict], list[int]]:
+        """The messages with this new one, and their ids. If the conversation has no room left, it begins anew.
+
+        Raises ValueError for a message that the template refuses, that is too long, or whose tokens the model lacks.
+        """
+        messages, prompt = self._render(self.messages, text)
+        if len(prompt) >= self.n_slot:
+            messages, prompt = self._render(opening(self.args.system), text)
+        check_prompts([prompt], self.n_slot, self.vocab_size)
+        return messages, prompt
+
+    def _render(self, messages: list[dict], text: str) -> tuple[list[dict], list[int]]:
+        messages = [*messages, {"role": "user", "content": text}]
+        return messages, self.tokenizer.apply_chat_template(messages, plain_text=self.args.plain_text)
+
+    def answer(self, decoder: Decoder, text: str) -> None:
+        try:
+            messages, prompt = self.render(text)
+        except ValueError as error:
+            say(f"That message is left out: {error}")
+            return
+        if len(messages) <= len(self.messages):
+            say(f"The conversation has filled its {self.n_slot} tokens; this begins a new one.")
+        n_cached = common_prefix(prompt[:-1], self.cached)
+        self.cached, new_ids, printer = prompt[:n_cached], [], Printer(self.stop, [prompt], self.args.color)
+
+        def on_tokens(row: int, ids: list[int], n_draft: int) -> None:
+            new_ids.extend(ids)
+            printer(row, ids, n_draft)
+
+        with contextlib.suppress(KeyboardInterrupt):    # what was said so far stays part of the conversation
+            decoder.generate([prompt], self.args.max_new_tokens, seed=self.seed, stop_ids=self.tokenizer.stop_ids,
+                             stop=self.stop, on_tokens=on_tokens, n_cached=n_cached)
+        if new_ids:  # else the prefill was interrupted, and only the old part of the cache is valid
+            self.cached = prompt + new_ids[:-1]  # the last token was produced but never was an input
+            self.seed = None
+        self.messages = [*messages, {"role": "assistant", "content": self.stop.decode(new_ids, prompt)}]
+        printer.close()

@@ -1,0 +1,230 @@
+"""Checkpoints on disk and on the hub: folders, shards, and strict loading. Knows no architecture.
+
+    folder = resolve_checkpoint("lmsys/vicuna-7b-v1.3")         # a local folder, or the hub's copy of it
+    config = read_json(folder / "config.json")
+    load_weights({"model.norm.weight": tensor, ...}, folder)    # every key, every shape, nothing left over
+"""
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parent
+DEMO_FOLDER = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
+
+
+def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
+    """The local folder of a checkpoint. A hub id is fetched into huggingface-hub's cache, with or without its weights.
+
+    Raises FileNotFoundError or ValueError in one line for a repository that is missing, gated or out of reach.
+    """
+    try:
+        folder = Path(checkpoint).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{checkpoint}: ~ stands for a home directory, and this user has none") from None
+    if folder.is_dir():
+        return folder
+    name = str(checkpoint)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(f"{checkpoint}: no such folder (a hub id has the form owner/name)")
+    # Set to an empty string, these would put the cache into the working directory.
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        if not os.environ.get(variable, "unset"):
+            del os.environ[variable]
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    patterns = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
+    try:
+        wanted = [*patterns, "model*.safetensors"] if weights else patterns
+        # Of the subfolders only additional_chat_templates/ is wanted.
+        local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!a]*/*"])
+        if weights and find_weights(Path(local)) is None:
+            local = snapshot_download(name, allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
+    except GatedRepoError:
+        raise ValueError(f"{name} is gated: accept its licence on its hub page, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{name}: neither a folder here nor a repository on the hub") from None
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(f"{name}: not a folder here, not in the hub's cache, and the hub cannot be reached; "
+                                "give a local folder or restore the network") from None
+    except OSError as error:  # httpx and requests failures are both OSError or wrapped in it by huggingface-hub
+        raise ValueError(f"{name}: fetching from the hub failed: {_one_line(error)}") from None
+    return Path(local)
+
+
+def demo_checkpoint() -> Path:
+    """The folder of the demo model, which scripts/download.py fetches on first use.
+
+    Raises FileNotFoundError where that script is not at hand, ValueError with its own line where it fails.
+    """
+    script = REPOSITORY / "scripts" / "download.py"
+    if DEMO_FOLDER.is_dir():
+        return DEMO_FOLDER
+    if not script.exists():
+        raise FileNotFoundError("name a --checkpoint: scripts/download.py, which fetches the demo model, is not here")
+    command = [sys.executable, str(script), "--demo"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        failure = f"{script} failed"
+        for line in child.stderr or ():
+            if line.startswith("error: "):
+                failure = line.removeprefix("error: ").strip()
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
+    if child.returncode != 0:
+        raise ValueError(failure)
+    return DEMO_FOLDER
+
+
+def quantize_settings(folder: Path) -> dict:
+    """What quantize.json says; empty where there is none."""
+    return read_json(folder / "quantize.json", absent={})
+
+
+# A key and the shape stored under it -> the slice to read.
+Part = Callable[[str, list[int]], tuple[slice, ...]]
+
+
+@torch.no_grad()
+def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, Tensor] | None = None,
+                 part: Part | None = None, rename: Callable[[str], str] = str) -> None:
+    """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over, nothing twice.
+
+    targets   key -> the tensor to fill
+    optional  keys that a file may also hold, with their shapes; their values are not read
+    part      the slice of each stored tensor to read (default: all of it)
+    rename    the file's key -> the key used here
+    """
+    optional, missing = optional or {}, set(targets)
+    renamed_part = part and (lambda key, shape: part(rename(key), shape))
+    for key, tensor, file in iterate_weights(folder, part=renamed_part):
+        key = rename(key)
+        if key.endswith("rotary_emb.inv_freq"):  # old conversions saved RoPE's constants
+            continue
+        target = targets.get(key, optional.get(key))
+        if target is None:
+            raise ValueError(f"{file}: unexpected key {key!r}: config.json describes no such weight")
+        if tensor.shape != target.shape:
+            raise ValueError(f"{file}: {key} has shape {list(tensor.shape)}, config.json makes it {list(target.shape)}")
+        if key in targets:
+            if key not in missing:
+                raise ValueError(f"{file}: {key} is there a second time, under another name or in another shard")
+            target.copy_(tensor)
+            missing.discard(key)
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} of {len(targets)} weights are missing, first {min(missing)!r}")
+
+
+def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: True,
+                    part: Part | None = None) -> Iterator[tuple[str, Tensor, Path]]:
+    """Yield (key, tensor, file) over all shards of a folder, safetensors preferred, one shard open at a time.
+
+    Only tensors whose key is `wanted` are read; with `part`, only that slice of each.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its base model")
+    file = find_weights(folder)
+    if file is None:
+        raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
+                                "nor an index of shards of them")
+    if file.suffix != ".json":
+        yield from _read_shard(file, wanted, part)
+        return
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
+        raise ValueError(f"{file} has no weight_map: it does not say which shard holds which weight")
+    for name in sorted(set(weight_map.values())):
+        yield from _read_shard(folder / name, wanted, part)
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The file of weights, or the index of its shards. Of several the one that transformers would take."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: the checkpoint is incomplete, fetch it again")
+    refuse_lfs_pointer(file)
+    from safetensors import SafetensorError, safe_open
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as shard:
+                for key in filter(wanted, shard.keys()):
+                    if part is None:
+                        yield key, shard.get_tensor(key), file
+                    else:
+                        whole = shard.get_slice(key)
+                        yield key, whole[part(key, whole.get_shape())], file
+        else:
+            mmap = zipfile.is_zipfile(file)  # files older than PyTorch 1.6 are read whole
+            content = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
+            if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+                raise RuntimeError("it does not hold a dictionary of tensors")
+            for key in filter(wanted, content):
+                yield key, content[key] if part is None else content[key][part(key, list(content[key].shape))], file
+    except pickle.UnpicklingError:  # torch's own words advise to let the file run code
+        raise ValueError(f"{file} is corrupt, or holds more than tensors, which could run code: not read") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
+
+
+def read_json(file: Path, absent: dict | None = None) -> dict:
+    """Parse a JSON object, with one-line errors. A missing file gives `absent`, or FileNotFoundError without it."""
+    if not file.exists():
+        if absent is not None:
+            return absent
+        raise FileNotFoundError(f"{file} is missing")
+    refuse_lfs_pointer(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return content
+
+
+def read_ids(file: Path) -> list[int]:
+    """Token ids from a file: JSON (a list or {"ids": list}), or a list or tensor saved by torch, as SGLang does.
+
+    Raises FileNotFoundError or ValueError in one line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    refuse_lfs_pointer(file)
+    with open(file, "rb") as content:
+        is_torch = content.read(2) in (b"PK", b"\x80\x02")  # a zip archive, or a pickle, as before PyTorch 1.6
+    try:
+        if is_torch:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} is corrupt, or holds more than ids, which could run code: it is not read") from None
+    except (ValueError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is neither valid JSON nor a file that torch saved: {_one_line(error)}") from None
+    ids = content.get("ids") if isinstance(content, dict) else content
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, list):
+        raise ValueError(f"{file}: a draft vocabulary is a list of token ids, or a JSON object with one under \"ids\"")
+    return [int(i) if isinstance(i, float) and i.is_integer() else i for i in ids]
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Raise ValueError for the three lines of text that git leaves in the place of a large file without LFS."""
+    with open(file, "rb") as content:
+        if content.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

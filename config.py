@@ -1,0 +1,164 @@
+"""What a config.json says of a model: LLaMA 1/2/3.x, Vicuna, Mistral, Mixtral, Qwen2 and Qwen3.
+
+    args = ModelArgs.from_config(json.loads(Path("config.json").read_text()))
+
+Values that the model does not implement raise ValueError and name the key. Configs of transformers 4 and 5 are read.
+"""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The model's sizes and options. `from_config` makes it, and refuses what model.py does not implement."""
+    model_type: str
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    block_size: int                     # tokens of context the model was made for
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None = None    # config.json's own dictionary; None means plain RoPE
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False              # Qwen2
+    qk_norm: bool = False               # Qwen3
+    sliding_window: int | None = None
+    n_expert: int = 0                   # Mixtral; 0 means a dense feed-forward
+    n_expert_active: int = 0
+
+    @classmethod
+    def from_config(cls, config: dict) -> "ModelArgs":
+        """Read the dictionary of a config.json, of transformers 4 or 5.
+
+        Raises ValueError naming the key and the value of whatever this file does not implement.
+        """
+        model_type = config.get("model_type")
+        if model_type not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
+            raise ValueError(f"config.json: model_type {model_type!r} is not supported "
+                             "(llama, mistral, mixtral, qwen2 and qwen3 are)")
+        for key in ("quantization_config", "attention_bias", "mlp_bias", "transformers_weights"):
+            if config.get(key):
+                raise ValueError(f"config.json: {key} {config[key]!r} is not supported")
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported (silu is)")
+        config = config | _whole_numbers(config)
+        rope = _rope_parameters(config)
+        try:
+            n_head = config["num_attention_heads"]
+            args = cls(
+                model_type=model_type,
+                dim=config["hidden_size"],
+                n_layer=config["num_hidden_layers"],
+                n_head=n_head,
+                n_kv_head=config.get("num_key_value_heads") or n_head,
+                head_dim=config.get("head_dim") or (128 if model_type == "qwen3" else config["hidden_size"] // n_head),
+                intermediate_size=config["intermediate_size"],
+                vocab_size=config["vocab_size"],
+                block_size=_context(config),
+                norm_eps=config.get("rms_norm_eps", 1e-5 if model_type == "mixtral" else 1e-6),
+                rope_theta=rope.pop("rope_theta"),
+                rope_scaling=rope or None,
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                qkv_bias=model_type == "qwen2",
+                qk_norm=model_type == "qwen3",
+                sliding_window=_sliding_window(config),
+                n_expert=config["num_local_experts"] if model_type == "mixtral" else 0,
+                n_expert_active=config["num_experts_per_tok"] if model_type == "mixtral" else 0,
+            )
+        except KeyError as missing:
+            raise ValueError(f"config.json has no key {missing}") from None
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"config.json holds a value of the wrong type: {error}") from None
+        for name in ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "intermediate_size", "vocab_size",
+                     "block_size", "norm_eps", "rope_theta"):
+            value = getattr(args, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"config.json: the value for {name} is {value!r}, not a positive number")
+        if args.n_head % args.n_kv_head:
+            raise ValueError(f"config.json: {args.n_head} heads cannot share {args.n_kv_head} key/value heads")
+        return args
+
+
+def _whole_numbers(config: dict) -> dict:
+    """Those sizes that config.json writes as floats (some converters write 32000.0), as integers."""
+    whole = {}
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                "vocab_size", "intermediate_size", "max_position_embeddings", "max_sequence_length", "sliding_window",
+                "max_window_layers", "num_local_experts", "num_experts_per_tok"):
+        value = config.get(key)
+        if value is not None and type(value) is not int:
+            if not isinstance(value, float) or not value.is_integer():
+                raise ValueError(f"config.json: {key} {value!r} is not a whole number")
+            whole[key] = int(value)
+    return whole
+
+
+# transformers' defaults of max_position_embeddings, for a config.json that does not say.
+POSITIONS = {"llama": 2048, "mistral": 131072, "mixtral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+
+def _context(config: dict) -> int:
+    """Tokens of context. Under linear scaling max_position_embeddings counts positions before they are stretched."""
+    rope = _rope_parameters(config)
+    positions = config.get("max_position_embeddings", POSITIONS[config["model_type"]])
+    if _rope_type(config) == "dynamic":
+        # Scaling changes the base past these positions: the angle of a token would depend on the length, and keys
+        # already in a cache would be wrong.
+        return positions
+    # Vicuna-16k states the length it was trained for too.
+    stated = config.get("max_sequence_length") or 0
+    if rope.get("rope_type") != "linear":
+        return max(positions, stated)
+    return max(positions, stated, int(rope.get("original_max_position_embeddings", positions) * rope["factor"]))
+
+
+def _sliding_window(config: dict) -> int | None:
+    """The attention window, or None where every layer sees everything."""
+    model_type = config["model_type"]
+    window = config.get("sliding_window", None if model_type == "mixtral" else 4096)
+    if model_type in ("mistral", "mixtral"):
+        return window
+    if model_type not in ("qwen2", "qwen3") or not config.get("use_sliding_window"):
+        return None
+    full = config.get("max_window_layers", 28)  # the first layers, so many, see everything
+    kinds = config.get("layer_types")
+    windowed = "sliding_attention" in kinds if kinds else full < config["num_hidden_layers"]
+    return window if windowed else None
+
+
+def _rope_settings(config: dict) -> dict:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_scaling {rope!r} is not an object")
+    return rope
+
+
+def _rope_type(config: dict) -> str:
+    rope = _rope_settings(config)
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _rope_parameters(config: dict) -> dict:
+    """RoPE settings of either generation of config.json: {"rope_theta"} alone, or with "rope_type" and its keys."""
+    rope_type = _rope_type(config)
+    rope = {key: value for key, value in _rope_settings(config).items() if key not in ("type", "rope_type")}
+    rope.setdefault("rope_theta", config.get("rope_theta") or (1e6 if config["model_type"] == "mixtral" else 1e4))
+    if rope_type == "llama3":
+        before = config.get("original_max_position_embeddings")
+        before = before or rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        rope["original_max_position_embeddings"] = before
+    if rope_type not in ("default", "linear", "dynamic", "llama3"):
+        raise ValueError(f"config.json: rope_type {rope_type!r} is not supported (linear, dynamic and llama3 are)")
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
+                                               "original_max_position_embeddings"]}
+    for key in needed.get(rope_type, []):
+        if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < 1e9:
+            raise ValueError(f"config.json: rope_type {rope_type!r} needs a number under the key {key!r}")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+    if rope_type in ("default", "dynamic"):  # dynamic scaling begins where _context ends
+        return {"rope_theta": rope["rope_theta"]}
+    return {"rope_type": rope_type, **rope}

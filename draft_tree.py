@@ -1,0 +1,379 @@
+"""Trees of drafts: their shapes, and how a head grows them.
+
+    tree = load_tree("dynamic:6,10,60")         # or "static", "chain:4", a JSON file of paths
+    plan = plan_static(StaticTree.paper(), batch_size=1, device="cpu", dtype=torch.bfloat16)
+    draft = draft_static(head, tree, plan, root, hidden, n_slot=256, pos=pos)
+
+A static tree has the same shape at every step (EAGLE-1, arXiv 2401.15077, called [1]). A dynamic tree expands the
+likeliest nodes and keeps the best of all (EAGLE-2, arXiv 2406.16858, called [2]). Both are grown by tensor operations
+of static shapes, without a host synchronisation.
+
+Shapes: B batch, N tree nodes including the root, E nodes expanded by the head (the root not counted), D tree depth,
+R children of a node, T new tokens, S cache slots, Vd draft vocabulary.
+"""
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import refuse_lfs_pointer
+from config import ModelArgs
+from eagle_head import EagleHead
+from model import rope_cos_sin
+from sampling import Sampling, logits_to_probs
+
+
+class Draft(NamedTuple):
+    """A tree of drafts. Node 0 is the root, the last token already decided. Nodes are ordered by depth, so a parent
+    precedes its children."""
+    tokens: Tensor          # [B, N] target ids
+    parents: Tensor         # [B, N] node index; the root is its own parent
+    depths: Tensor          # [B, N], 0 for the root
+    seen: Tensor            # [B, N, N + 2] what each node sees of the tree, in the form of `visible`
+    probs: Tensor | None    # [B, E + 1, Vd] fp32: the distributions that children were drawn from, the root's first
+
+    @property
+    def ancestors(self) -> Tensor:
+        """[B, N, N] bool: the nodes on the path to each node, itself included."""
+        return self.seen[:, :, 1:-1] == 0
+
+
+# [1], figure 7: child ranks along each path.
+PAPER_TREE = ("0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001").split()
+
+
+@dataclass(frozen=True)
+class StaticTree:
+    """The same shape at every step: a list of paths, each the ranks of the children taken from the root.
+
+    Nodes are ordered by depth; among the children of a node, rank r is the r-th likeliest token. A chain is the tree
+    with one path.
+    """
+    parents: tuple[int, ...]        # of N nodes; the root's is 0
+    ranks: tuple[int, ...]          # of N nodes; the root's is 0
+    depths: tuple[int, ...]
+
+    @classmethod
+    def from_paths(cls, paths: list[list[int]]) -> "StaticTree":
+        """Raises ValueError unless the paths make a connected tree without repetition."""
+        if not isinstance(paths, list) or not paths or not all(
+                isinstance(p, list) and p and all(type(r) is int and r >= 0 for r in p) for p in paths):
+            raise ValueError("a tree is a list of paths, each a list of child ranks such as [0, 2]")
+        ordered = sorted({tuple(path) for path in paths}, key=lambda path: (len(path), path))
+        if len(ordered) != len(paths):
+            raise ValueError("the tree names a path twice")
+        node = {(): 0} | {path: n + 1 for n, path in enumerate(ordered)}
+        for path in ordered:
+            if path[:-1] not in node:
+                raise ValueError(f"the tree holds {list(path)} without its parent {list(path[:-1])}")
+        return cls((0, *(node[path[:-1]] for path in ordered)), (0, *(path[-1] for path in ordered)),
+                   (0, *(len(path) for path in ordered)))
+
+    @classmethod
+    def chain(cls, depth: int) -> "StaticTree":
+        return cls.from_paths([[0] * d for d in range(1, depth + 1)])
+
+    @classmethod
+    def paper(cls) -> "StaticTree":
+        """The 25 nodes of EAGLE-1."""
+        return cls.from_paths([[int(rank) for rank in path] for path in PAPER_TREE])
+
+    @property
+    def n_node(self) -> int:
+        return len(self.parents)
+
+    @property
+    def depth(self) -> int:
+        return self.depths[-1]
+
+    @property
+    def n_child(self) -> int:
+        """R: tokens drafted from one node, at most."""
+        return max(self.ranks) + 1
+
+    @property
+    def is_chain(self) -> bool:
+        return self.depth == self.n_node - 1
+
+    def without_gaps(self) -> "StaticTree":
+        """The same tree with children ranked 0, 1, 2, ...: drawn tokens have an order, and none may be skipped."""
+        order = [self.parents[1:n].count(parent) for n, parent in enumerate(self.parents) if n > 0]
+        return replace(self, ranks=(0, *order))
+
+    @property
+    def n_expand(self) -> int:
+        """E: nodes below the root that have children."""
+        return len(set(self.parents[1:]) - {0})
+
+    @property
+    def n_room(self) -> int:
+        """Cache slots that a step needs from the root's slot on."""
+        return self.n_node
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """EAGLE-2's tree [2, section 4]: each level expands its n_child likeliest nodes by the product of draft
+    probabilities along their path, and the n_node likeliest of all, the root included, are verified."""
+    depth: int = 6
+    n_child: int = 10
+    n_node: int = 60
+    is_chain = False
+
+    def __post_init__(self):
+        drafted = self.n_child + (self.depth - 1) * self.n_child ** 2
+        if min(self.depth, self.n_child) < 1 or not self.depth < self.n_node <= drafted + 1:
+            raise ValueError(f"a dynamic tree of depth {self.depth} with {self.n_child} nodes a level has more than "
+                             f"{self.depth} and at most {drafted + 1} nodes, root included, not {self.n_node}")
+
+    @property
+    def n_expand(self) -> int:
+        return self.n_child * (self.depth - 1)
+
+    @property
+    def n_room(self) -> int:
+        return max(self.n_node, self.n_expand)
+
+
+Tree = StaticTree | DynamicTree
+
+
+def load_tree(spec: str) -> Tree:
+    """"static", "chain", "chain:DEPTH", "dynamic", "dynamic:DEPTH,CHILDREN,NODES", or a JSON file of paths."""
+    kind, _, numbers = spec.partition(":")
+    if kind in ("chain", "dynamic") and all(n.isdigit() for n in numbers.split(",") if numbers):
+        values = [int(n) for n in numbers.split(",") if n]
+        if kind == "dynamic" and len(values) in (0, 3):
+            return DynamicTree(*values)
+        if kind == "chain" and len(values) < 2 and all(values):
+            return StaticTree.chain(*(values or [5]))
+    if spec == "static":
+        return StaticTree.paper()
+    file = Path(spec)
+    if not file.is_file():
+        raise FileNotFoundError(f"tree {spec!r} is neither static, chain[:DEPTH] or dynamic[:DEPTH,CHILDREN,NODES], "
+                                "nor a JSON file of paths")
+    refuse_lfs_pointer(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        return StaticTree.from_paths(content["paths"] if isinstance(content, dict) else content)
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file} is not a tree: {error}") from None
+
+
+# Drafting
+
+
+Index = Tensor | slice      # a slice where the rows lie side by side: a view, no copy
+
+
+class Level(NamedTuple):
+    """How one depth of a static tree grows out of the n nodes expanded at the depth above."""
+    pick: Index         # [nodes of this depth] index into the children of those n nodes, [n * R]
+    inner: Index        # [m] the nodes of this depth that have children, among its nodes; m = 0 at the last
+    above: Index        # [m] their parents, among the n
+    slots: slice        # [m] their slots in the head's cache, from the root's position on
+    seen: Tensor        # [1, m, E + 2] what each one sees of the expanded nodes, in the form of `visible`
+
+
+class StaticPlan(NamedTuple):
+    """A StaticTree as tensors on the device, made once. *Expanded* nodes are those with children, the root first."""
+    depth: int          # D
+    row: Tensor         # [B, 1] 0, 1, ...
+    order: Tensor       # [1, n] 0, 1, ..., long enough for every count in a step
+    is_later: Tensor    # [1, N, N] bool at [i, j]: node j is i or comes after it, or is the root
+    parents: Tensor     # [1, N]
+    depths: Tensor      # [1, N]
+    seen: Tensor        # [1, N, N + 2] see `visible`
+    inner_depths: Index     # [E] depth of each expanded node below the root, minus 1
+    levels: list[Level]
+    expanded: Tensor    # [E + 1]
+    expanded_row: Tensor    # [N] row of each node among the expanded ones; 0 for leaves
+    is_leaf: Tensor     # [N] bool
+    children: Tensor    # [E + 1, R] nodes, the first one again where there are fewer
+    is_child: Tensor    # [E + 1, R] bool: not such a filler
+    child_slot: Tensor  # [N] place of each node in `children`, flattened; 0 for the root
+
+
+def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> StaticPlan:
+    def tensor(values: list) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    def index(values: list[int]) -> Index:
+        first = values[0] if values else 0
+        end = first + len(values)
+        return slice(first, end) if values == list(range(first, end)) else tensor(values)
+
+    nodes, expanded = range(tree.n_node), sorted(set(tree.parents))
+    ancestors = ancestor_mask(tensor(tree.parents)[None], tree.depth)
+    levels, above = [], [0]
+    for depth in range(1, tree.depth + 1):
+        own = [n for n in nodes if tree.depths[n] == depth]
+        inner = [n for n in own if n in expanded]
+        levels.append(Level(
+            pick=index([above.index(tree.parents[n]) * tree.n_child + tree.ranks[n] for n in own]),
+            inner=index([own.index(n) for n in inner]), above=index([above.index(tree.parents[n]) for n in inner]),
+            slots=index([expanded.index(n) - 1 for n in inner]),
+            seen=visible(ancestors[:, inner][:, :, expanded[1:]], dtype)))
+        above = inner
+    children = [[n for n in nodes if n > 0 and tree.parents[n] == parent] for parent in expanded]
+    filled = [of_one + of_one[:1] * (tree.n_child - len(of_one)) for of_one in children]
+    slots = {n: e * tree.n_child + r for e, of_one in enumerate(children) for r, n in enumerate(of_one)}
+    return StaticPlan(
+        *common_plan(tree, batch_size, device), tensor(tree.parents)[None],
+        tensor(tree.depths)[None], visible(ancestors, dtype), index([tree.depths[n] - 1 for n in expanded[1:]]), levels,
+        tensor(expanded), tensor([expanded.index(n) if n in expanded else 0 for n in nodes]),
+        tensor([n not in expanded for n in nodes]), tensor(filled),
+        tensor([[r < len(of_one) for r in range(tree.n_child)] for of_one in children]),
+        tensor([slots.get(n, 0) for n in nodes]))
+
+
+def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[int, Tensor, Tensor, Tensor]:
+    """The first fields of either plan."""
+    row = torch.arange(batch_size, device=device)[:, None]
+    order = torch.arange(max(tree.n_room, tree.depth + 2), device=device)[None]
+    nodes = order[:, :tree.n_node]
+    return tree.depth, row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
+
+
+def draft_static(head: EagleHead, tree: StaticTree, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int,
+                 pos: Tensor, sampling: Sampling | None = None) -> Draft:
+    """Grow the tree level by level. Children are the likeliest tokens, or with `sampling` drawn without replacement.
+
+    root [B, 1] is the token at position pos [B, 1]; hidden [B, 1, dim] is the head's output for it.
+    """
+    B = root.shape[0]
+    at = pos + plan.order
+    columns = shown_columns(pos, n_slot, plan.levels[0].seen)
+    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
+    tokens, child_probs = [root], []
+    for depth, level in enumerate(plan.levels, start=1):
+        drafted, probs = draw_children(head.draft_logits(hidden), tree.n_child, sampling)   # [B, n, R], [B, n, Vd]
+        child_probs.append(probs)
+        tokens.append(head.to_target_ids(drafted).flatten(1)[:, level.pick])
+        if depth < tree.depth:
+            hidden = head(tokens[-1][:, level.inner], hidden[:, level.above], at[:, depth - 1:depth],
+                          at[:, level.slots], block_bias(level.seen, columns, head.config),
+                          (cos[:, level.slots], sin[:, level.slots]))                       # [B, m, dim]
+    return Draft(torch.cat(tokens, dim=1), plan.parents.expand(B, -1), plan.depths.expand(B, -1),
+                 plan.seen.expand(B, -1, -1), None if sampling is None else torch.cat(child_probs, dim=1))
+
+
+def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
+    """[..., Vd] -> draft ids [..., R] in order, and the distribution they were drawn from [..., Vd].
+
+    Without `sampling` the likeliest tokens. With it the order in which exponential clocks ring, which is sampling
+    without replacement, as multi-round speculative sampling needs it.
+    """
+    if sampling is None:
+        return logits.topk(n_child, dim=-1).indices, None
+    probs = logits_to_probs(logits, *sampling)
+    clocks = torch.empty_like(probs).exponential_().clamp_min_(1e-30)
+    return (probs / clocks).topk(n_child, dim=-1).indices, probs
+
+
+class DynamicPlan(NamedTuple):
+    """What all trees of a DynamicTree have in common, as tensors on the device.
+
+    *Candidates* are all drafted nodes, numbered in the order of drafting; the root is 0. *Expanded* are the root and
+    the R best of each level. Candidates come in groups of R: the children of one expanded node, likeliest first.
+    """
+    depth: int          # D
+    row: Tensor         # [B, 1] 0, 1, ...
+    order: Tensor       # [1, n] 0, 1, ..., long enough for every count in a step
+    is_later: Tensor    # [1, N, N] bool at [i, j]: node j is i or comes after it, or is the root
+    inner_depths: Tensor    # [E] depth of each expanded node below the root, minus 1
+    itself: Tensor      # [1, E, E + 2] in the form of `visible`: each expanded node sees itself alone
+    before: Tensor      # [1, 1, E + 2] the same for the root: it sees only what lies before the tree
+    first: Tensor       # [1, E + 1] number of the first candidate in the level of each expanded node
+    origin: Tensor      # [candidates, 2] the expanded node that is its parent, and its depth
+    unseen: Tensor      # [1, N, N + 2] the same for nodes that see nothing of the tree
+    root_scores: Tensor # [B, 2] 0, the score of the root's path, and inf, so that the root is always kept
+
+
+def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> DynamicPlan:
+    R, E, N = tree.n_child, tree.n_expand, tree.n_node
+    depths = [d for d in range(1, tree.depth) for _ in range(R)]
+    first = [0] + [1 + (d > 1) * R + max(d - 2, 0) * R ** 2 for d in depths]
+    origin = [[0, 0]] + [[e, d + 1] for e, d in enumerate([0, *depths]) for _ in range(R)]
+    none = torch.zeros(1, N, E, dtype=torch.bool, device=device)
+    return DynamicPlan(
+        *common_plan(tree, batch_size, device), torch.tensor(depths, device=device).long() - 1,
+        visible(torch.eye(E, device=device)[None] > 0, dtype), visible(none[:, :1], dtype),
+        torch.tensor([first], device=device), torch.tensor(origin, device=device),
+        visible(torch.zeros(1, N, N, dtype=torch.bool, device=device), dtype),
+        torch.tensor([[0.0, torch.inf]], device=device).repeat(batch_size, 1))
+
+
+def draft_dynamic(head: EagleHead, tree: DynamicTree, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int,
+                  pos: Tensor) -> Draft:
+    """Expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2]."""
+    B, R = root.shape[0], tree.n_child
+    at = pos + plan.order
+    columns = shown_columns(pos, n_slot, plan.before)
+    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
+    scores = plan.root_scores[:, :1]            # [B, n] of the expanded nodes, log probability of their paths
+    seen = plan.before.expand(B, -1, -1)        # by the expanded nodes, of one another
+    tokens, all_scores, expanded = [root], [plan.root_scores[:, 1:]], [plan.order[:, :1].expand(B, -1)]
+    for depth in range(1, tree.depth + 1):
+        logits = head.draft_logits(hidden)                                              # [B, n, Vd], n = 1 then R
+        top = logits.topk(R, dim=-1)
+        # At most -1e-4: a child then never ties with its parent, so the best nodes always make a connected tree.
+        log_q = (top.values - logits.float().logsumexp(-1, keepdim=True)).clamp(-100, -1e-4)
+        drafted = (scores[:, :, None] + log_q).flatten(1)                               # [B, n * R]
+        tokens.append(head.to_target_ids(top.indices).flatten(1))
+        all_scores.append(drafted)
+        if depth == tree.depth:
+            break
+        scores, best = drafted.topk(R, dim=-1)                                          # [B, R]
+        expanded.append(best)
+        above, slots = best // R, slice((depth - 1) * R, depth * R)
+        seen = torch.maximum(seen[plan.row, above], plan.itself[:, slots])
+        hidden = head(tokens[-1].gather(1, best), hidden[plan.row, above], at[:, depth - 1:depth], at[:, slots],
+                      block_bias(seen, columns, head.config), (cos[:, slots], sin[:, slots]))
+    kept = torch.cat(all_scores, dim=1).topk(tree.n_node, dim=-1).indices.sort(dim=-1).values  # [B, N], the root first
+    above, depths = plan.origin[kept].unbind(-1)
+    candidates = torch.cat(expanded, dim=1) + plan.first                                # [B, E + 1] the expanded nodes
+    parents = torch.searchsorted(kept, candidates.gather(1, above))     # a child is never kept without its parent
+    seen = plan.unseen.expand(B, -1, -1).scatter(2, lineage(parents, tree.depth, plan.order) + 1, 0.0)
+    return Draft(torch.cat(tokens, dim=1).gather(1, kept), parents, depths, seen, None)
+
+
+def lineage(parents: Tensor, depth: int, order: Tensor) -> Tensor:
+    """parents [B, N] -> [B, N, depth + 1]: each node, its parent, its parent's parent, ...; past the root, the root."""
+    above = [order[:, :parents.shape[1]].expand_as(parents), parents]
+    for _ in range(depth - 1):
+        above.append(parents.gather(1, above[-1]))
+    return torch.stack(above, dim=-1)
+
+
+def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
+    """parents [B, N] -> [B, N, N] bool: row n marks n and all nodes above it."""
+    order = torch.arange(parents.shape[1], device=parents.device)[None]
+    seen = torch.zeros(*parents.shape, parents.shape[1], dtype=torch.bool, device=parents.device)
+    return seen.scatter(2, lineage(parents, depth, order), True)
+
+
+# A block of nodes is written into the cache from one slot on. What its nodes see is kept as an additive bias with a
+# column for all slots before the block, a column for each slot of the block, and a column for all slots after it.
+
+
+def visible(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, M] bool over the block's M slots -> [B, T, M + 2] additive: 0 where a node sees, else -inf."""
+    seen = nn.functional.pad(nn.functional.pad(seen, (1, 0), value=True), (0, 1), value=False)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+
+
+def shown_columns(base: Tensor, n_slot: int, seen: Tensor) -> Tensor:
+    """[B, S]: the column of seen [..., M + 2] that holds for each slot, of a block written from slot base [B, 1] on."""
+    return (torch.arange(1, n_slot + 1, device=base.device) - base).clamp(0, seen.shape[-1] - 1)
+
+
+def block_bias(seen: Tensor, columns: Tensor, config: ModelArgs) -> Tensor:
+    """seen [1 or B, T, M + 2], columns [B, S] -> the bias of `attention_bias` [B, 1, G*T, S]."""
+    group, B = config.n_head // config.n_kv_head, columns.shape[0]
+    bias = seen[:, None].expand(B, group, -1, -1)
+    return bias.gather(3, columns[:, None, None].expand(-1, group, seen.shape[1], -1)).flatten(1, 2)[:, None]

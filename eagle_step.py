@@ -1,0 +1,242 @@
+"""One EAGLE step: draft a tree, verify it in one pass of the target, accept a path, commit it.
+
+    step = EagleStep(model, head, load_tree("static"), batch_size=1)
+    step.prefill([prompt_ids])
+    step(n_slot=256)                # step.produced [B, D + 1]: the new tokens, -1 where there are fewer
+
+Acceptance is lossless: greedy tokens are the target's own, sampled ones are drawn from its own distribution (EAGLE-1,
+arXiv 2401.15077, called [1]).
+
+Shapes: B batch, N tree nodes including the root, E nodes expanded by the head (the root not counted), D tree depth,
+R children of a node, K key/value heads, S cache slots, V vocabulary.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
+                        draft_static, plan_dynamic, plan_static, shown_columns)
+from eagle_head import EagleHead
+from model import Transformer, causal_mask, prefill
+from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
+
+
+class Accepted(NamedTuple):
+    path: Tensor        # [B, D + 1] nodes: the root, the accepted ones; beyond them each entry is its own index
+    n_accepted: Tensor  # [B, 1] drafts accepted
+    bonus: Tensor       # [B, 1] the target's own token after the last accepted one
+
+
+def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan) -> Accepted:
+    """A node is accepted if its token is the likeliest after its parent. logits [B, N, V]."""
+    if isinstance(plan, DynamicPlan):
+        token = next_tokens(logits, Sampling())
+        path, n_accepted, last = walk(draft, draft.tokens != token.gather(1, draft.parents), plan)
+        return Accepted(path, n_accepted, token.gather(1, last))
+    # Only nodes with children are looked at: 11 of the paper's 26. All of them would take a CPU 1% of a step more.
+    token = next_tokens(logits[:, plan.expanded], Sampling())
+    is_wrong = draft.tokens != token.gather(1, plan.expanded_row[draft.parents])
+    path, n_accepted, last = walk(draft, is_wrong, plan)
+    return Accepted(path, n_accepted, next_tokens(logits[plan.row, last], Sampling()))
+
+
+def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, sampling: Sampling) -> Accepted:
+    """Draw the target's token at every node and step into the child that carries it. logits [B, N, V].
+
+    Every token of the result is the target's draw from its own distribution, so the output is lossless. One uniform
+    number a node decides which child the draw is, if any. The token itself is drawn at the last node only, from those
+    that are no child's.
+    """
+    tokens, parents = draft.tokens, draft.parents
+    probs = logits_to_probs(logits, *sampling)                                          # [B, N, V]
+    mass = probs[plan.row, parents, tokens]                                             # [B, N] of each node's token
+    # In the unit interval the siblings' masses lie side by side; the rest belongs to all other tokens.
+    is_no_older_sibling = (parents[:, :, None] != parents[:, None]) | plan.is_later
+    begin = mass[:, None].masked_fill(is_no_older_sibling, 0).sum(-1)
+    draw = torch.rand_like(mass).gather(1, parents)
+    path, n_accepted, last = walk(draft, ~((begin <= draw) & (draw < begin + mass)), plan)
+    p = probs[plan.row, last][:, 0]                                                     # [B, V]
+    x = tokens[:, 1:]
+    of_children = p.gather(1, x).masked_fill(parents[:, 1:] != last, 0)
+    return Accepted(path, n_accepted, draw_rest(p.scatter_add(1, x, -of_children), p))
+
+
+def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sampling, head: EagleHead) -> Accepted:
+    """Multi-round speculative sampling [1, algorithm 1] over children drawn without replacement from draft.probs.
+
+    Child x is accepted with probability min(1, p(x) / q(x)). If it is rejected, p becomes norm(max(0, p - q)), and q
+    loses x and is normalised. The bonus token is drawn from the last p. logits [B, N, V].
+
+    All rounds are computed from the first distributions P and Q: after k rejections, p is norm(max(0, P - c Q)) for
+    some number c, because a token that q has lost has no mass left in p either. Each round adds m / s to c: m is the
+    sum of max(0, P - c Q), s the mass left of Q.
+    """
+    P = logits_to_probs(logits[:, plan.expanded], *sampling)                            # [B, E + 1, V]
+    Q = head.to_target_probs(draft.probs.nan_to_num(0.0))
+    x = draft.tokens[:, plan.children]                                                  # [B, E + 1, R]
+    P_x, Q_x = P.gather(2, x), Q.gather(2, x) * plan.is_child
+    # Q(x) = 0 is no draw: the draft's distribution had fewer tokens than the node has children.
+    is_drawn = Q_x > 0
+    s = Q.scatter(2, x, 0.0).sum(-1, keepdim=True) + Q_x.flip(-1).cumsum(-1).flip(-1)   # before each round
+    weight = is_drawn / s.clamp_min(1e-30)
+    c, m = [torch.zeros_like(s[:, :, :1])], [torch.ones_like(s[:, :, :1])]
+    for r in range(x.shape[2]):
+        c.append(torch.addcmul(c[-1], m[-1], weight[:, :, r:r + 1]))
+        if r + 1 < x.shape[2]:
+            m.append(torch.addcmul(P, c[-1], Q, value=-1).clamp_min_(0).sum(-1, keepdim=True))
+    c_all = torch.cat(c, dim=2)                                                         # [B, E + 1, R + 1]
+    odds = torch.addcmul(P_x, c_all[:, :, :-1], Q_x, value=-1) * s
+    accepted = (torch.rand_like(Q_x) * Q_x * torch.cat(m, dim=2) < odds) & is_drawn     # [B, E + 1, R]
+    is_wrong = accepted.cumsum(2) * accepted != 1                                       # all but the first accepted
+    path, n_accepted, last = walk(draft, is_wrong.flatten(1)[:, plan.child_slot], plan)
+    expanded = plan.expanded_row[last]
+    c_last = c_all[plan.row, expanded][:, 0, -1:].masked_fill(plan.is_leaf[last], 0)
+    p = logits_to_probs(logits[plan.row, last], *sampling)[:, 0]
+    return Accepted(path, n_accepted, draw_rest(torch.addcmul(p, c_last, Q[plan.row, expanded][:, 0], value=-1), p))
+
+
+def draw_rest(rest: Tensor, p: Tensor) -> Tensor:
+    """Draw one token a row, [B, 1], from the positive part of rest [B, V]. If rounding left nothing, from p [B, V]."""
+    return sample(torch.maximum(rest, p * 1e-20))[:, None]
+
+
+def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Go down over nodes that are not wrong: path [B, D + 1], n_accepted [B, 1] (see Accepted), last node [B, 1].
+
+    is_wrong [B, N] judges each node as a child of its parent; the root's entry is ignored. At most one of several
+    siblings is right.
+    """
+    N, end = is_wrong.shape[1], plan.depth + 1
+    above = draft.ancestors                                                             # [B, N, N]
+    is_cut_off = (above[:, :, 1:] & is_wrong[:, None, 1:]).any(-1)
+    # At most one node of each depth is reached, and deeper nodes have higher numbers.
+    last = plan.order[:, :N].masked_fill(is_cut_off, 0).amax(1, keepdim=True)
+    # Nodes off the path are written past the end.
+    depths = torch.where(above[plan.row, last][:, 0], draft.depths, plan.order[:, end:end + 1])
+    path = plan.order[:, :end + 1].expand(len(last), -1).scatter(1, depths, plan.order[:, :N].expand_as(depths))
+    return path[:, :end], draft.depths.gather(1, last), last
+
+
+# One step
+
+
+class EagleStep:
+    """Draft, verify, accept and commit over static tensors without a host synchronisation: one CUDA graph or trace.
+
+    State between steps: the root `tokens` [B, 1], the last token decided, at position `pos` [B, 1]; and the pairs that
+    the head has not seen yet, `pair_tokens` [B, D + 1] with `pair_features` [B, D + 1, dim]. The first n_pair [B, 1]
+    of them are real. The last real pair holds the root.
+    """
+
+    def __init__(self, model: Transformer, head: EagleHead, tree: Tree, batch_size: int,
+                 sampling: Sampling = Sampling(), draw_drafts: bool | None = None):
+        """draw_drafts: draw children from the draft's distribution and verify them by multi-round speculative sampling;
+        else they are its likeliest tokens. Default: draw where it is possible (static trees at a temperature), because
+        more drafts are accepted that way (dev/log.md)."""
+        sampling.check()
+        if not isinstance(tree, StaticTree | DynamicTree):
+            raise ValueError(f"tree {tree!r} is no tree: load_tree makes one of a name or a file")
+        can_draw = isinstance(tree, StaticTree) and sampling.temperature > 0
+        if draw_drafts and not can_draw:
+            raise ValueError("drafts can be drawn for static trees and chains, at a temperature above 0")
+        draw_drafts = can_draw if draw_drafts is None else draw_drafts
+        vocab = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
+        if tree.n_child > vocab:
+            raise ValueError(f"the tree takes {tree.n_child} children of a node, "
+                             f"the draft vocabulary has {vocab} tokens")
+        if draw_drafts:
+            tree = tree.without_gaps()
+        device, dtype = model.inv_freq.device, model.norm.weight.dtype
+        self.model, self.head, self.tree, self.sampling, self.draw_drafts = model, head, tree, sampling, draw_drafts
+        self.plan = (plan_static if isinstance(tree, StaticTree) else plan_dynamic)(tree, batch_size, device, dtype)
+        width = tree.depth + 1
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.pos = torch.zeros_like(self.tokens)
+        self.n_pair = torch.ones_like(self.tokens)
+        self.pair_tokens = torch.zeros(batch_size, width, dtype=torch.long, device=device)
+        self.pair_features = torch.zeros(batch_size, width, model.config.dim, dtype=dtype, device=device)
+        self.produced = torch.zeros(batch_size, width, dtype=torch.long, device=device)
+
+    @property
+    def state(self) -> list[Tensor]:
+        return [self.tokens, self.pos, self.n_pair, self.pair_tokens, self.pair_features]
+
+    def prefill(self, prompts: list[list[int]], n_cached: int = 0) -> None:
+        """Fill both caches with the prompts. Their last tokens are the roots of the first step.
+
+        The first n_cached tokens are in both caches. The last one's feature is not kept, so it is computed again.
+        """
+        self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
+        self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
+        self.n_pair.fill_(1)
+        self.pair_tokens.copy_(self.tokens.expand_as(self.pair_tokens))
+        self.pair_features.zero_()      # a prompt of one token has no feature before its root
+        last = (self.pos - 1).clamp(min=0)
+        for pos, following, features, mask in prefill(self.model, prompts, max(n_cached - 1, 0)):
+            self.head(following, features, pos, mask=mask)
+            begin, end = pos[0, 0], pos[0, -1]
+            feature = features[self.plan.row, (last - begin).clamp(0, pos.shape[1] - 1)]
+            here = ((last >= begin) & (last <= end) & (self.pos > 0))[:, :, None]
+            self.pair_features[:, :1] = torch.where(here, feature, self.pair_features[:, :1])
+
+    def __call__(self, n_slot: int) -> None:
+        """One target pass. It reads n_slot slots of the caches: at least pos + tree.n_room of every row."""
+        # A finished row goes on at a place where the tree still fits.
+        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.tree.n_room)
+        draft = self.grow(self.ingest(n_slot), n_slot)
+        logits, features = self.verify(draft, n_slot)
+        self.commit(draft, features, self.accept(logits, draft))
+
+    def ingest(self, n_slot: int) -> Tensor:
+        """Run the head over the pending pairs. The last one's output [B, 1, dim] drafts the root's children."""
+        pair_pos = (self.pos - self.n_pair + self.plan.order[:, :self.tree.depth + 1]).clamp(min=0)
+        hidden = self.head(self.pair_tokens, self.pair_features, pair_pos, mask=causal_mask(pair_pos, n_slot))
+        return hidden[self.plan.row, self.n_pair - 1]
+
+    def grow(self, root_hidden: Tensor, n_slot: int) -> Draft:
+        if isinstance(self.tree, DynamicTree):
+            return draft_dynamic(self.head, self.tree, self.plan, self.tokens, root_hidden, n_slot, self.pos)
+        return draft_static(self.head, self.tree, self.plan, self.tokens, root_hidden, n_slot, self.pos,
+                            self.sampling if self.draw_drafts else None)
+
+    def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
+        """The target over all nodes: logits [B, N, V], features [B, N, dim]."""
+        slots = self.pos + self.plan.order[:, :self.tree.n_node]
+        bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
+        return self.model(draft.tokens, self.pos + draft.depths, slots, bias)
+
+    def accept(self, logits: Tensor, draft: Draft) -> Accepted:
+        if self.draw_drafts:
+            return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
+        if self.sampling.temperature > 0:
+            return accept_likeliest(logits, draft, self.plan, self.sampling)
+        return accept_greedy(logits, draft, self.plan)
+
+    def commit(self, draft: Draft, features: Tensor, accepted: Accepted) -> None:
+        """Move the accepted path's keys and values to the front, and set the state for the next step."""
+        order = self.plan.order[:, :self.tree.depth + 1]
+        if not self.tree.is_chain:
+            move_slots(self.model.kv_cache, self.pos + accepted.path, self.pos + order, self.plan.row)
+        following = draft.tokens.gather(1, accepted.path.roll(-1, 1))       # the next node's token; unused past the end
+        bonus = accepted.bonus.clamp(min=0)                                 # not NOT_FINITE, which has no embedding
+        self.pair_tokens.copy_(torch.where(order < accepted.n_accepted, following, bonus))
+        self.produced.copy_(self.pair_tokens.masked_fill(order > accepted.n_accepted, -1))
+        self.produced[:, :1].masked_fill_(accepted.bonus < 0, NOT_FINITE)
+        self.pair_features.copy_(features[self.plan.row, accepted.path])
+        self.n_pair.copy_(accepted.n_accepted + 1)
+        # A row that ends on the last slot would have its root past it. The row has finished: any slot will do.
+        self.pos.add_(self.n_pair).clamp_(max=self.model.kv_cache.shape[4] - 1)
+        self.tokens.copy_(bonus)
+
+
+def move_slots(kv_cache: Tensor, source: Tensor, target: Tensor, row: Tensor) -> None:
+    """Copy slots source [B, D + 1] of kv_cache [n_layer, 2, B, K, S, head_dim] to slots target [B, D + 1].
+
+    All layers in one gather. Source and target may overlap: the gather makes a copy first.
+    """
+    if len(source) == 1:
+        cache = kv_cache[:, :, :1]
+        cache.index_copy_(4, target[0], cache.index_select(4, source[0]))
+    else:
+        kv_cache[:, :, row, :, target] = kv_cache[:, :, row, :, source]

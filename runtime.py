@@ -1,0 +1,247 @@
+"""What makes a step fast on the device at hand. Acts on any module and any step from outside.
+
+    graph = capture(lambda: step(n_slot=256))           # a CUDA graph: graph.replay()
+    replay = trace(step, [model, head], step.state)     # a TorchScript trace on a CPU: replay(n_slot), of any size
+    compile_layers(model.layers)                        # torch.compile, one code for all layers
+    pack_for_cpu(model)                                 # bf16 weights in the order that oneDNN wants
+    tune(model)                                         # the fastest kernel of each quantised linear
+
+A small model spends a fifth to a third of a step in Python (dev/log.md); graphs and traces take it out. Both ask the
+same of a step: its tensors stay where they are, and the host decides nothing by their values. PYTORCH_JIT=0 runs every
+step as it is written, with its prints and breakpoints.
+"""
+import contextlib
+import functools
+import json
+import os
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from checkpoint import read_json
+from console import device_name, say, write_atomically
+from linears import ROWS, PackedLinear, QuantLinear
+
+COLD = 1 << 28  # bytes of weights to read in turn while a kernel is timed, so that no cache holds them
+
+
+def capture(step: Callable[[], None], pool: tuple | None = None,
+            stream: "torch.cuda.Stream | None" = None) -> "torch.cuda.CUDAGraph":
+    """The kernels of one call as a CUDA graph, after two calls in which the compiler, cuBLAS and SDPA choose kernels.
+
+    stream  to capture on (default: the stream that torch uses for all captures). Graphs captured on one stream share
+            its cuBLAS workspace, and a graph that is freed may take it away from the others (pytorch#193402). Graphs
+            that are freed at different times need streams of their own.
+    """
+    for _ in range(2):      # on the current stream: cuBLAS keeps up to 32 MiB for each stream it has seen
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        step()
+    return graph
+
+
+def can_trace(model: nn.Module) -> bool:
+    """Whether `trace` can record a step of this model: on a CPU, in one process, no branch on values."""
+    return (model.inv_freq.device.type == "cpu" and not torch.distributed.is_initialized()
+            and not any(getattr(module, "routes_on_host", False) for module in model.modules()))
+
+
+def trace(step: Callable[[int], object], modules: Iterable[nn.Module], tensors: Iterable[Tensor] = (),
+          n_slot: int = 128) -> Callable[[int], None]:
+    """Record the operators of one call on a CPU, made with n_slot cache slots. The trace takes any number of them.
+
+    modules   their parameters and buffers are the step's weights and caches
+    tensors   other tensors that the step reads and writes
+    """
+    traced = Traced(step, modules, tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # about constants in the trace, and that torch.jit is deprecated
+        traced = torch.jit.trace(traced, torch.tensor(n_slot), check_trace=False)
+
+    def replay(n_slot: int) -> None:
+        with torch.jit.optimized_execution(False):  # the same operators in the same order, so the same results
+            traced(torch.tensor(n_slot))
+    return replay
+
+
+class Traced(nn.Module):
+    """The module that torch.jit.trace records. It owns all tensors of the step: others would become constants."""
+
+    def __init__(self, step: Callable[[int], object], modules: Iterable[nn.Module], tensors: Iterable[Tensor]):
+        super().__init__()
+        self.step = step
+        own = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+        for i, tensor in enumerate((own | {id(t): t for t in tensors}).values()):
+            self.register_buffer(str(i), tensor)
+
+    def forward(self, n_slot: Tensor) -> list[Tensor]:
+        results = tree_leaves(self.step(n_slot))    # returned, or the trace would drop the operators behind them
+        return [n_slot + 0, *(result for result in results if isinstance(result, Tensor))]
+
+
+def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
+    """Compile the layers one by one; all share one code. Cold that takes seconds, where the whole model takes a minute.
+
+    There are four graphs: one row and a block of rows, of the target's layers and of the head's. For that, the numbers
+    of rows and of cache slots are marked as dynamic before the first call.
+    """
+    torch._dynamo.config.recompile_limit = 32
+    for layer in layers:
+        # Coordinate descent lets inductor write one-row products as fused reductions, which reach full bandwidth.
+        options = {"coordinate_descent_tuning": True} if next(layer.parameters()).is_cuda else None
+        layer.compile(options=options)
+        layer._compiled_call_impl = functools.partial(call_with_dynamic_sizes, layer._compiled_call_impl)
+
+
+def call_with_dynamic_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
+                            cache_pos: Tensor, kv_cache: Tensor | None) -> Tensor:
+    """A compiled TransformerBlock, told which sizes vary from call to call."""
+    # Slices get the strides of contiguous tensors, or dynamo makes a graph for each kind. For one row this is a view.
+    *rope, cache_pos = (part[0][None] if len(part) == 1 else part.contiguous() for part in (*rope, cache_pos))
+    for tensor in (x, *rope, cache_pos):
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)         # new tokens
+    torch._dynamo.maybe_mark_dynamic(bias, (2, 3))          # their rows, and cache slots
+    return compiled(x, tuple(rope), bias, cache_pos, kv_cache)
+
+
+class PackedRMSNorm(nn.Module):
+    """RMSNorm as the layer norm of (x, -x), whose mean is zero: one fused kernel where F.rms_norm runs ten."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        self.eps = norm.eps
+        self.register_buffer("weight", torch.cat((norm.weight.data, norm.weight.data)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(torch.cat((x, -x), -1), self.weight.shape, self.weight, None, self.eps)[..., :x.shape[-1]]
+
+
+def pack_for_cpu(model: nn.Module) -> nn.Module:
+    """Replace every bf16 linear and RMS norm of a model on a CPU by its packed form, if the processor supports bf16."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return model
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear or isinstance(child, nn.RMSNorm):
+                if child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
+                    setattr(module, name, PackedLinear(child) if type(child) is nn.Linear else PackedRMSNorm(child))
+    return model
+
+
+@torch.no_grad()
+def tune(model: nn.Module, cache: Path | None = None) -> None:
+    """Choose the fastest kernel of each QuantLinear by measurement, for each number of rows and shape of weight.
+
+    Results are kept in `cache` (default ~/.cache/eagle-kernels.json) for this device, torch, and Triton or the number
+    of threads: a later run then takes the same kernels and gives the same text. Of several ranks the first writes it.
+    """
+    found, peers = {}, defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            peers[module.format, module.shape, module.scales.dtype].append(module)
+    if not peers:
+        return
+    with contextlib.suppress(OSError, ValueError, RuntimeError):    # missing, unreadable, broken, no home: measure anew
+        cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-kernels.json"
+        found = read_json(cache)
+    before = dict(found)
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    keys = defaultdict(dict)    # for the modules of a shape: rows -> key in `found`
+    for peer, modules in tqdm(peers.items(), "choosing kernels", delay=2, leave=False, disable=not is_first or None):
+        format, shape, dtype = peer
+        for rows in ROWS:
+            names = candidates(modules[0], rows)
+            if len(names) == 1:
+                continue
+            size = "x".join(map(str, shape))
+            key = f"{place(modules[0])}, {format.mode} {format.group_size} {dtype}, {rows} x {size}"
+            keys[peer][rows] = key
+            if found.get(key) not in names:
+                found[key] = fastest(modules, names, rows)
+        for module in modules:
+            module.lay_out(set())   # the copies of one shape at a time
+    if torch.distributed.is_initialized():  # all ranks must compute the same bits, so they take rank 0's kernels
+        chosen = [found]
+        torch.distributed.broadcast_object_list(chosen)
+        found |= chosen[0]
+    for peer, modules in peers.items():
+        for module in modules:
+            module.kernels = {rows: found[key] for rows, key in keys[peer].items()}
+            module.lay_out(set(module.kernels.values()) or {"dense"})
+    if found != before and is_first and cache is not None:
+        with contextlib.suppress(OSError):  # not writable: the next run measures again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, json.dumps(found, indent=1) + "\n")
+
+
+def candidates(module: QuantLinear, rows: int) -> list[str]:
+    """Names of the kernels that can run this module as it is placed."""
+    dtype, device = module.scales.dtype, module.q.device.type
+    if device == "cuda" and dtype != torch.float32:
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
+            return ["reduction" if rows == 1 else "dense",
+                    *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
+    # torch packs int4 rows by sixteens. Its int8 product reads columns by sixteens, and past the end of other widths.
+    by_sixteen = module.in_features if module.format.mode == "int8" else module.out_features
+    if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0:
+        return ["dense", "packed"]
+    return ["dense"]
+
+
+def place(module: QuantLinear) -> str:
+    """The device and versions that a measurement holds for."""
+    where = f"{device_name(module.q.device)}, torch {torch.__version__}"
+    if module.q.is_cuda:
+        import triton
+        return f"{where}, triton {triton.__version__}"
+    return f"{where}, {torch.get_num_threads()} threads"
+
+
+def fastest(modules: list[QuantLinear], names: list[str], rows: int, repeats: int = 3) -> str:
+    """The fastest of these kernels for `rows` rows, over modules of one shape that take turns.
+
+    A kernel that does not run here is left out, with a line on stderr. If none runs, it is "dense".
+    """
+    module, is_cuda = modules[0], modules[0].q.is_cuda
+    expert = 0 if module.q.dim() == 3 else None
+    x = torch.randn(rows, module.in_features, dtype=module.scales.dtype, device=module.q.device)
+    modules = modules[:max(2, COLD // module.parts(expert)[0].nbytes)]
+    runs = {}
+    for name in names:
+        run = functools.partial(_run, modules, name, x, expert)
+        try:
+            run()   # compiles, and makes the layouts
+            runs[name] = capture(run).replay if is_cuda else run    # device time alone, without launches
+        except Exception as error:      # a compiler's or a driver's, of any class: the other kernels will do
+            say(f"kernel {name!r} does not run here ({rows} x {module.shape}): {' '.join(str(error).split())[:200]}")
+    times = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            times[name].append(_seconds(run, is_cuda))
+    return min(times, key=lambda name: statistics.median(times[name][1:]), default="dense")
+
+
+def _run(modules: list[QuantLinear], name: str, x: Tensor, expert: int | None) -> None:
+    for module in modules:
+        module.product(name, x, expert)
+
+
+def _seconds(run: Callable[[], object], is_cuda: bool) -> float:
+    if is_cuda:
+        torch.cuda.synchronize()    # sync: on loading only
+    begin = time.perf_counter()
+    run()
+    if is_cuda:
+        torch.cuda.synchronize()    # sync: on loading only
+    return time.perf_counter() - begin
