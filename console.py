@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -37,7 +38,7 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
-            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:    # SafetensorError: a full disk
+            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:     # the last: a full disk
                 say(f"error: {' '.join(str(error).split())}")
                 return 2
             except (RuntimeError, subprocess.CalledProcessError) as error:
@@ -85,7 +86,7 @@ def say(line: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         if not launched() or os.environ.get("LOCAL_RANK", "0") == "0":     # torchrun: once on each machine
             say(f"error: {message}")
         sys.exit(2)
@@ -141,7 +142,7 @@ def whole_or_nothing(file: Path, suffix: str) -> Iterator[Path]:
 
 
 def read_text(file: Path) -> str:
-    """A text file that somebody wrote: UTF-8, with or without a byte order mark; its lines end at \\n, whatever ended them.
+    """A text file in UTF-8, with or without a byte order mark. All line ends become \\n.
 
     Raises FileNotFoundError, or ValueError naming the byte that does not fit.
     """
@@ -168,7 +169,8 @@ def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> I
         while (first := content.read(1)).isspace():
             pass
         if first == b"[":
-            entries = parse_json(first + content.read(), lambda why: refuse(1, f"a JSON array that cannot be read: {why}"))
+            entries = parse_json(first + content.read(),
+                                 lambda why: refuse(1, f"a JSON array that cannot be read: {why}"))
             for place, entry in enumerate(entries, start=1):
                 if is_text(entry):
                     yield place, entry
@@ -189,7 +191,7 @@ def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> I
                 yield line, value
 
 
-def parse_json(text: bytes, bad: Callable[[str], None]) -> object:
+def parse_json(text: bytes, bad: Callable[[str], None]) -> Any:
     """The value, or None once bad(why) has been told."""
     try:
         return json.loads(text.decode())

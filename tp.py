@@ -5,14 +5,13 @@
     python scripts/plan.py llama-2-70b --world-size 4 --mode int4 --head --gpu-memory 40       # will it fit?
 
 It changes a model from outside, as Megatron-LM does (arXiv 1909.08053, section 3). `Shard` says which slices a rank
-holds. An ordinary, smaller model is built and loaded with them, and `connect` adds the communication: an all-reduce
-after attention, one after the feed-forward and one after the embedding. Each rank has its own query heads; ranks that
-outnumber the key/value heads share them. The LM head gives each rank the logits of its part of the vocabulary.
-`ShardedLogits` answers what decoding asks of logits by exchanging candidates instead of all logits. A head that does
-not divide (Vicuna-33B's has 13 key/value heads) is held whole by every rank.
+holds. An ordinary, smaller model is built and loaded with them; `connect` then adds an all-reduce after attention, one
+after the feed-forward and one after the embedding. Query heads are dealt out; if there are more ranks than key/value
+heads, some ranks share one. The LM head gives each rank the logits of its part of the vocabulary, and `ShardedLogits`
+answers what decoding asks of logits by exchanging candidates. A head that does not divide is held whole by every rank.
 
-All ranks run the same program on the same numbers: features are whole everywhere, and random generators are seeded
-alike. With EAGLE_TP_CHECK=1 the tokens of all ranks are compared after each step.
+All ranks run the same program on the same numbers, with generators seeded alike; features are whole everywhere. With
+EAGLE_TP_CHECK=1 the ranks compare their tokens after each step.
 
 Shapes: B batch, T new tokens, V vocabulary, W ranks, n vocabulary rows of one rank (the last rank may have fewer).
 """
@@ -28,7 +27,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,8 +40,8 @@ from console import command, launched, say
 from eagle_head import EagleHead
 from checkpoint import read_json, resolve_checkpoint
 from config import ModelArgs
-from linears import QuantLinear, install_quantized
-from model import Transformer, TransformerBlock
+from linears import install_quantized, weight_bytes
+from model import Transformer
 
 ROWS = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc"}      # split by output
 COLUMNS = {"o_proj", "down_proj", "w2"}                         # split by input: partial sums to be added up
@@ -131,11 +130,11 @@ class Shard:
         head.fc = nn.Linear(2 * config.dim, config.dim // self.size, bias=bias).requires_grad_(False)
         return head
 
-    def connect(self, module: Transformer | EagleHead) -> None:
-        """Add the communication to a part whose weights are loaded, in place. All ranks wait for the slowest reader."""
+    def connect(self, module: Any) -> None:
+        """Add the communication to a loaded part, a Transformer or an EagleHead. All ranks wait for the slowest reader."""
         if dist.is_initialized():
             meet()
-        if isinstance(module, EagleHead):
+        if hasattr(module, "fc"):
             if module.fc.out_features < module.config.dim:      # else every rank has the whole
                 module.fc = nn.Sequential(module.fc, Exchange(all_gather, self))
                 self.connect_block(module.layer)
@@ -145,7 +144,7 @@ class Shard:
         for block in module.layers:
             self.connect_block(block)
 
-    def connect_block(self, block: TransformerBlock) -> None:
+    def connect_block(self, block: Any) -> None:
         block.attention.wo = nn.Sequential(block.attention.wo, Exchange(all_reduce, self))
         if hasattr(block.feed_forward, "gate"):     # each expert is split: one sum for all of them
             block.feed_forward = nn.Sequential(block.feed_forward, Exchange(all_reduce, self))
@@ -159,6 +158,19 @@ def divides(config: ModelArgs, size: int) -> bool:
     rows = -(-config.vocab_size // size)
     return (not any(n % size for n in (config.n_head, config.intermediate_size, config.dim))
             and (kv % size == 0 or size % kv == 0) and (size - 1) * rows < config.vocab_size)
+
+
+def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
+    """Say how large the weights of a rank will be. Raises ValueError if they do not fit a GPU of n_byte."""
+    folder = resolve_checkpoint(checkpoint, weights=False)
+    with torch.device("meta"):
+        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json"))).bfloat16()
+        install_quantized(target, folder)
+    weights = weight_bytes(target.bfloat16())
+    if weights > n_byte:
+        raise ValueError(f"{weights / 1e9:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, "
+                         "or a quantised checkpoint")
+    say(f"{world_size} ranks, {weights / 1e9:.1f} GB of weights on each")
 
 
 # Collectives: functional ones, which torch.compile and CUDA graphs can capture
@@ -193,14 +205,13 @@ class Exchange(nn.Module):
 class ShardedEmbedding(nn.Module):
     """Each rank looks up the tokens of its rows and puts zeros for the others; the sum over the ranks has all."""
 
-    def __init__(self, embedding: nn.Embedding, shard: Shard, n_vocab: int):
+    def __init__(self, embedding: Any, shard: Shard, n_vocab: int):
         super().__init__()
         self.embedding, self.shard, self.rows = embedding, shard, shard.vocab(n_vocab)
 
     @property
     def weight(self) -> Tensor:
-        """[n, dim] of this rank."""
-        return self.embedding.weight
+        return self.embedding.weight    # [n, dim]
 
     def forward(self, tokens: Tensor) -> Tensor:
         elsewhere = (tokens < self.rows.start) | (tokens >= self.rows.stop)
@@ -211,14 +222,13 @@ class ShardedEmbedding(nn.Module):
 class ShardedOutput(nn.Module):
     """LM head over this rank's part of a vocabulary."""
 
-    def __init__(self, linear: nn.Module, shard: Shard, n_vocab: int):
+    def __init__(self, linear: Any, shard: Shard, n_vocab: int):
         super().__init__()
         self.linear, self.shard, self.n_vocab = linear, shard, n_vocab
 
     @property
     def weight(self) -> Tensor:
-        """[n, dim] of this rank."""
-        return self.linear.weight
+        return self.linear.weight       # [n, dim]
 
     def forward(self, features: Tensor) -> "ShardedLogits":
         logits = self.linear(features)
@@ -309,29 +319,6 @@ def check_ranks(tokens: Tensor) -> None:
         raise RuntimeError(f"the ranks disagree: {every.flatten(0, -2).T.tolist()}, one row a rank")
 
 
-# Memory
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Of all weights, in 16 bits or quantised; tied weights are counted once."""
-    quantised = [part for part in module.modules() if isinstance(part, QuantLinear)]
-    return (sum(tensor.nbytes for part in quantised for tensor in part.stored().values())
-            + sum(parameter.nbytes for parameter in module.parameters()))
-
-
-def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
-    """Say how large the weights of a rank will be. Raises ValueError if they do not fit a GPU of n_byte."""
-    folder = resolve_checkpoint(checkpoint, weights=False)
-    with torch.device("meta"):
-        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json"))).bfloat16()
-        install_quantized(target, folder)
-    weights = weight_bytes(target.bfloat16())
-    if weights > n_byte:
-        raise ValueError(f"{weights / 1e9:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, "
-                         "or a quantised checkpoint")
-    say(f"{world_size} ranks, {weights / 1e9:.1f} GB of weights on each")
-
-
 # The processes of torchrun. What ends a run, and how fast, is in docs/multi-gpu.md
 
 
@@ -347,7 +334,7 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace, tim
     silence = None if rank == 0 else Silence()
     signal.signal(signal.SIGINT, interrupt)
     try:
-        status = run_in_group(main, args, timeout)
+        status = run_in_group(main, args, timeout) or 0
     except KeyboardInterrupt:   # where main does not expect it
         status = 130
     except Exception:
@@ -369,9 +356,9 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace, tim
 def run_in_group(main: Callable[[argparse.Namespace], int], args: argparse.Namespace, timeout: float) -> int:
     if status := place(args):
         return status
-    store, rank, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if str(args.device).startswith("cuda") else "gloo", store=store, rank=rank,
-                            world_size=size, timeout=timedelta(seconds=timeout))
+    backend, limit = "nccl" if str(args.device).startswith("cuda") else "gloo", timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         meet()
         status = main(args)
@@ -409,7 +396,7 @@ class Silence(io.TextIOBase):
 
 @command(in_ranks=True)
 def place(args: argparse.Namespace) -> None:
-    """Give each process its own GPU."""
+    """Give each process a GPU of its own."""
     if str(args.device).startswith("cuda:"):
         raise ValueError(f"--device {args.device}: under torchrun each process takes a GPU of its own; leave it out")
     if not torch.cuda.is_available() or args.device not in (None, "cuda"):
@@ -438,7 +425,7 @@ def writes() -> bool:
 
 
 @functools.cache
-def patient_group() -> dist.ProcessGroup:
+def patient_group() -> Any:
     """A group of all ranks, in which some may wait for others for hours. All ranks make it at the same time, in `run`."""
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
 
@@ -459,6 +446,6 @@ def on_rank_0(work: Callable[[], T]) -> T:
     """What work() returns on rank 0, for all ranks; the others wait."""
     if not launched():
         return work()
-    values = [work() if dist.get_rank() == 0 else None]
+    values: list[Any] = [work() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(values, src=0, group=patient_group())
     return values[0]

@@ -22,8 +22,8 @@ from eagle_head import head_args
 from checkpoint import quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from model import PREFILL_CHUNK, MoEFeedForward
-from linears import install
-from tp import Shard, divides, weight_bytes
+from linears import install, weight_bytes
+from tp import Shard, divides
 
 ITEM = 2    # bytes of a 16-bit number
 
