@@ -193,10 +193,10 @@ def read_json(file: Path, absent: dict | None = None) -> dict:
     return content
 
 
-def read_ids(file: Path) -> list[int]:
+def read_ids(file: Path) -> list:
     """Token ids from a file: JSON (a list or {"ids": list}), or a list or tensor saved by torch, as SGLang does.
 
-    Raises FileNotFoundError or ValueError in one line.
+    Whole floats become integers; the entries are not checked further. Raises FileNotFoundError or ValueError.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")

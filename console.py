@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +40,7 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
-            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:    # SafetensorError: a full disk
+            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:     # the last: a full disk
                 say(f"error: {' '.join(str(error).split())}")
                 return 2
             except (RuntimeError, subprocess.CalledProcessError) as error:
@@ -82,7 +83,7 @@ def say(line: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         from ranks import launched
         if not launched() or os.environ.get("LOCAL_RANK", "0") == "0":     # torchrun: once on each machine
             say(f"error: {message}")
@@ -119,6 +120,19 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
                         help="more variables for the chat template, such as '{\"enable_thinking\": false}'")
 
 
+def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
+    """Raise ValueError, before the work is done, where its result could not be written.
+
+    path: a file in a folder that exists, or with is_folder a folder, which may be missing as its parents may.
+    """
+    full = path.absolute()
+    if not is_folder and (full.exists() and not full.is_file() or not full.parent.is_dir()):
+        raise ValueError(f"{option} {path}: not a file in an existing folder")
+    place = next(place for place in ((full, *full.parents) if is_folder else full.parents) if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{option} {path}: {place} is no folder that can be written to")
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Beside it, then renamed: it is there whole or not at all. Raises OSError naming the file."""
     with whole_or_nothing(file, ".part") as part:
@@ -139,7 +153,7 @@ def whole_or_nothing(file: Path, suffix: str) -> Iterator[Path]:
 
 
 def read_text(file: Path) -> str:
-    """A text file that somebody wrote: UTF-8, with or without a byte order mark; its lines end at \\n, whatever ended them.
+    """A text file in UTF-8, with or without a byte order mark. All line ends become \\n.
 
     Raises FileNotFoundError, or ValueError naming the byte that does not fit.
     """
@@ -166,7 +180,8 @@ def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> I
         while (first := content.read(1)).isspace():
             pass
         if first == b"[":
-            entries = parse_json(first + content.read(), lambda why: refuse(1, f"a JSON array that cannot be read: {why}"))
+            entries = parse_json(first + content.read(),
+                                 lambda why: refuse(1, f"a JSON array that cannot be read: {why}"))
             for place, entry in enumerate(entries, start=1):
                 if is_text(entry):
                     yield place, entry
@@ -187,7 +202,7 @@ def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> I
                 yield line, value
 
 
-def parse_json(text: bytes, bad: Callable[[str], None]) -> object:
+def parse_json(text: bytes, bad: Callable[[str], None]) -> Any:
     """The value, or None once bad(why) has been told."""
     try:
         return json.loads(text.decode())

@@ -189,7 +189,7 @@ class Decoder:
             raise ValueError(f"seed {seed} is not a number from 0 to 2^63 - 1")
         with restored_caches(self.model, self.head):
             self.model.kv_cache = self.caches[0]
-            if self.head is not None:
+            if self.head is not None and self.caches[1] is not None:
                 self.head.kv_cache = self.caches[1]
             return self._generate(prompts, max_new_tokens, seed, frozenset(stop_ids), stop, on_tokens, n_cached)
 
@@ -249,7 +249,7 @@ class Decoder:
 
     def run(self, eagle: bool, length: int) -> Tensor:
         """One step for rows of up to `length` tokens, root included: replayed if it was recorded, else called."""
-        step = self.eagle if eagle else self.plain
+        step = self._step(eagle)
         n_slot = self._n_slot(eagle, length)
         graph = self.graphs.get((eagle, n_slot))
         if graph is not None:
@@ -282,13 +282,13 @@ class Decoder:
 
     def _record(self, eagle: bool, n_slot: int, tracing: bool) -> "torch.cuda.CUDAGraph | None":
         """Capture, trace or just call the step. Its state stays as it was. Returns the CUDA graph, if there is one."""
-        step = self.eagle if eagle else self.plain
+        step = self._step(eagle)
         before = [tensor.clone() for tensor in step.state]
         graph = None
         if self.compile and step.pos.is_cuda:
             graph = capture(lambda: step(n_slot), self.pool, self.stream)
         elif tracing:
-            modules = [self.model] if self.eagle is None else [self.model, self.eagle.head]
+            modules = [self.model] if self.head is None else [self.model, self.head]
             self.traces[eagle] = trace(step, modules, [*step.state, step.produced], n_slot)
             self.traces[eagle](n_slot)  # the first call prepares it
         else:
@@ -297,12 +297,15 @@ class Decoder:
             tensor.copy_(value)
         return graph
 
+    def _step(self, eagle: bool) -> PlainStep | EagleStep:
+        return self.eagle if eagle and self.eagle is not None else self.plain
+
     def _tree_fits(self, length: int) -> bool:
         return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
 
     def _n_slot(self, eagle: bool, length: int) -> int:
         """Cache slots to read: of few sizes where each is captured, else close to the length."""
-        used = length - 1 + (self.eagle.tree.n_room if eagle else 1)
+        used = length - 1 + (self.eagle.tree.n_room if eagle and self.eagle is not None else 1)
         return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
 
     def _clock(self) -> float:

@@ -2,7 +2,7 @@
 
     tree = load_tree("dynamic:6,10,60")         # or "static", "chain:4", a JSON file of paths
     plan = plan_static(StaticTree.paper(), batch_size=1, device="cpu", dtype=torch.bfloat16)
-    draft = draft_static(head, tree, plan, root, hidden, n_slot=256, pos=pos)
+    draft = draft_static(head, plan, root, hidden, n_slot=256, pos=pos)
 
 A static tree has the same shape at every step (EAGLE-1, arXiv 2401.15077, called [1]). A dynamic tree expands the
 likeliest nodes and keeps the best of all (EAGLE-2, arXiv 2406.16858, called [2]). Both are grown by tensor operations
@@ -12,6 +12,7 @@ Shapes: B batch, N tree nodes including the root, E nodes expanded by the head (
 R children of a node, T new tokens, S cache slots, Vd draft vocabulary.
 """
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -175,13 +176,13 @@ class Level(NamedTuple):
     pick: Index         # [nodes of this depth] index into the children of those n nodes, [n * R]
     inner: Index        # [m] the nodes of this depth that have children, among its nodes; m = 0 at the last
     above: Index        # [m] their parents, among the n
-    slots: slice        # [m] their slots in the head's cache, from the root's position on
+    slots: Index        # [m] their slots in the head's cache, from the root's position on
     seen: Tensor        # [1, m, E + 2] what each one sees of the expanded nodes, in the form of `visible`
 
 
 class StaticPlan(NamedTuple):
     """A StaticTree as tensors on the device, made once. *Expanded* nodes are those with children, the root first."""
-    depth: int          # D
+    tree: StaticTree
     row: Tensor         # [B, 1] 0, 1, ...
     order: Tensor       # [1, n] 0, 1, ..., long enough for every count in a step
     is_later: Tensor    # [1, N, N] bool at [i, j]: node j is i or comes after it, or is the root
@@ -199,7 +200,7 @@ class StaticPlan(NamedTuple):
 
 
 def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> StaticPlan:
-    def tensor(values: list) -> Tensor:
+    def tensor(values: Sequence) -> Tensor:
         return torch.tensor(values, device=device)
 
     def index(values: list[int]) -> Index:
@@ -223,7 +224,7 @@ def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: 
     filled = [of_one + of_one[:1] * (tree.n_child - len(of_one)) for of_one in children]
     slots = {n: e * tree.n_child + r for e, of_one in enumerate(children) for r, n in enumerate(of_one)}
     return StaticPlan(
-        *common_plan(tree, batch_size, device), tensor(tree.parents)[None],
+        tree, *common_plan(tree, batch_size, device), tensor(tree.parents)[None],
         tensor(tree.depths)[None], visible(ancestors, dtype), index([tree.depths[n] - 1 for n in expanded[1:]]), levels,
         tensor(expanded), tensor([expanded.index(n) if n in expanded else 0 for n in nodes]),
         tensor([n not in expanded for n in nodes]), tensor(filled),
@@ -231,21 +232,21 @@ def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: 
         tensor([slots.get(n, 0) for n in nodes]))
 
 
-def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[int, Tensor, Tensor, Tensor]:
-    """The first fields of either plan."""
+def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """row, order and is_later of either plan."""
     row = torch.arange(batch_size, device=device)[:, None]
     order = torch.arange(max(tree.n_room, tree.depth + 2), device=device)[None]
     nodes = order[:, :tree.n_node]
-    return tree.depth, row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
+    return row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
 
 
-def draft_static(head: EagleHead, tree: StaticTree, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int,
-                 pos: Tensor, sampling: Sampling | None = None) -> Draft:
+def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor,
+                 sampling: Sampling | None = None) -> Draft:
     """Grow the tree level by level. Children are the likeliest tokens, or with `sampling` drawn without replacement.
 
     root [B, 1] is the token at position pos [B, 1]; hidden [B, 1, dim] is the head's output for it.
     """
-    B = root.shape[0]
+    B, tree = root.shape[0], plan.tree
     at = pos + plan.order
     columns = shown_columns(pos, n_slot, plan.levels[0].seen)
     cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
@@ -281,7 +282,7 @@ class DynamicPlan(NamedTuple):
     *Candidates* are all drafted nodes, numbered in the order of drafting; the root is 0. *Expanded* are the root and
     the R best of each level. Candidates come in groups of R: the children of one expanded node, likeliest first.
     """
-    depth: int          # D
+    tree: DynamicTree
     row: Tensor         # [B, 1] 0, 1, ...
     order: Tensor       # [1, n] 0, 1, ..., long enough for every count in a step
     is_later: Tensor    # [1, N, N] bool at [i, j]: node j is i or comes after it, or is the root
@@ -301,17 +302,16 @@ def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype
     origin = [[0, 0]] + [[e, d + 1] for e, d in enumerate([0, *depths]) for _ in range(R)]
     none = torch.zeros(1, N, E, dtype=torch.bool, device=device)
     return DynamicPlan(
-        *common_plan(tree, batch_size, device), torch.tensor(depths, device=device).long() - 1,
+        tree, *common_plan(tree, batch_size, device), torch.tensor(depths, device=device).long() - 1,
         visible(torch.eye(E, device=device)[None] > 0, dtype), visible(none[:, :1], dtype),
         torch.tensor([first], device=device), torch.tensor(origin, device=device),
         visible(torch.zeros(1, N, N, dtype=torch.bool, device=device), dtype),
         torch.tensor([[0.0, torch.inf]], device=device).repeat(batch_size, 1))
 
 
-def draft_dynamic(head: EagleHead, tree: DynamicTree, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int,
-                  pos: Tensor) -> Draft:
+def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor) -> Draft:
     """Expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2]."""
-    B, R = root.shape[0], tree.n_child
+    B, tree, R = root.shape[0], plan.tree, plan.tree.n_child
     at = pos + plan.order
     columns = shown_columns(pos, n_slot, plan.before)
     cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)

@@ -28,6 +28,10 @@ from runtime import tune
 
 class EagleHead(nn.Module):
     """The draft model of EAGLE-1 and EAGLE-2: fc over (embedding, feature), then one decoder layer."""
+    target: Transformer
+    inv_freq: Tensor            # [head_dim / 2]
+    kv_cache: Tensor            # see setup_caches; None before it is called
+    draft_ids: Tensor | None    # [Vd] target ids of the draft vocabulary; None is the whole vocabulary
 
     def __init__(self, config: ModelArgs, target: Transformer, bias: bool = True):
         super().__init__()
@@ -39,7 +43,7 @@ class EagleHead(nn.Module):
         self.register_buffer("inv_freq", rope_inv_freq(config, "cpu").to(self.fc.weight.device), persistent=False)
         self.register_buffer("kv_cache", None, persistent=False)
         self.draft_output: nn.Module | None = None                  # LM head over the draft vocabulary
-        self.register_buffer("draft_ids", None, persistent=False)   # [Vd] target ids; None is the whole vocabulary
+        self.register_buffer("draft_ids", None, persistent=False)
         self.requires_grad_(False)
 
     @classmethod
@@ -95,13 +99,14 @@ class EagleHead(nn.Module):
                 and len(set(ids)) == len(ids)):
             raise ValueError(f"a draft vocabulary is a list of different token ids below {vocab}")
         self.draft_ids = torch.tensor(ids, device=self.target.norm.weight.device)
-        if hasattr(self.target.output, "rows"):  # a QuantLinear or a tp.ShardedOutput
-            self.draft_output = self.target.output.rows(self.draft_ids)
-            tune(self.draft_output)
-            return
-        rows = self.target.output.weight[self.draft_ids]
-        output = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)
-        output.weight = nn.Parameter(rows, requires_grad=False)
+        take_rows = getattr(self.target.output, "rows", None)   # of a QuantLinear or a tp.ShardedOutput
+        if take_rows is not None:
+            output = take_rows(self.draft_ids)
+            tune(output)
+        else:
+            rows = self.target.output.weight[self.draft_ids]
+            output = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)
+            output.weight = nn.Parameter(rows, requires_grad=False)
         self.draft_output = output
 
     def forward(self, tokens: Tensor, features: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,

@@ -72,6 +72,7 @@ def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sam
     some number c, because a token that q has lost has no mass left in p either. Each round adds m / s to c: m is the
     sum of max(0, P - c Q), s the mass left of Q.
     """
+    assert draft.probs is not None
     P = logits_to_probs(logits[:, plan.expanded], *sampling)                            # [B, E + 1, V]
     Q = head.to_target_probs(draft.probs.nan_to_num(0.0))
     x = draft.tokens[:, plan.children]                                                  # [B, E + 1, R]
@@ -107,7 +108,7 @@ def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tupl
     is_wrong [B, N] judges each node as a child of its parent; the root's entry is ignored. At most one of several
     siblings is right.
     """
-    N, end = is_wrong.shape[1], plan.depth + 1
+    N, end = is_wrong.shape[1], plan.tree.depth + 1
     above = draft.ancestors                                                             # [B, N, N]
     is_cut_off = (above[:, :, 1:] & is_wrong[:, None, 1:]).any(-1)
     # At most one node of each depth is reached, and deeper nodes have higher numbers.
@@ -145,12 +146,14 @@ class EagleStep:
         if tree.n_child > vocab:
             raise ValueError(f"the tree takes {tree.n_child} children of a node, "
                              f"the draft vocabulary has {vocab} tokens")
-        if draw_drafts:
-            tree = tree.without_gaps()
-        device, dtype = model.inv_freq.device, model.norm.weight.dtype
-        self.model, self.head, self.tree, self.sampling, self.draw_drafts = model, head, tree, sampling, draw_drafts
-        self.plan = (plan_static if isinstance(tree, StaticTree) else plan_dynamic)(tree, batch_size, device, dtype)
-        width = tree.depth + 1
+        self.model, self.head, self.sampling, self.draw_drafts = model, head, sampling, draw_drafts
+        device, dtype, width = model.inv_freq.device, model.norm.weight.dtype, tree.depth + 1
+        self.plan: StaticPlan | DynamicPlan
+        if isinstance(tree, StaticTree):
+            self.plan = plan_static(tree.without_gaps() if draw_drafts else tree, batch_size, device, dtype)
+        else:
+            self.plan = plan_dynamic(tree, batch_size, device, dtype)
+        self.tree: Tree = self.plan.tree
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
         self.n_pair = torch.ones_like(self.tokens)
@@ -195,9 +198,9 @@ class EagleStep:
         return hidden[self.plan.row, self.n_pair - 1]
 
     def grow(self, root_hidden: Tensor, n_slot: int) -> Draft:
-        if isinstance(self.tree, DynamicTree):
-            return draft_dynamic(self.head, self.tree, self.plan, self.tokens, root_hidden, n_slot, self.pos)
-        return draft_static(self.head, self.tree, self.plan, self.tokens, root_hidden, n_slot, self.pos,
+        if isinstance(self.plan, DynamicPlan):
+            return draft_dynamic(self.head, self.plan, self.tokens, root_hidden, n_slot, self.pos)
+        return draft_static(self.head, self.plan, self.tokens, root_hidden, n_slot, self.pos,
                             self.sampling if self.draw_drafts else None)
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +210,7 @@ class EagleStep:
         return self.model(draft.tokens, self.pos + draft.depths, slots, bias)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
-        if self.draw_drafts:
+        if self.draw_drafts and isinstance(self.plan, StaticPlan):
             return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
         if self.sampling.temperature > 0:
             return accept_likeliest(logits, draft, self.plan, self.sampling)

@@ -142,6 +142,7 @@ def reduction() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
 
 class PackedLinear(nn.Module):
     """bf16 linear whose weight oneDNN has reordered once, instead of at every call: 1.6x a plain linear at one row."""
+    packed: Tensor
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -197,6 +198,10 @@ class QuantLinear(nn.Module):
     "reduction" for one row and "triton N S" for blocks of rows (N output rows a program, S splits of the columns), a
     CPU in bf16 "packed". In fp32 there is only "dense", so that EAGLE and plain decoding agree to the token.
     """
+    q: Tensor               # see the format above; with experts all have E in front
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, format: Format, bias: bool = False,
                  n_expert: int | None = None):
@@ -312,6 +317,8 @@ class QuantLinear(nn.Module):
 
 class IntLinear(nn.Module):
     """torch's product of bf16 rows [M, K] with int8 or int4 weights on a CPU, in the layout that it wants."""
+    q: Tensor
+    scales: Tensor
 
     def __init__(self, q: Tensor, scales: Tensor, zeros: Tensor | None):
         super().__init__()

@@ -6,6 +6,8 @@ their partial sums are added in a fixed order, so that a step gives the same bit
 
 Shapes as in linears.py. Runs on a CPU, slowly, under TRITON_INTERPRET=1.
 """
+# pyright: reportArgumentType=false
+# (constexpr parameters take plain numbers)
 import torch
 import triton
 import triton.language as tl
@@ -56,8 +58,8 @@ def quant_matmul(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None, blo
     is_int4 = zeros is not None
     out = torch.empty(split_k, M, N, dtype=torch.float32, device=x.device)
     _quant_matmul[(triton.cdiv(N, block_n), split_k)](
-        x, q, scales, zeros, out, M, N, K, x.stride(0), q.stride(0), n_group, split_k, GROUP=K // n_group if is_int4 else 0,
-        IS_INT4=is_int4, BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
+        x, q, scales, zeros, out, M, N, K, x.stride(0), q.stride(0), n_group, split_k,
+        GROUP=K // n_group if is_int4 else 0, IS_INT4=is_int4, BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
     return out
 
 

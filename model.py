@@ -10,6 +10,7 @@ draft costs nothing: its slots are written again. Checkpoints are Hugging Face f
 Shapes: B batch, T new tokens, S cache slots, H query heads, K key/value heads, G = H / K, D head dim, E experts,
 V vocabulary.
 """
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,8 @@ def rope_inv_freq(args: ModelArgs, device: torch.device | str | None = None) -> 
 
 class Transformer(nn.Module):
     """The decoder. Weights are frozen: this project trains heads beside targets, never targets."""
+    inv_freq: Tensor    # [D/2], see rope_inv_freq
+    kv_cache: Tensor    # see setup_caches; None before it is called
 
     def __init__(self, config: ModelArgs):
         super().__init__()
@@ -226,7 +229,7 @@ class Attention(nn.Module):
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
         qkv = self.wqkv(x).view(B, T, H + 2 * K, D)
         rotated = qkv[:, :, :H + K]
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             rotated = torch.cat((self.q_norm(rotated[:, :, :H]), self.k_norm(rotated[:, :, H:])), dim=2)
         qkv[:, :, :H + K] = apply_rope(rotated, rope)  # in place, so that keys and values stay one block to write
         q, kv = qkv[:, :, :H], qkv[:, :, H:].unflatten(2, (2, K))
@@ -298,14 +301,15 @@ class MoEFeedForward(nn.Module):
 
     def _gathered(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         if self.w13.routes_on_host:
-            return torch.stack([sum(w * self._expert(e, row[None])[0] for w, e in zip(*choice))
-                                for row, *choice in zip(rows, weights, experts.tolist())])
+            return torch.stack([functools.reduce(torch.add, (w * self._expert(e, row[None])[0] for w, e in zip(ws, es)))
+                                for row, ws, es in zip(rows, weights, experts.tolist())])
         gate, up = torch.einsum("nd,nkhd->nkh", rows, self.w13[experts]).chunk(2, dim=-1)
         return torch.einsum("nk,nkh,nkdh->nd", weights, F.silu(gate) * up, self.w2[experts])
 
     def _every_expert(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         dense = rows.new_zeros(rows.shape[0], self.w2.shape[0]).scatter_(1, experts, weights)  # [N, E]
-        return sum(dense[:, e, None] * self._expert(e, rows) for e in range(self.w2.shape[0]))
+        parts = (dense[:, e, None] * self._expert(e, rows) for e in range(self.w2.shape[0]))
+        return functools.reduce(torch.add, parts)
 
     def _routed_rows(self, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         out = torch.zeros_like(rows)
@@ -355,6 +359,7 @@ def _hf_targets(model: Transformer) -> dict[str, Tensor]:
     if not c.tie_word_embeddings or not isinstance(model.output, nn.Linear):  # a quantised LM head is never tied
         targets |= {f"lm_head.{kind}": tensor for kind, tensor in stored(model.output).items()}
     for i, block in enumerate(model.layers):
+        assert isinstance(block, TransformerBlock)
         targets |= {f"model.layers.{i}.{key}": part for key, part in block_targets(block, c).items()}
     return targets
 
@@ -370,10 +375,10 @@ def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tenso
         targets |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", parts)}
     if isinstance(block.attention_norm, RMSNorm):
         targets["input_layernorm.weight"] = block.attention_norm.weight
-    if config.qk_norm:
+    if attention.q_norm is not None and attention.k_norm is not None:
         targets["self_attn.q_norm.weight"] = attention.q_norm.weight
         targets["self_attn.k_norm.weight"] = attention.k_norm.weight
-    if not config.n_expert:
+    if isinstance(ffn, FeedForward):
         for kind, tensor in stored(ffn.w13).items():
             targets[f"mlp.gate_proj.{kind}"], targets[f"mlp.up_proj.{kind}"] = tensor.chunk(2)
         return targets | {f"mlp.down_proj.{kind}": tensor for kind, tensor in stored(ffn.w2).items()}

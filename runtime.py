@@ -20,6 +20,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from linears import ROWS, PackedLinear, QuantLinear
 COLD = 1 << 28  # bytes of weights to read in turn while a kernel is timed, so that no cache holds them
 
 
-def capture(step: Callable[[], None], pool: tuple | None = None,
+def capture(step: Callable[[], object], pool: Any = None,
             stream: "torch.cuda.Stream | None" = None) -> "torch.cuda.CUDAGraph":
     """The kernels of one call as a CUDA graph, after two calls in which the compiler, cuBLAS and SDPA choose kernels.
 
@@ -63,10 +64,10 @@ def trace(step: Callable[[int], object], modules: Iterable[nn.Module], tensors: 
     modules   their parameters and buffers are the step's weights and caches
     tensors   other tensors that the step reads and writes
     """
-    traced = Traced(step, modules, tensors)
+    module = Traced(step, modules, tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # about constants in the trace, and that torch.jit is deprecated
-        traced = torch.jit.trace(traced, torch.tensor(n_slot), check_trace=False)
+        traced: Any = torch.jit.trace(module, torch.tensor(n_slot), check_trace=False)
 
     def replay(n_slot: int) -> None:
         with torch.jit.optimized_execution(False):  # the same operators in the same order, so the same results
@@ -77,7 +78,7 @@ def trace(step: Callable[[int], object], modules: Iterable[nn.Module], tensors: 
 class Traced(nn.Module):
     """The module that torch.jit.trace records. It owns all tensors of the step: others would become constants."""
 
-    def __init__(self, step: Callable[[int], object], modules: Iterable[nn.Module], tensors: Iterable[Tensor]):
+    def __init__(self, step: Callable[[Any], object], modules: Iterable[nn.Module], tensors: Iterable[Tensor]):
         super().__init__()
         self.step = step
         own = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
@@ -100,25 +101,28 @@ def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
         # Coordinate descent lets inductor write one-row products as fused reductions, which reach full bandwidth.
         options = {"coordinate_descent_tuning": True} if next(layer.parameters()).is_cuda else None
         layer.compile(options=options)
-        layer._compiled_call_impl = functools.partial(call_with_dynamic_sizes, layer._compiled_call_impl)
+        compiled: Any = layer._compiled_call_impl
+        layer._compiled_call_impl = functools.partial(call_with_dynamic_sizes, compiled)
 
 
 def call_with_dynamic_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
                             cache_pos: Tensor, kv_cache: Tensor | None) -> Tensor:
     """A compiled TransformerBlock, told which sizes vary from call to call."""
     # Slices get the strides of contiguous tensors, or dynamo makes a graph for each kind. For one row this is a view.
-    *rope, cache_pos = (part[0][None] if len(part) == 1 else part.contiguous() for part in (*rope, cache_pos))
-    for tensor in (x, *rope, cache_pos):
+    cos, sin, cache_pos = (part[0][None] if len(part) == 1 else part.contiguous() for part in (*rope, cache_pos))
+    for tensor in (x, cos, sin, cache_pos):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)         # new tokens
     torch._dynamo.maybe_mark_dynamic(bias, (2, 3))          # their rows, and cache slots
-    return compiled(x, tuple(rope), bias, cache_pos, kv_cache)
+    return compiled(x, (cos, sin), bias, cache_pos, kv_cache)
 
 
 class PackedRMSNorm(nn.Module):
     """RMSNorm as the layer norm of (x, -x), whose mean is zero: one fused kernel where F.rms_norm runs ten."""
+    weight: Tensor  # the norm's, twice
 
     def __init__(self, norm: nn.RMSNorm):
         super().__init__()
+        assert norm.eps is not None
         self.eps = norm.eps
         self.register_buffer("weight", torch.cat((norm.weight.data, norm.weight.data)), persistent=False)
 
@@ -128,13 +132,17 @@ class PackedRMSNorm(nn.Module):
 
 def pack_for_cpu(model: nn.Module) -> nn.Module:
     """Replace every bf16 linear and RMS norm of a model on a CPU by its packed form, if the processor supports bf16."""
+    def fits(weight: Tensor) -> bool:
+        return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return model
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear or isinstance(child, nn.RMSNorm):
-                if child.weight.dtype == torch.bfloat16 and child.weight.device.type == "cpu":
-                    setattr(module, name, PackedLinear(child) if type(child) is nn.Linear else PackedRMSNorm(child))
+            if type(child) is nn.Linear and fits(child.weight):
+                setattr(module, name, PackedLinear(child))
+            elif isinstance(child, nn.RMSNorm) and fits(child.weight):
+                setattr(module, name, PackedRMSNorm(child))
     return model
 
 
