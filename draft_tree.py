@@ -248,7 +248,7 @@ def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor
     """
     B, tree = root.shape[0], plan.tree
     at = pos + plan.order
-    columns = shown_columns(pos, n_slot, plan.levels[0].seen)
+    columns = shown_columns(pos, n_slot, plan.levels[0].seen, head.window)
     cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
     tokens, child_probs = [root], []
     for depth, level in enumerate(plan.levels, start=1):
@@ -313,7 +313,7 @@ def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tens
     """Expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2]."""
     B, tree, R = root.shape[0], plan.tree, plan.tree.n_child
     at = pos + plan.order
-    columns = shown_columns(pos, n_slot, plan.before)
+    columns = shown_columns(pos, n_slot, plan.before, head.window)
     cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
     scores = plan.root_scores[:, :1]            # [B, n] of the expanded nodes, log probability of their paths
     seen = plan.before.expand(B, -1, -1)        # by the expanded nodes, of one another
@@ -367,9 +367,15 @@ def visible(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
-def shown_columns(base: Tensor, n_slot: int, seen: Tensor) -> Tensor:
-    """[B, S]: the column of seen [..., M + 2] that holds for each slot, of a block written from slot base [B, 1] on."""
-    return (torch.arange(1, n_slot + 1, device=base.device) - base).clamp(0, seen.shape[-1] - 1)
+def shown_columns(base: Tensor, n_slot: int, seen: Tensor, window: int | None = None) -> Tensor:
+    """[B, S]: the column of seen [..., M + 2] that holds for each slot, of a block written from slot base [B, 1] on.
+
+    With a window, only so many slots before the block are seen.
+    """
+    column = torch.arange(1, n_slot + 1, device=base.device) - base     # of the slot before the block: 0
+    end = seen.shape[-1] - 1
+    shown = column.clamp(0, end)
+    return shown if window is None else shown.masked_fill(column <= -window, end)
 
 
 def block_bias(seen: Tensor, columns: Tensor, config: ModelArgs) -> Tensor:

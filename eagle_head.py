@@ -34,6 +34,7 @@ class EagleHead(nn.Module):
     """The draft model of EAGLE-1 and EAGLE-2: fc over (embedding, feature), then one decoder layer."""
     kind = "eagle1"
     capture: tuple[int, ...] = ()   # hidden states of the target that are its features; () is the final one, normed
+    window: int | None = None       # cache slots that the head attends to when it drafts, the last ones; None is all
     target: Transformer
     inv_freq: Tensor            # [head_dim / 2]
     kv_cache: Tensor            # see setup_caches; None before it is called

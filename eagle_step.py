@@ -179,6 +179,8 @@ class EagleStep:
         last = (self.pos - 1).clamp(min=0)
         for pos, following, features, mask in prefill(self.model, prompts, max(n_cached - 1, 0),
                                                       capture=self.head.capture):
+            if self.head.window is not None:
+                mask = causal_mask(pos, mask.shape[2], self.head.window)
             self.head(following, features, pos, mask=mask)
             begin, end = pos[0, 0], pos[0, -1]
             feature = features[self.plan.row, (last - begin).clamp(0, pos.shape[1] - 1)]
@@ -196,7 +198,8 @@ class EagleStep:
     def ingest(self, n_slot: int) -> Tensor:
         """Run the head over the pending pairs. The last one's output [B, 1, dim] drafts the root's children."""
         pair_pos = (self.pos - self.n_pair + self.plan.order[:, :self.tree.depth + 1]).clamp(min=0)
-        hidden = self.head(self.pair_tokens, self.pair_features, pair_pos, mask=causal_mask(pair_pos, n_slot))
+        hidden = self.head(self.pair_tokens, self.pair_features, pair_pos,
+                           mask=causal_mask(pair_pos, n_slot, self.head.window))
         return hidden[self.plan.row, self.n_pair - 1]
 
     def grow(self, root_hidden: Tensor, n_slot: int) -> Draft:

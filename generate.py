@@ -29,7 +29,7 @@ from decoder import Decoder, check_prompts, setup_caches, slots_for
 from decoder import Generation as Generation    # `from generate import generate, Generation`
 from decoder import generate as generate
 from draft_tree import load_tree
-from eagle_head import EagleHead
+from eagle_head import Eagle3Head, EagleHead
 from linears import Format, quantize_in_place
 from model import Transformer
 from runtime import pack_for_cpu, tune
@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Refuse at the start what would have no effect, or would fail after the work is done."""
     for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draft-mode", args.draft_mode),
-                        ("--draw-drafts", args.draw_drafts)):
+                        ("--draw-drafts", args.draw_drafts), ("--draft-window", args.draft_window),
+                        ("--aux-layers", args.aux_layers), ("--draft-rope-theta", args.draft_rope_theta)):
         if value is not None and args.eagle is None:
             raise ValueError(f"{name} needs --eagle")
     if args.draw_drafts and args.temperature == 0:
@@ -135,17 +136,23 @@ def say_not_applied(generation_config: dict) -> None:
 def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | None = None) -> tuple[EagleHead, str]:
     """The head and the name of its tree. Defaults are draft_vocab.json and tree.json in the head's folder.
 
+    Without tree.json it is the paper's static tree, or on a GPU with an EAGLE-3 head 8 levels and 60 nodes.
     `--eagle` without a value means the head that ships for this target: its config.json names the `target`.
     """
     if args.eagle == "":
         args.eagle = shipped_head(args.checkpoint)
     folder = resolve_checkpoint(args.eagle)
-    head = EagleHead.from_pretrained(folder, target=model, shard=shard)
+    head = EagleHead.from_pretrained(folder, target=model, shard=shard, aux_layers=args.aux_layers,
+                                     rope_theta=args.draft_rope_theta)
+    if isinstance(head, Eagle3Head):
+        say(head.spec.describe())
+    head.window = args.draft_window
     vocab = args.draft_vocab or str(folder / "draft_vocab.json")
     if args.draft_vocab not in (None, "off") or (args.draft_vocab is None and Path(vocab).exists()):
         head.set_draft_vocab(load_draft_vocab(vocab, folder))
     quantize_head(args, head, is_stored=bool(quantize_settings(folder)), is_sharded=shard is not None)
-    tree = next(filter(Path.exists, (folder / tree_name(args.checkpoint), folder / "tree.json")), "static")
+    default = "dynamic:8,10,60" if head.kind == "eagle3" and head.inv_freq.is_cuda else "static"
+    tree = next(filter(Path.exists, (folder / tree_name(args.checkpoint), folder / "tree.json")), default)
     return head, args.tree or str(tree)
 
 
@@ -293,6 +300,12 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
                         "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
     parser.add_argument("--draft-mode", choices=("int8", "int4", "off"), help="round the weights of a 16-bit head "
                         "(default: int4 on a CPU in bfloat16, not compiled and in one process, where groups of 32 fit)")
+    parser.add_argument("--draft-window", type=number(int, 1), metavar="N",
+                        help="the head attends to the last N tokens when it drafts (default: to all)")
+    parser.add_argument("--aux-layers", type=number(int, 0), nargs="+", metavar="J", help="EAGLE-3: the hidden states "
+                        "that the head reads, counted as transformers' hidden_states (default: the head's file)")
+    parser.add_argument("--draft-rope-theta", type=number(float, 0, open_low=True), metavar="X",
+                        help="EAGLE-3: the head's RoPE base (default: the head's file, else 10000)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -144,6 +144,8 @@ class Transformer(nn.Module):
                       capture: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The hidden state after the final norm [B, T, dim], and the features that `forward` returns."""
         check_block(tokens, self.kv_cache)
+        if not all(0 <= i <= len(self.layers) for i in capture):
+            raise ValueError(f"capture {capture} does not lie within 0 and {len(self.layers)}, the number of layers")
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
         x = self.tok_embeddings(tokens)
@@ -169,10 +171,14 @@ def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
                          f"{kv_cache.shape[-4]} rows and {kv_cache.shape[-2]} slots: call setup_caches")
 
 
-def causal_mask(input_pos: Tensor, n_slot: int | None) -> Tensor:
-    """[B, T] positions -> [B, T, S] bool: slots at or before each position; without a cache, the block's own rows."""
+def causal_mask(input_pos: Tensor, n_slot: int | None, window: int | None = None) -> Tensor:
+    """[B, T] positions -> [B, T, S] bool: slots at or before each position; without a cache, the block's own rows.
+
+    With a window, only the last so many of them.
+    """
     slots = input_pos[:, None, :] if n_slot is None else torch.arange(n_slot, device=input_pos.device)
-    return slots <= input_pos[:, :, None]
+    mask = slots <= input_pos[:, :, None]
+    return mask if window is None else mask & (slots > input_pos[:, :, None] - window)
 
 
 def bucket(length: int, n_slot: int) -> int:

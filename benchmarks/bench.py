@@ -256,7 +256,7 @@ def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], torch.
     tokens = torch.zeros(1, n_row, dtype=torch.long, device=head.inv_freq.device)
     features = torch.randn(1, n_row, head.config.dim, device=tokens.device, dtype=weight.dtype)
     pos = torch.arange(n_used - n_row, n_used, device=tokens.device)[None]
-    mask = causal_mask(pos, bucket(n_used, head.kv_cache.shape[3]))
+    mask = causal_mask(pos, bucket(n_used, head.kv_cache.shape[4]))
     return lambda: head.draft_logits(head(tokens, features, pos, mask=mask)).argmax(-1)
 
 
