@@ -244,7 +244,8 @@ def eagle3_args(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
     return replace(args, qk_norm=has_qk_norm), "config.json" if has_theta else "the default: config.json has none"
 
 
-def captured_states(config: dict, n: int, n_layer: int, aux_layers: Sequence[int] | None) -> tuple[tuple[int, ...], str]:
+def captured_states(config: dict, n: int, n_layer: int,
+                    aux_layers: Sequence[int] | None) -> tuple[tuple[int, ...], str]:
     """The n captured hidden states, as indices into transformers' hidden_states, and where they came from.
 
     Files count in two ways: "before layer j" (a list that begins with 2), and "the output of layer j" (one that begins

@@ -233,7 +233,8 @@ class TransformerBlock(nn.Module):
                 kv_cache: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x [B, T, dim or in_dim], bias [B, 1, G*T, S], cache_pos [B, T], kv_cache [2, B, K, slots, D],
         residual [B, T, dim] (default: x) -> [B, T, dim]."""
-        x = (x if residual is None else residual) + self.attention(self.attention_norm(x), rope, bias, cache_pos, kv_cache)
+        y = self.attention(self.attention_norm(x), rope, bias, cache_pos, kv_cache)
+        x = (x if residual is None else residual) + y
         return x + self.feed_forward(self.ffn_norm(x))
 
 
