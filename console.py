@@ -25,8 +25,6 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
     Under torchrun only a main that works `in_ranks` is called: others would all do the same work on the same files."""
     from safetensors import SafetensorError
 
-    from ranks import launched
-
     def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int]:
         @functools.wraps(main)
         def status(args: argparse.Namespace) -> int:
@@ -53,6 +51,11 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
                 return 130
         return status
     return decorate
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def show_what_can_be_shown() -> None:
@@ -84,7 +87,6 @@ def say(line: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from ranks import launched
         if not launched() or os.environ.get("LOCAL_RANK", "0") == "0":     # torchrun: once on each machine
             say(f"error: {message}")
         sys.exit(2)
@@ -118,6 +120,19 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
     parser.add_argument("--template-args", type=json_object, metavar="JSON",
                         help="more variables for the chat template, such as '{\"enable_thinking\": false}'")
+
+
+def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
+    """Raise ValueError, before the work is done, where its result could not be written.
+
+    path: a file in a folder that exists, or with is_folder a folder, which may be missing as its parents may.
+    """
+    full = path.absolute()
+    if not is_folder and (full.exists() and not full.is_file() or not full.parent.is_dir()):
+        raise ValueError(f"{option} {path}: not a file in an existing folder")
+    place = next(place for place in ((full, *full.parents) if is_folder else full.parents) if place.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"{option} {path}: {place} is no folder that can be written to")
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -13,10 +13,10 @@ Shapes: B dialogues, T tokens.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,16 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import ranks
-from console import say, whole_or_nothing, write_atomically
+import tp
 from checkpoint import read_json
+from console import say, whole_or_nothing, write_atomically
 from model import Transformer
 from runtime import pack_for_cpu
 from train_data import Dialogue, make_batches
 
-SHARD = 256             # dialogues in a file of the cache
-READ_SECONDS = 3600.0   # that one process may read the target's files while the others wait
-T = TypeVar("T")
+SHARD = 256     # dialogues in a file of the cache
 
 
 class Batch(NamedTuple):
@@ -55,24 +53,24 @@ class Features:
     def batch(self, indices: list[int]) -> Batch:
         tokens = self._padded([self.dialogues[i].tokens.long() for i in indices])
         loss_mask = self._padded([self.dialogues[i].loss_mask for i in indices])
-        features = compute_features(self.model, tokens) if self.folder is None else self._padded(self._read(indices))
-        return Batch(tokens, features, loss_mask)
+        if self.folder is None:
+            return Batch(tokens, self._compute(tokens), loss_mask)
+        return Batch(tokens, self._padded(self._read(self.folder, indices)), loss_mask)
 
     def _padded(self, rows: list[Tensor]) -> Tensor:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.inv_freq.device)
 
-    def _read(self, indices: list[int]) -> list[Tensor]:
+    def _compute(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, dim]"""
+        with torch.inference_mode():
+            features = self.model.features(tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        return features.clone()     # outside of inference mode, so that a backward pass may keep it
+
+    def _read(self, folder: Path, indices: list[int]) -> list[Tensor]:
         """[T, dim] of each dialogue."""
         for n in {self.shard_of[i] for i in indices} - self.open_shards.keys():
-            self.open_shards[n] = safe_open(shard_file(self.folder, n), framework="pt")
+            self.open_shards[n] = safe_open(shard_file(folder, n), framework="pt")
         return [self.open_shards[self.shard_of[i]].get_tensor(str(i)) for i in indices]
-
-
-def compute_features(model: Transformer, tokens: Tensor) -> Tensor:
-    """[B, T] -> [B, T, dim]"""
-    with torch.inference_mode():
-        features = model.features(tokens, torch.arange(tokens.shape[1], device=tokens.device))
-    return features.clone()     # outside of inference mode, so that a backward pass may keep it
 
 
 def shards_of(dialogues: list[Dialogue]) -> list[list[int]]:
@@ -85,12 +83,11 @@ def shard_file(folder: Path, n: int) -> Path:
     return folder / f"{n:05}.safetensors"
 
 
-def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int, origin: dict[str, str],
-                   alive: Callable[[], None] = lambda: None) -> None:
+def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int,
+                   origin: dict[str, str]) -> None:
     """Fill the cache `folder`: those shards that are not there yet, n_token tokens at a time.
 
-    origin   what the features come from beside the dtype and the tokens
-    alive    is called after each pass of the target
+    `origin` is what the features come from beside the dtype and the tokens.
     Raises ValueError where the cache is of other features, or where features are not finite.
     """
     dtype = model.norm.weight.dtype
@@ -105,13 +102,13 @@ def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, 
     with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
         for n, shard in enumerate(shards_of(dialogues)):
             if not shard_file(folder, n).exists():
-                rows = shard_rows(computed, shard, n_token, alive)
+                rows = shard_rows(computed, shard, n_token)
                 with whole_or_nothing(shard_file(folder, n), ".part") as part:
                     save_file(rows, part)
             bar.update(sum(len(dialogues[i].tokens) for i in shard))
 
 
-def shard_rows(features: Features, shard: list[int], n_token: int, alive: Callable[[], None]) -> dict[str, Tensor]:
+def shard_rows(features: Features, shard: list[int], n_token: int) -> dict[str, Tensor]:
     """[T, dim] of each dialogue of a shard, by its number."""
     rows: dict[str, Tensor] = {}
     lengths = [len(features.dialogues[i].tokens) for i in shard]
@@ -121,7 +118,6 @@ def shard_rows(features: Features, shard: list[int], n_token: int, alive: Callab
             if not row[:lengths[j]].isfinite().all():
                 line = features.dialogues[shard[j]].line
                 raise ValueError(f"the target's features of the dialogue in line {line} are not finite")
-        alive()
     return rows
 
 
@@ -131,8 +127,7 @@ DIFFERS = {
     "target": "{where} was made with another target than {mine[checkpoint]}: weights, config.json or quantize.json are "
               "not those of {kept[checkpoint]}",
     "template": "{where} was made with another chat template",
-    "tokens": "{where} was made with other tokens: the data, --max-length, the tokenizer, or how this program reads "
-              "dialogues has changed",
+    "tokens": "{where} was made with other tokens: data, --max-length, tokenizer or version of this program differ",
 }
 
 
@@ -157,8 +152,7 @@ def check_cache(folder: Path, origin: dict[str, str]) -> None:
 
 def cache_origin(folder: Path) -> dict[str, str]:
     """What the features in a folder come from; empty where there are none."""
-    file = folder / "features.json"
-    return read_json(file) if file.exists() else {}
+    return read_json(folder / "features.json", absent={})
 
 
 def tokens_digest(dialogues: list[Dialogue], masks: bool = False) -> str:
@@ -196,14 +190,6 @@ def file_digest(file: Path) -> str:
 # Several processes
 
 
-def from_first_rank(work: Callable[[Callable[[], None]], T], device: torch.device, patience: float | None = None) -> T:
-    """What work(alive) returns on rank 0, for all ranks. The others wait, for hours if need be (`ranks.in_turn`)."""
-    if not ranks.launched():
-        return work(lambda: None)
-    value = ranks.in_turn(ranks.writes(), device, work, patience)
-    return ranks.on_rank_0(lambda: value)
-
-
 def load_target(folder: Path, device: torch.device, dtype: torch.dtype, rank: int = 0, world: int = 1) -> Transformer:
     """The whole target or, for a world of several, a part of each layer (`shard_layers`)."""
     if world == 1:
@@ -211,29 +197,24 @@ def load_target(folder: Path, device: torch.device, dtype: torch.dtype, rank: in
         pack_for_cpu(model.layers)
         return model
 
-    def load(alive: Callable[[], None]) -> Transformer:
+    def load() -> Transformer:
         model = Transformer.from_pretrained(folder, "cpu", dtype, choose_kernels=False)
         shard_layers(model, device, rank, world)
         return model.to(device)
 
     # One after the other: the host's memory then holds one whole target at a time.
-    return [ranks.in_turn(turn == rank, device, load, READ_SECONDS) for turn in range(world)][rank]
+    turns: list[Any] = [tp.in_turn(turn == rank, load) for turn in range(world)]
+    return turns[rank]
 
 
-def shard_layers(model: Transformer, device: torch.device, rank: int, world: int) -> list["Pieces"]:
+def shard_layers(model: Transformer, device: torch.device, rank: int, world: int) -> list["Piece"]:
     """Keep 1/world of every layer here. The ranks gather a layer for the time it runs, as ZeRO-3 does
     (arXiv 1910.02054), so all of them must run the target equally often."""
-    kept = []
-    for layer in model.layers:
-        pieces = Pieces(layer, device, rank, world)
-        layer.register_forward_pre_hook(pieces.gather)
-        layer.register_forward_hook(pieces.drop)
-        kept.append(pieces)
-    return kept
+    return [Piece(layer, device, rank, world) for layer in model.layers]
 
 
-class Pieces:
-    """1/world of the tensors of a layer. `gather` makes them whole, `drop` frees them again."""
+class Piece:
+    """1/world of a layer's tensors. Before the layer runs `gather` makes them whole, afterwards `drop` frees them."""
 
     def __init__(self, layer: nn.Module, device: torch.device, rank: int, world: int):
         from linears import QuantLinear
@@ -248,6 +229,8 @@ class Pieces:
         self.mine = F.pad(flat, (0, -len(flat) % world)).view(world, -1)[rank].to(device, copy=True)     # [bytes]
         self.world = world
         self.drop()
+        layer.register_forward_pre_hook(self.gather)
+        layer.register_forward_hook(self.drop)
 
     def gather(self, *_) -> None:
         whole = self.mine.new_empty(self.world * len(self.mine))

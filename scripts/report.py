@@ -5,18 +5,8 @@
     python scripts/report.py benchmarks/results/* --doc docs/evaluation.md README.md     # the tables of documents
 
 A folder holds run.json, how it was measured, and answers/ARM.jsonl, one line a question in FastChat's form with what
-was measured beside each turn. Everything here is computed from these. An arm is a way to decode: plain, EAGLE with
-some tree, a peer. Metrics are totals over totals, never means of ratios.
-
- - tokens/s: new tokens over decode seconds; loading, compilation and prefill outside. A peer's clock runs from its
-   first token to its last.
- - speedup: tokens/s of an arm over those of the plain arm, with the 95% interval of a bootstrap over the questions; of
-   an arm in another format also over the plain arm of that format.
- - accepted length: tokens produced per target pass, the bonus token included.
- - answers as plain: those equal to plain decoding's by the same target; of a peer, to our plain arm's.
- - looping: answers in which some 8 tokens come three times. A loop is easy to draft, so the figures are also given
-   without looping: of the turns where neither the arm's answer nor plain's loops or is empty.
- - acceptance at depth d: how often the draft at depth d was right where the one above it was; n-alpha for a chain.
+was measured beside each turn. Everything here is computed from these. docs/evaluation.md says what the figures mean. An
+arm is a way to decode: plain, EAGLE with some tree, a peer. Metrics are totals over totals, never means of ratios.
 """
 import argparse
 import itertools
@@ -171,7 +161,8 @@ def speedup(plain: list[dict], lines: list[dict]) -> dict:
 
 
 def acceptance(lengths: list[int]) -> dict:
-    """lengths: tokens produced by each step, bonus included."""
+    """lengths: tokens produced by each step, bonus included. Acceptance at depth d: how often the draft at depth d was
+    right where the one above it was; n-alpha for a chain."""
     at_least = [sum(n > depth for n in lengths) for depth in range(max(lengths) + 1)]
     return {"target_passes": len(lengths), "mean_accept_length": sum(lengths) / len(lengths),
             "acceptance_by_depth": [deep / above for above, deep in zip(at_least, at_least[1:]) if deep] or [0.0],
@@ -324,6 +315,7 @@ def fill_in(text: str, reports: dict[str, dict]) -> str:
 def conditions(r: dict) -> str:
     cores = f", {r['threads']} threads" if r["device"] == "cpu" else ""
     also = f"also in {' and '.join(r['also'])}, " if r.get("also") else ""
+    also += "with a system message, " if r.get("system") else ""
     draft_mode = f", head in {r['draft_mode']}" if r.get("draft_mode", "off") != "off" else ""
     notes = "".join(f" {line}." for line in r.get("absent", []))
     if r.get("left_out"):

@@ -123,6 +123,28 @@ def test_in_fp32_every_greedy_answer_is_plain_decodings_and_turns_follow_it(run,
             messages.append({"role": "assistant", "content": tokenizer.decode(choice["tokens"][len(messages) // 2])})
 
 
+def test_a_system_message_stands_in_front_of_every_question(run, pair, tmp_path):
+    status, text, err = run("--system", "be brief", "--tree", "chain:3")
+    assert status == 0 and "with a system message" in text, err
+    tokenizer, system = Tokenizer.from_pretrained(pair[0]), {"role": "system", "content": "be brief"}
+    for line, question in zip(lines_of(tmp_path / "out", "plain"), QUESTIONS):
+        messages, choice = [system], line["choices"][0]
+        for turn, tokens, n in zip(question["turns"], choice["tokens"], choice["prompt_tokens"]):
+            messages.append({"role": "user", "content": turn})
+            assert len(tokenizer.apply_chat_template(messages)) == n > len(tokenizer.apply_chat_template(messages[1:]))
+            messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
+    shutil.rmtree(tmp_path / "out")
+    longest = {"question_id": "long", "turns": ["the fox " * 10]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(longest))
+    room = len(tokenizer.apply_chat_template([{"role": "user", "content": longest["turns"][0]}])) + 1
+    assert run("--max-seq-length", room, questions=tmp_path / "long.jsonl")[0] == 0
+    shutil.rmtree(tmp_path / "out")
+    status, _, err = run("--max-seq-length", room, "--system", "be brief", questions=tmp_path / "long.jsonl")
+    assert status == 2 and "question long has" in err
+    status, _, err = run("--system", "\ud83d")
+    assert status == 2 and "--system is not UTF-8 text" in err and err.count("\n") == 1
+
+
 def test_a_rerun_answers_only_what_is_missing_and_a_cut_line_is_answered_again(run, tmp_path, monkeypatch):
     assert run()[0] == 0
     out = tmp_path / "out"
@@ -184,6 +206,7 @@ CHANGES = {    # what has changed since the answers were given, and the word tha
     "max_seq_length": lambda folder, argv: argv + ["--max-seq-length", "99"],
     "max_new_tokens": lambda folder, argv: argv + ["--max-new-tokens", "5"],
     "seed": lambda folder, argv: argv + ["--seed", "1"],
+    "system": lambda folder, argv: argv + ["--system", "be brief"],
     "threads": lambda folder, argv: change(folder / "out/run.json", threads=99) or argv,
     "compiled": lambda folder, argv: change(folder / "out/run.json", compiled=True) or argv,
     "draft vocab": lambda folder, argv: (folder / "head/draft_vocab.json").write_text('{"ids": [5, 6]}') and argv,

@@ -124,7 +124,7 @@ def test_a_tree_of_one_node_is_found_and_bad_input_is_refused_before_the_work(tm
     line = json.dumps({"turns": ["one\u2028two\u0085"]}, ensure_ascii=False)
     for text in (line, "\ufeff" + line + "\r\n", f"[{line}]"):
         file.write_bytes(text.encode())
-        assert tune_tree.read_questions(file) == ["one\u2028two\u0085"]
+        assert [question["turns"] for question in tune_tree.read_questions(str(file))] == [["one\u2028two\u0085"]]
     assert tune_tree.main(tune_tree.parse_args([*options, "--max-nodes", "1"])) == 0, capsys.readouterr().err
     assert load_tree(str(folder / "tree.json")).n_node == 2
 
