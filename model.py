@@ -278,7 +278,7 @@ class MoEFeedForward(nn.Module):
     every expert over all rows, so that each is read once and no shape depends on the routing. A long prefill, where
     arithmetic counts: run each expert over the rows that chose it.
     """
-    PREFILL_ROWS = 128  # more tokens of one sequence than any tree of drafts has
+    PREFILL_ROWS: int = 128  # more tokens of one sequence than any tree of drafts has
 
     def __init__(self, config: ModelArgs):
         super().__init__()
