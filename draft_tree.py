@@ -24,7 +24,7 @@ from checkpoint import refuse_lfs_pointer
 from config import ModelArgs
 from eagle_head import EagleHead
 from model import rope_cos_sin
-from sampling import Sampling, logits_to_probs
+from sampling import Sampling, logits_to_probs, race
 
 
 class Draft(NamedTuple):
@@ -264,16 +264,15 @@ def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor
 
 
 def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
-    """[..., Vd] -> draft ids [..., R] in order, and the distribution they were drawn from [..., Vd].
+    """[..., Vd] -> draft ids [..., R] in order, and the distribution that they were drawn from, [..., Vd].
 
-    Without `sampling` the likeliest tokens. With it the order in which exponential clocks ring, which is sampling
-    without replacement, as multi-round speculative sampling needs it.
+    Without `sampling` the likeliest tokens, and no distribution. With it draws without replacement, as multi-round
+    speculative sampling needs them.
     """
     if sampling is None:
         return logits.topk(n_child, dim=-1).indices, None
     probs = logits_to_probs(logits, *sampling)
-    clocks = torch.empty_like(probs).exponential_().clamp_min_(1e-30)
-    return (probs / clocks).topk(n_child, dim=-1).indices, probs
+    return race(probs).topk(n_child, dim=-1).indices, probs
 
 
 class DynamicPlan(NamedTuple):
