@@ -28,8 +28,6 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
     """
     from safetensors import SafetensorError
 
-    from ranks import launched
-
     def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int]:
         @functools.wraps(main)
         def status(args: argparse.Namespace) -> int:
@@ -56,6 +54,11 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
                 return 130
         return status
     return decorate
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def show_what_can_be_shown() -> None:
@@ -87,7 +90,6 @@ def say(line: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from ranks import launched
         if not launched() or os.environ.get("LOCAL_RANK", "0") == "0":     # torchrun: once on each machine
             say(f"error: {message}")
         sys.exit(2)
