@@ -36,7 +36,7 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
                     say(f"error: {Path(sys.argv[0]).name} runs in one process: start it without torchrun")
                 return 2
             try:
-                show_what_can_be_shown()
+                replace_unprintable()
                 return main(args) or 0
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,8 +61,8 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def show_what_can_be_shown() -> None:
-    """A character that the output's encoding lacks is written as "?" from now on, instead of ending the program."""
+def replace_unprintable() -> None:
+    """From now on write "?" for a character that the output's encoding lacks, instead of ending the program."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
