@@ -113,7 +113,7 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
         for rows in ROWS:
             x = torch.randn(1, rows, shape[1], dtype=dtype)
             theirs = x.double() @ exact + linear.bias.double()
-            spaced = torch.cat((x, x), -1)[..., :shape[1]]  # rows that are not contiguous, as PackedRMSNorm returns them
+            spaced = torch.cat((x, x), -1)[..., :shape[1]]  # not contiguous, as PackedRMSNorm's rows
             for name in runtime.candidates(linear, rows):
                 assert_close(linear.product(name, x).double(), theirs, tolerance)
                 assert_close(linear.product(name, spaced).double(), theirs, tolerance)
@@ -300,7 +300,7 @@ def test_gptq_has_a_smaller_output_error_than_rounding(format, act_order):
 
 def test_gptq_damps_more_where_a_hessian_needs_it_and_refuses_one_that_nothing_helps():
     weight, format = torch.randn(8, 32), Format("int4", 32)
-    for lowest in (-0.05, -0.5):    # an eigenvalue, the others are 1: damping by 0.01 is not enough, nor by 0.1
+    for lowest in (-0.05, -0.5):    # one eigenvalue, the others are 1: 0.01 of damping is too little, for -0.5 0.1 too
         v = torch.nn.functional.normalize(torch.randn(32), dim=0)
         stored = quantize.gptq(weight, torch.eye(32) - (1 - lowest) * v[:, None] * v, format)
         assert_close(dequantize(stored["weight"], stored["scales"].float(), stored["zeros"]), weight, 0.5)
@@ -502,7 +502,7 @@ def test_gptq_rounds_to_nearest_what_gets_nothing_but_zeros(sound, tmp_path, cap
     folder, data = sound
 
     def silence(weights):
-        weights["model.layers.0.input_layernorm.weight"].zero_()     # so the values, and with them wo's inputs, are zero too
+        weights["model.layers.0.input_layernorm.weight"].zero_()    # so wo's inputs are zero too
         weights["model.layers.1.mlp.gate_proj.weight"].zero_()
     folder = spoiled(folder, tmp_path / "m", silence)
     assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *GPTQ, data) == 0
