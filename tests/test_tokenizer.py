@@ -51,7 +51,7 @@ def sentencepiece_model(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def llama_folder(tmp_path, sentencepiece_model) -> Path:
-    """As Vicuna's: tokenizer.model, and JSON files older than chat templates. One token has the id behind the pieces."""
+    """As Vicuna's: tokenizer.model, and JSON files older than chat templates. One added token follows the pieces."""
     folder = write(
         tmp_path / "llama",
         tokenizer_config={
