@@ -25,8 +25,6 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
     Under torchrun only a main that works `in_ranks` is called: others would all do the same work on the same files."""
     from safetensors import SafetensorError
 
-    from ranks import launched
-
     def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int]:
         @functools.wraps(main)
         def status(args: argparse.Namespace) -> int:
@@ -53,6 +51,11 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
                 return 130
         return status
     return decorate
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def show_what_can_be_shown() -> None:
@@ -84,7 +87,6 @@ def say(line: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from ranks import launched
         if not launched() or os.environ.get("LOCAL_RANK", "0") == "0":     # torchrun: once on each machine
             say(f"error: {message}")
         sys.exit(2)

@@ -72,8 +72,10 @@ class EagleHead(nn.Module):
         if config.get("attention_bias"):
             optional["layers.0.self_attn.o_proj.bias"] = torch.empty(args.dim, device="meta")
         load_weights(head.weights(), folder, optional, None if shard is None else shard.part(args), official_key)
+        if shard is not None:
+            shard.connect(head)
         tune(head)
-        return (head if shard is None else shard.connect(head)).eval()
+        return head.eval()
 
     def weights(self) -> dict[str, Tensor]:
         """The official key -> our parameter, or the part of our parameter that it fills."""

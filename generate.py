@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 
-import ranks
 import tp
 from chat import Conversation, Printer, StopTexts, chat, encode
 from checkpoint import demo_checkpoint, quantize_settings, read_ids, read_json, resolve_checkpoint
-from console import (Parser, add_chat_options, command, device_name, is_text, number, pick_device, read_text, say,
-                     whole_or_nothing, write_atomically)
+from console import (Parser, add_chat_options, command, device_name, is_text, launched, number, pick_device, read_text,
+                     say, whole_or_nothing, write_atomically)
 from decoder import Decoder, check_prompts, setup_caches, slots_for
 from decoder import Generation as Generation    # `from generate import generate, Generation`
 from decoder import generate as generate
@@ -81,7 +80,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--interactive reads chat turns from the terminal: no --prompt, --prompt-file or --raw")
     if args.interactive and sys.stdin is None:
         raise ValueError("--interactive reads chat turns from standard input, which is closed")
-    if args.interactive and ranks.launched():
+    if args.interactive and launched():
         raise ValueError("--interactive runs in one process: under torchrun give --prompt or --prompt-file")
 
 
@@ -94,10 +93,9 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
                                           template_args=args.template_args)
     say_not_applied(read_json(resolve_checkpoint(args.checkpoint, weights=False) / "generation_config.json", absent={}))
-    shard = tp.Shard.world() if ranks.launched() else None
+    shard = tp.Shard.world() if launched() else None
     if shard is not None and device.type == "cuda":
-        from plan import check_memory
-        check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
+        tp.check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
     model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard)
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
@@ -108,7 +106,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     if args.seed is None and args.temperature > 0:
         args.seed = torch.seed() % 2 ** 31
     if shard is not None:
-        args.seed = shard.from_rank_0(args.seed)
+        args.seed = tp.on_rank_0(lambda: args.seed)
         if shard.rank > 0:  # what it would write, rank 0 writes
             args.json = args.profile = None
     seconds = time.perf_counter() - start
@@ -337,4 +335,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))

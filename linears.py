@@ -375,3 +375,10 @@ def install_quantized(model: nn.Module, folder: Path) -> None:
 def stored(linear: nn.Module) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds of a linear or of stacked experts, by the last part of their keys."""
     return linear.stored() if isinstance(linear, QuantLinear) else dict(linear.named_parameters())
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of all weights, in 16 bits or quantised; tied weights are counted once."""
+    quantised = [part for part in module.modules() if isinstance(part, QuantLinear)]
+    return (sum(tensor.nbytes for part in quantised for tensor in part.stored().values())
+            + sum(parameter.nbytes for parameter in module.parameters()))

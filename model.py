@@ -92,9 +92,11 @@ class Transformer(nn.Module):
         optional = {"lm_head.weight": model.output.weight} if tied else {}
         part = None if shard is None else shard.part(config)
         load_weights(_hf_targets(model), folder, optional, part)  # the file of a tied model may hold the matrix twice
+        if shard is not None:
+            shard.connect(model)    # all ranks wait for the one that reads slowest
         if choose_kernels:
             tune(model)
-        return (model if shard is None else shard.connect(model)).eval()
+        return model.eval()
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate `kv_cache` [n_layer, 2, B, K, S, D] for S = max_seq_length slots a row.

@@ -1,63 +1,79 @@
-"""Tensor parallelism over torch.distributed: each process holds a slice of every large weight.
+"""Tensor parallelism: each process that torchrun starts holds a slice of every large weight.
 
-    torchrun --nproc-per-node 4 generate.py --checkpoint meta-llama/Llama-2-70b-chat-hf --eagle yuhuili/EAGLE-llama2-chat-70B
-    python tp.py --plan llama-2-70b --world-size 4 --mode int4 --head --gpu-memory 40       # will it fit? (plan.py)
+    torchrun --nproc-per-node 4 generate.py --checkpoint meta-llama/Llama-2-70b-chat-hf \\
+        --eagle yuhuili/EAGLE-llama2-chat-70B
+    python scripts/plan.py llama-2-70b --world-size 4 --mode int4 --head --gpu-memory 40       # will it fit?
 
-Acts on a model from outside. `Shard` says which slices a rank holds; an ordinary, smaller model is built and loaded
-with them, and `connect` then adds the communication (Megatron-LM, arXiv 1909.08053, section 3): one all-reduce after
-attention, one after the feed-forward, one after the embedding. Heads are dealt out to the ranks; where there are more
-ranks than key/value heads, several hold the same one. The LM head gives each rank the logits of its part of the
-vocabulary, and `ShardedLogits` answers what decoding asks of logits by exchanging candidates instead of all of them.
-An EAGLE head that does not divide (13 key/value heads of Vicuna-33B's) is held whole by every rank.
+It changes a model from outside, as Megatron-LM does (arXiv 1909.08053, section 3). `Shard` says which slices a rank
+holds. An ordinary, smaller model is built and loaded with them; `connect` then adds an all-reduce after attention, one
+after the feed-forward and one after the embedding. Query heads are dealt out; if there are more ranks than key/value
+heads, some ranks share one. The LM head gives each rank the logits of its part of the vocabulary, and `ShardedLogits`
+answers what decoding asks of logits by exchanging candidates. A head that does not divide is held whole by every rank.
 
-Every rank walks through the same program on the same numbers: features are whole everywhere, and draws come from
-generators seeded alike. EAGLE_TP_CHECK=1 compares the tokens of all ranks after each step.
+All ranks run the same program on the same numbers, with generators seeded alike; features are whole everywhere. With
+EAGLE_TP_CHECK=1 the ranks compare their tokens after each step.
 
 Shapes: B batch, T new tokens, V vocabulary, W ranks, n vocabulary rows of one rank (the last rank may have fewer).
 """
+import argparse
+import contextlib
+import functools
+import io
 import os
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # noqa: F401  (registers torch.ops._c10d_functional)
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
+from console import command, launched, say
 from eagle_head import EagleHead
+from checkpoint import read_json, resolve_checkpoint
 from config import ModelArgs
-from model import Transformer, TransformerBlock
+from linears import install_quantized, weight_bytes
+from model import Transformer
 
 ROWS = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc"}      # split by output
 COLUMNS = {"o_proj", "down_proj", "w2"}                         # split by input: partial sums to be added up
 KV, VOCAB = {"k_proj", "v_proj"}, {"embed_tokens", "lm_head"}
 
+COLLECTIVE = 120.0      # seconds that a collective waits for the last rank: some compile more slowly than others
+PATIENCE = 7 * 86400.0  # the same where one rank may work alone for hours
+GRACE = 2.0             # seconds that a rank leaves torchrun to end it, when another rank may have failed first
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank `rank` of `size`, and the name of their process group."""
+    """Rank `rank` of `size` ranks, and the name of their process group."""
     rank: int
     size: int
     group: str = ""
 
     @classmethod
     def world(cls) -> "Shard":
-        """Of the default process group, which must be there."""
+        """This process in the default process group."""
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
 
-    def from_rank_0(self, value: object) -> object:
-        """What rank 0 has, for all."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    # Which slices
-
     def local(self, config: ModelArgs) -> ModelArgs:
-        """The config of one rank's part; vocab_size and dim stay the whole's. Raises ValueError, naming the sizes that work."""
-        check_divides(config, self.size)
+        """The config of one rank's part. vocab_size and dim stay those of the whole model.
+
+        Raises ValueError for a model that does not divide, naming the sizes that work.
+        """
+        if not divides(config, self.size):
+            sizes = ", ".join(str(n) for n in range(1, config.n_head + 1) if divides(config, n))
+            raise ValueError(f"{config.n_head} heads, {config.n_kv_head} key/value heads and a feed-forward of "
+                             f"{config.intermediate_size} do not divide over {self.size} processes; {sizes} do")
         return replace(config, n_head=config.n_head // self.size, n_kv_head=max(config.n_kv_head // self.size, 1),
                        intermediate_size=config.intermediate_size // self.size)
 
@@ -65,18 +81,18 @@ class Shard:
         return slice(self.rank * (n // self.size), (self.rank + 1) * (n // self.size))
 
     def vocab(self, n_vocab: int) -> slice:
-        """The rows of this rank; the last one's are fewer where the vocabulary does not divide."""
+        """The vocabulary rows of this rank. The last rank has fewer where they do not divide."""
         n = -(-n_vocab // self.size)
         return slice(self.rank * n, min((self.rank + 1) * n, n_vocab))
 
     def part(self, config: ModelArgs) -> Callable[[str, list[int]], tuple[slice, ...]]:
-        """A function from a checkpoint's key and the shape stored under it to the slice this rank reads.
+        """A function that maps a checkpoint's key and the shape stored under it to the slice this rank reads.
 
-        config describes the whole model. Of quantised weights, scales and zero points are cut like the weights; of a
-        head that does not divide, only the target's embedding is cut. The function raises ValueError for a size that
-        cannot be its.
+        `config` describes the whole model. Scales and zero points of quantised weights are cut like the weights. A head
+        that does not divide is read whole, but for the target's embedding. The function raises ValueError for a shape
+        that `config` does not allow.
         """
-        first_kv = self.rank * config.n_kv_head // self.size        # with fewer heads than ranks some share one
+        first_kv = self.rank * config.n_kv_head // self.size        # some ranks share a head if there are too few
         n_kv = max(config.n_kv_head // self.size, 1)
         kv_rows = slice(first_kv * config.head_dim, (first_kv + n_kv) * config.head_dim)
         q_rows, hidden = config.n_head * config.head_dim, config.intermediate_size
@@ -88,9 +104,9 @@ class Shard:
 
         def part(key: str, shape: list[int]) -> tuple[slice, ...]:
             *_, name, kind = "", *key.split(".")
-            if name not in whole or len(shape) <= (name in COLUMNS):    # too few axes, such as a bias of o_proj: refused later
+            if name not in whole or len(shape) <= (name in COLUMNS):    # a bias of o_proj, say, which loading refuses
                 return (slice(None),)
-            if name in COLUMNS:     # two columns of int4 share a byte, a group of them a scale; int8 has one scale a row
+            if name in COLUMNS:     # int4: a byte has two columns, a scale has a group of them. int8: a scale has a row
                 if kind == "weight" and shape[1:] not in ([whole[name]], [whole[name] // 2]):
                     raise ValueError(f"{key} has shape {list(shape)}, config.json makes it {whole[name]} columns wide")
                 return slice(None), slice(None) if shape[1] == 1 else self.even(shape[1])
@@ -99,10 +115,8 @@ class Shard:
             return (kv_rows if name in KV else self.vocab(shape[0]) if name in VOCAB else self.even(shape[0]),)
         return part
 
-    # The smaller model, and its connections
-
     def build_target(self, config: ModelArgs) -> Transformer:
-        """This rank's part of a target, with weights of the right shapes and no communication yet."""
+        """This rank's part of a target, with empty weights and no communication yet."""
         local, rows = self.local(config), self.vocab(config.vocab_size)
         model = Transformer(replace(local, vocab_size=rows.stop - rows.start))
         model.config = local
@@ -116,88 +130,88 @@ class Shard:
         head.fc = nn.Linear(2 * config.dim, config.dim // self.size, bias=bias).requires_grad_(False)
         return head
 
-    def connect(self, module: Transformer | EagleHead) -> Transformer | EagleHead:
-        """Add the communication to a part, once its weights are there. In place."""
-        if isinstance(module, EagleHead):
+    def connect(self, module: Any) -> None:
+        """Add the communication to a loaded part, a Transformer or an EagleHead. All ranks wait for the slowest reader."""
+        if dist.is_initialized():
+            meet()
+        if hasattr(module, "fc"):
             if module.fc.out_features < module.config.dim:      # else every rank has the whole
-                module.fc = nn.Sequential(module.fc, AllGather(self))
+                module.fc = nn.Sequential(module.fc, Exchange(all_gather, self))
                 self.connect_block(module.layer)
-            return module
+            return
         module.tok_embeddings = ShardedEmbedding(module.tok_embeddings, self, module.config.vocab_size)
         module.output = ShardedOutput(module.output, self, module.config.vocab_size)
         for block in module.layers:
             self.connect_block(block)
-        return module
 
-    def connect_block(self, block: TransformerBlock) -> None:
-        block.attention.wo = nn.Sequential(block.attention.wo, AllReduce(self))
-        if hasattr(block.feed_forward, "gate"):     # each expert is split, and their sum is linear in the parts
-            block.feed_forward = nn.Sequential(block.feed_forward, AllReduce(self))
+    def connect_block(self, block: Any) -> None:
+        block.attention.wo = nn.Sequential(block.attention.wo, Exchange(all_reduce, self))
+        if hasattr(block.feed_forward, "gate"):     # each expert is split: one sum for all of them
+            block.feed_forward = nn.Sequential(block.feed_forward, Exchange(all_reduce, self))
         else:
-            block.feed_forward.w2 = nn.Sequential(block.feed_forward.w2, AllReduce(self))
-
-
-def check_divides(config: ModelArgs, size: int) -> None:
-    """Raises ValueError unless a model can be split over `size` ranks."""
-    if not divides(config, size):
-        sizes = ", ".join(str(n) for n in range(1, config.n_head + 1) if divides(config, n))
-        raise ValueError(f"{config.n_head} heads, {config.n_kv_head} key/value heads and a feed-forward of "
-                         f"{config.intermediate_size} do not divide over {size} processes; {sizes} do")
+            block.feed_forward.w2 = nn.Sequential(block.feed_forward.w2, Exchange(all_reduce, self))
 
 
 def divides(config: ModelArgs, size: int) -> bool:
+    """Whether a model can be split over so many ranks: each needs vocabulary rows too."""
     kv = config.n_kv_head
     rows = -(-config.vocab_size // size)
     return (not any(n % size for n in (config.n_head, config.intermediate_size, config.dim))
             and (kv % size == 0 or size % kv == 0) and (size - 1) * rows < config.vocab_size)
 
 
-# Collectives: the functional ones, which torch.compile takes into its graphs and a CUDA graph captures
+def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
+    """Say how large the weights of a rank will be. Raises ValueError if they do not fit a GPU of n_byte."""
+    folder = resolve_checkpoint(checkpoint, weights=False)
+    with torch.device("meta"):
+        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json"))).bfloat16()
+        install_quantized(target, folder)
+    weights = weight_bytes(target.bfloat16())
+    if weights > n_byte:
+        raise ValueError(f"{weights / 1e9:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, "
+                         "or a quantised checkpoint")
+    say(f"{world_size} ranks, {weights / 1e9:.1f} GB of weights on each")
+
+
+# Collectives: functional ones, which torch.compile and CUDA graphs can capture
 
 
 def all_reduce(x: Tensor, shard: Shard) -> Tensor:
     """The sum of x over the ranks, the same bits on all of them."""
-    return torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", shard.group))
+    total = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", shard.group)
+    return torch.ops._c10d_functional.wait_tensor(total)
 
 
 def all_gather(x: Tensor, shard: Shard) -> Tensor:
-    """x [..., m] of every rank -> [..., W * m], in the order of the ranks."""
+    """x [..., m] of each rank -> [..., W * m], in the order of the ranks."""
     parts = torch.ops._c10d_functional.all_gather_into_tensor(x[None].contiguous(), shard.size, shard.group)
     return torch.ops._c10d_functional.wait_tensor(parts).movedim(0, -2).flatten(-2)
 
 
-class AllReduce(nn.Module):
-    def __init__(self, shard: Shard):
+class Exchange(nn.Module):
+    """all_reduce or all_gather, to follow a layer."""
+
+    def __init__(self, collective: Callable[[Tensor, Shard], Tensor], shard: Shard):
         super().__init__()
-        self.shard = shard
+        self.collective, self.shard = collective, shard
 
     def forward(self, x: Tensor) -> Tensor:
-        return all_reduce(x, self.shard)
-
-
-class AllGather(nn.Module):
-    def __init__(self, shard: Shard):
-        super().__init__()
-        self.shard = shard
-
-    def forward(self, x: Tensor) -> Tensor:
-        return all_gather(x, self.shard)
+        return self.collective(x, self.shard)
 
 
 # The vocabulary
 
 
 class ShardedEmbedding(nn.Module):
-    """Rows of other ranks count as zero, and the sum over the ranks has every row."""
+    """Each rank looks up the tokens of its rows and puts zeros for the others; the sum over the ranks has all."""
 
-    def __init__(self, embedding: nn.Embedding, shard: Shard, n_vocab: int):
+    def __init__(self, embedding: Any, shard: Shard, n_vocab: int):
         super().__init__()
         self.embedding, self.shard, self.rows = embedding, shard, shard.vocab(n_vocab)
 
     @property
     def weight(self) -> Tensor:
-        """[n, dim], this rank's."""
-        return self.embedding.weight
+        return self.embedding.weight    # [n, dim]
 
     def forward(self, tokens: Tensor) -> Tensor:
         elsewhere = (tokens < self.rows.start) | (tokens >= self.rows.stop)
@@ -208,14 +222,13 @@ class ShardedEmbedding(nn.Module):
 class ShardedOutput(nn.Module):
     """LM head over this rank's part of a vocabulary."""
 
-    def __init__(self, linear: nn.Module, shard: Shard, n_vocab: int):
+    def __init__(self, linear: Any, shard: Shard, n_vocab: int):
         super().__init__()
         self.linear, self.shard, self.n_vocab = linear, shard, n_vocab
 
     @property
     def weight(self) -> Tensor:
-        """[n, dim], this rank's."""
-        return self.linear.weight
+        return self.linear.weight       # [n, dim]
 
     def forward(self, features: Tensor) -> "ShardedLogits":
         logits = self.linear(features)
@@ -225,9 +238,9 @@ class ShardedOutput(nn.Module):
         return ShardedLogits(logits, self.shard, self.n_vocab)
 
     def rows(self, ids: Tensor) -> "ShardedOutput":
-        """The same over a draft vocabulary, ids [Vd], dealt out anew: its rows come from whichever rank has them."""
-        own, weight = self.shard.vocab(self.n_vocab), self.weight   # a quantised one's rows are kept in 16 bits
-        for rank in range(self.shard.size):     # one part at a time, for all of them together can be large
+        """The LM head of a draft vocabulary, ids [Vd], split anew: each row comes from the rank that has it."""
+        own, weight = self.shard.vocab(self.n_vocab), self.weight   # in 16 bits, also where it is quantised
+        for rank in range(self.shard.size):     # one part at a time: all of them together can be large
             wanted = ids[replace(self.shard, rank=rank).vocab(len(ids))]
             elsewhere = (wanted < own.start) | (wanted >= own.stop)
             rows = weight[(wanted - own.start).clamp(0, own.stop - own.start - 1)]
@@ -246,9 +259,9 @@ class Top(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardedLogits:
-    """Logits [..., V] of which this rank has part [..., n], padded at the end with -inf.
+    """Logits [..., V] of which this rank has part [..., n], padded with -inf at the end.
 
-    Answers as the whole tensor would, and the same on every rank. Only `full` exchanges all logits.
+    All ranks get the same answers, those of the whole tensor. Only `full` exchanges all logits.
     """
     part: Tensor
     shard: Shard
@@ -263,7 +276,7 @@ class ShardedLogits:
         return self.part.device
 
     def __getitem__(self, rows) -> "ShardedLogits":
-        """Of leading axes; the vocabulary stays as it is."""
+        """Indexes the leading axes, not the vocabulary."""
         return replace(self, part=self.part[rows])
 
     def float(self) -> "ShardedLogits":
@@ -278,7 +291,7 @@ class ShardedLogits:
         return all_gather(self.part.logsumexp(-1, keepdim=True), self.shard).logsumexp(-1, keepdim=keepdim)
 
     def max(self, dim: int) -> Top:
-        """Of equal logits the lowest token, as in one process."""
+        """The lowest token of equal logits, as in one process."""
         top = self.topk(1, dim)
         return Top(top.values[..., 0], top.indices[..., 0])
 
@@ -287,17 +300,17 @@ class ShardedLogits:
         assert dim == -1, dim
         values, indices = self.part.max(-1, keepdim=True) if k == 1 else self.part.topk(min(k, self.part.shape[-1]))
         indices = indices + self.shard.rank * self.part.shape[-1]
-        # Both in one message: the values travel as the integers that their bits are.
+        # Both in one message: the bits of the values are sent as integers.
         message = torch.stack((values.float().view(torch.int32), indices.int()), dim=-2)        # [..., 2, k]
         message = all_gather(message, self.shard)                                               # [..., 2, W * k]
         values, indices = message[..., 0, :].view(torch.float), message[..., 1, :].long()
-        top = values.sort(dim=-1, descending=True, stable=True)     # stable: of equals, the lower rank's, so token, first
+        top = values.sort(dim=-1, descending=True, stable=True)     # stable: the lower token of equals is first
         order = top.indices[..., :k]
         return Top(top.values[..., :k].to(self.part.dtype), indices.gather(-1, order))
 
 
 def check_ranks(tokens: Tensor) -> None:
-    """With EAGLE_TP_CHECK=1: raise RuntimeError unless all ranks have the same tokens."""
+    """With EAGLE_TP_CHECK=1, raise RuntimeError unless all ranks have the same tokens."""
     if os.environ.get("EAGLE_TP_CHECK") != "1" or not dist.is_initialized():
         return
     shard = Shard.world()
@@ -306,8 +319,133 @@ def check_ranks(tokens: Tensor) -> None:
         raise RuntimeError(f"the ranks disagree: {every.flatten(0, -2).T.tolist()}, one row a rank")
 
 
-if __name__ == "__main__":
-    import sys
+# The processes of torchrun. What ends a run, and how fast, is in docs/multi-gpu.md
 
-    import plan
-    sys.exit(plan.main(plan.parse_args()))
+
+def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace, timeout: float = COLLECTIVE) -> int:
+    """main(args) and its exit status; under torchrun as one rank of a process group.
+
+    Only rank 0 prints. torchrun ends all ranks once one has failed. So a silent rank that fails first gives way to rank
+    0, which may have the same error; if torchrun has not ended it then, it prints its error and exits.
+    """
+    if not launched():
+        return main(args)
+    rank, terminal = int(os.environ["RANK"]), os.dup(2)
+    silence = None if rank == 0 else Silence()
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        status = run_in_group(main, args, timeout) or 0
+    except KeyboardInterrupt:   # where main does not expect it
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status == 0:
+        return 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if silence is not None and status != 130:
+        give_way()      # to rank 0
+        if silence.error:
+            os.write(terminal, f"error: rank {rank}: {silence.error}\n".encode())
+    with contextlib.suppress(OSError):      # its reader may have gone
+        sys.stdout.flush()
+    os._exit(status)    # sys.exit would wait for collectives that the other ranks never join
+
+
+@record     # puts the traceback of what it raises into torchrun's report
+def run_in_group(main: Callable[[argparse.Namespace], int], args: argparse.Namespace, timeout: float) -> int:
+    if status := place(args):
+        return status
+    backend, limit = "nccl" if str(args.device).startswith("cuda") else "gloo", timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    try:
+        meet()
+        status = main(args)
+        if status == 0:
+            meet()      # or a rank that is still at work would lose its connections
+            dist.destroy_process_group()
+        return status
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        lost = "another rank"
+        with contextlib.suppress(RuntimeError):     # the store may have gone with rank 0's machine
+            store.set(f"noticed {rank}", "")
+            give_way()      # to the rank at fault, if it has failed
+            lost = f"rank {', '.join(str(r) for r in range(size) if not store.check([f'noticed {r}']))}"
+        say(f"error: {lost} does not answer: {' '.join(str(error).split())[:300]}")
+        return 1
+
+
+class Silence(io.TextIOBase):
+    """Takes the place of stdout and stderr. It drops what is printed and remembers the last error."""
+    error = ""
+
+    def __init__(self):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):       # for what C++ code prints
+            os.dup2(nowhere, descriptor)
+        sys.stdout = sys.stderr = self
+
+    def write(self, text: str) -> int:
+        if text.startswith("error: "):
+            self.error = text.removeprefix("error: ").rstrip()
+        return len(text)
+
+
+@command(in_ranks=True)
+def place(args: argparse.Namespace) -> None:
+    """Give each process a GPU of its own."""
+    if str(args.device).startswith("cuda:"):
+        raise ValueError(f"--device {args.device}: under torchrun each process takes a GPU of its own; leave it out")
+    if not torch.cuda.is_available() or args.device not in (None, "cuda"):
+        return
+    n_gpu, n_local = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if n_local > n_gpu:
+        raise ValueError(f"{n_local} processes on a machine with {n_gpu} GPUs: --nproc-per-node {n_gpu}, or --device cpu")
+    args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(args.device)
+
+
+def give_way() -> None:
+    """Wait until torchrun would have ended this process because of another one. The lowest rank goes on first."""
+    time.sleep(GRACE + 0.3 * int(os.environ["RANK"]))
+
+
+def interrupt(*_) -> None:
+    """Ctrl-C. A second one would disturb the end that the first one asks for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def writes() -> bool:
+    """Whether this process writes files: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@functools.cache
+def patient_group() -> Any:
+    """A group of all ranks, in which some may wait for others for hours. All ranks make it at the same time, in `run`."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
+
+
+def meet() -> None:
+    """Wait for all ranks, however late the last one comes."""
+    dist.barrier(patient_group())
+
+
+def in_turn(is_mine: bool, work: Callable[[], T]) -> T | None:
+    """What work() returns on the rank whose turn it is; the others wait and get None."""
+    result = work() if is_mine else None
+    meet()
+    return result
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What work() returns on rank 0, for all ranks; the others wait."""
+    if not launched():
+        return work()
+    values: list[Any] = [work() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0, group=patient_group())
+    return values[0]

@@ -13,10 +13,10 @@ Shapes: B dialogues, T tokens.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,16 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import ranks
+import tp
 from checkpoint import read_json
 from console import say, whole_or_nothing, write_atomically
 from model import Transformer
 from runtime import pack_for_cpu
 from train_data import Dialogue, make_batches
 
-SHARD = 256             # dialogues in a file of the cache
-READ_SECONDS = 3600.0   # that one process may read the target's files while the others wait
-T = TypeVar("T")
+SHARD = 256     # dialogues in a file of the cache
 
 
 class Batch(NamedTuple):
@@ -85,12 +83,11 @@ def shard_file(folder: Path, n: int) -> Path:
     return folder / f"{n:05}.safetensors"
 
 
-def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int, origin: dict[str, str],
-                   alive: Callable[[], None] = lambda: None) -> None:
+def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int,
+                   origin: dict[str, str]) -> None:
     """Fill the cache `folder`: those shards that are not there yet, n_token tokens at a time.
 
-    origin   what the features come from beside the dtype and the tokens
-    alive    is called after each pass of the target
+    `origin` is what the features come from beside the dtype and the tokens.
     Raises ValueError where the cache is of other features, or where features are not finite.
     """
     dtype = model.norm.weight.dtype
@@ -105,13 +102,13 @@ def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, 
     with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
         for n, shard in enumerate(shards_of(dialogues)):
             if not shard_file(folder, n).exists():
-                rows = shard_rows(computed, shard, n_token, alive)
+                rows = shard_rows(computed, shard, n_token)
                 with whole_or_nothing(shard_file(folder, n), ".part") as part:
                     save_file(rows, part)
             bar.update(sum(len(dialogues[i].tokens) for i in shard))
 
 
-def shard_rows(features: Features, shard: list[int], n_token: int, alive: Callable[[], None]) -> dict[str, Tensor]:
+def shard_rows(features: Features, shard: list[int], n_token: int) -> dict[str, Tensor]:
     """[T, dim] of each dialogue of a shard, by its number."""
     rows: dict[str, Tensor] = {}
     lengths = [len(features.dialogues[i].tokens) for i in shard]
@@ -121,7 +118,6 @@ def shard_rows(features: Features, shard: list[int], n_token: int, alive: Callab
             if not row[:lengths[j]].isfinite().all():
                 line = features.dialogues[shard[j]].line
                 raise ValueError(f"the target's features of the dialogue in line {line} are not finite")
-        alive()
     return rows
 
 
@@ -194,15 +190,6 @@ def file_digest(file: Path) -> str:
 # Several processes
 
 
-def from_first_rank(work: Callable[[Callable[[], None]], T], device: torch.device, patience: float | None = None) -> T:
-    """What work(alive) returns on rank 0, for all ranks. The others wait, for hours if need be (`ranks.in_turn`)."""
-    if not ranks.launched():
-        return work(lambda: None)
-    value = ranks.in_turn(ranks.writes(), device, work, patience)
-    result: Any = ranks.on_rank_0(lambda: value)
-    return result
-
-
 def load_target(folder: Path, device: torch.device, dtype: torch.dtype, rank: int = 0, world: int = 1) -> Transformer:
     """The whole target or, for a world of several, a part of each layer (`shard_layers`)."""
     if world == 1:
@@ -210,13 +197,13 @@ def load_target(folder: Path, device: torch.device, dtype: torch.dtype, rank: in
         pack_for_cpu(model.layers)
         return model
 
-    def load(alive: Callable[[], None]) -> Transformer:
+    def load() -> Transformer:
         model = Transformer.from_pretrained(folder, "cpu", dtype, choose_kernels=False)
         shard_layers(model, device, rank, world)
         return model.to(device)
 
     # One after the other: the host's memory then holds one whole target at a time.
-    turns: list[Any] = [ranks.in_turn(turn == rank, device, load, READ_SECONDS) for turn in range(world)]
+    turns: list[Any] = [tp.in_turn(turn == rank, load) for turn in range(world)]
     return turns[rank]
 
 

@@ -31,15 +31,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import ranks
+import tp
 from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
 from console import Parser, add_chat_options, command, number, pick_device, say, whole_or_nothing, write_atomically
 from eagle_head import EagleHead, head_args
 from model import Transformer
 from tokenizer import Tokenizer
 from train_data import Dialogue, common_tokens, make_batches, parts_of, read_dialogues, split
-from train_features import (DIFFERS, READ_SECONDS, Features, cache_origin, check_cache, check_same, from_first_rank,
-                            load_target, target_stamp, tokens_digest, write_features)
+from train_features import (DIFFERS, Features, cache_origin, check_cache, check_same, load_target, target_stamp,
+                            tokens_digest, write_features)
 from train_loss import Learner, evaluate, input_noise
 
 
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
 
     # A resume or a cache that does not fit is refused before anything is loaded or written.
     before = load_state(state_file)["settings"] if resumes else {}
-    tokenizer, origin = origin_of(args, folder, before.get("date"), device)
+    tokenizer, origin = origin_of(args, folder, before.get("date"))
     settings = origin | {"data": hashlib.sha256(args.data.read_bytes()).hexdigest()} | settings_of(args, device, world)
     check_same(before, settings, f"--resume: {state_file}", differs=RESUME_DIFFERS)
     if cache is not None:
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
 
     n_token = args.batch_size * args.max_length
     if cache is not None:
-        from_first_rank(lambda alive: write_features(model, dialogues, cache, n_token, origin, alive), device)
+        tp.on_rank_0(lambda: write_features(model, dialogues, cache, n_token, origin))
         if world > 1:       # the others find it full, unless their machine has a disk of its own
             write_features(model, dialogues, cache, n_token, origin)
     features = Features(model, dialogues, cache)
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     if args.draft_vocab:
         ids = common_tokens([dialogues[i] for i in train_set], tokenizer.stop_ids, args.draft_vocab)
         head.set_draft_vocab(ids)
-        if ranks.writes():
+        if tp.writes():
             write_atomically(args.out / "draft_vocab.json", json.dumps({"ids": ids}) + "\n")
     learner = Learner(head, args.dtype == "bfloat16", args.levels)
     wrapped = DistributedDataParallel(learner) if world > 1 else learner
@@ -159,22 +159,20 @@ def main(args: argparse.Namespace) -> int:
                     say(f"stopped at step {run.step}; the same command with --resume goes on from there")
                     return 130
     run.save()
-    if ranks.writes():
+    if tp.writes():
         draw_curves(run.log, args.out / "curves.png")
     say(f"wrote {args.out}")
     return 0
 
 
-def origin_of(args: argparse.Namespace, folder: Path, date: str | None,
-              device: torch.device) -> tuple[Tokenizer, dict[str, str]]:
+def origin_of(args: argparse.Namespace, folder: Path, date: str | None) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer, and what the target's features come from beside dtype and tokens.
 
     A chat template that asks for the date is told one for the whole training: `date`, the cache's, or now.
     """
     if args.cache_features is not None:
         date = date or cache_origin(args.cache_features).get("date")
-    stamp, now = from_first_rank(lambda alive: (target_stamp(folder), datetime.now().isoformat(timespec="seconds")),
-                                 device, READ_SECONDS)
+    stamp, now = tp.on_rank_0(lambda: (target_stamp(folder), datetime.now().isoformat(timespec="seconds")))
     tokenizer = Tokenizer.from_pretrained(folder, chat_template=args.chat_template, template_args=args.template_args,
                                           date=datetime.fromisoformat(date or now))
     if tokenizer.uses_date:
@@ -262,7 +260,7 @@ class Run:
 
     def save(self) -> None:
         """Write what is new since the last time."""
-        if ranks.writes() and self.saved != (self.step, len(self.log)):
+        if tp.writes() and self.saved != (self.step, len(self.log)):
             if not all(weight.isfinite().all() for weight in self.weights.values()):
                 raise ValueError(f"weights are not finite after step {self.step}: the last checkpoint stands; "
                                  "a lower --lr may help")
@@ -404,4 +402,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args(), timeout=300))     # the others wait for rank 0 to save

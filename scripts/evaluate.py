@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 import root  # noqa: F401
 import generate as cli
-import ranks
+import tp
 from benchmarks.timing import environment
 from chat import encode, opening
 from checkpoint import read_json, resolve_checkpoint
-from console import Parser, add_chat_options, check_writable, command, is_text, number, say, write_atomically
+from console import Parser, add_chat_options, check_writable, command, is_text, launched, number, say, write_atomically
 from decoder import Decoder, not_finite, setup_caches
 from draft_tree import Tree, load_tree
 from eagle_head import EagleHead
@@ -58,7 +58,7 @@ TOP_LOGITS = 10     # the largest, on which rounding is measured
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> None:
     check_options(args)
-    every = ranks.on_rank_0(lambda: read_questions(args.questions))
+    every = tp.on_rank_0(lambda: read_questions(args.questions))
     trees, args.tree = args.tree, None
     model, head, tokenizer, run = cli.load(args)
     n_slot = min(args.max_seq_length, model.config.block_size)
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
         "question_set": name, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot, "tree": trees,
         "also": list(also) or None, "system": args.system, "arms": [*arms, *peers], "absent": absent,
         "label": args.out.name, "drafting": drafting, "stamps": stamps, "template_date": None}
-    done, run = ranks.on_rank_0(lambda: resume(args.out, run, tokenizer))
+    done, run = tp.on_rank_0(lambda: resume(args.out, run, tokenizer))
     if run["template_date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
     questions, run["left_out"] = leave_out(choose(every, args.limit), args.system, tokenizer, n_slot)
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"no question of {args.questions} leaves room for an answer in a context of {n_slot}: "
                          "see --max-seq-length")
     answer_all(questions, done, run, args, lambda question: ask(question, args, tokenizer, arms, peers, n_slot))
-    if ranks.writes():
+    if tp.writes():
         made = report.write_report(args.out)
         print((args.out / "report.md").read_text())
         say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
@@ -98,14 +98,14 @@ def main(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     if args.peers and args.temperature > 0:
         raise ValueError("--peers decode greedily: they need --temperature 0")
-    if args.peers and ranks.launched():
+    if args.peers and launched():
         raise ValueError("--peers run in one process: leave them out under torchrun")
     if not is_text(args.system):
         raise ValueError("--system is not UTF-8 text")
 
 
 def stamp_of(checkpoint: str) -> str:
-    return ranks.on_rank_0(lambda: target_stamp(resolve_checkpoint(checkpoint)))
+    return tp.on_rank_0(lambda: target_stamp(resolve_checkpoint(checkpoint)))
 
 
 def tree_digest(arms: "dict[str, Arm]") -> str:
@@ -139,11 +139,11 @@ def answer_all(questions: list[dict], done: set, run: dict, args: argparse.Names
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
         for question in bar:
             answers = ask(question)
-            if question is todo[0] and ranks.writes():  # not before: a run that fails at once leaves nothing
+            if question is todo[0] and tp.writes():  # not before: a run that fails at once leaves nothing
                 (args.out / "answers").mkdir(parents=True, exist_ok=True)
                 write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
             for name, lines in answers.items():
-                if ranks.writes():
+                if tp.writes():
                     append_answer(args.out, name, question, f"{run['label']}-{name}", lines)
                 totals[name][0] += sum(lines["timed_tokens"])
                 totals[name][1] += sum(lines["decode_seconds"])
@@ -364,4 +364,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))

@@ -35,9 +35,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import root  # noqa: F401
-import ranks
+import tp
 from checkpoint import demo_checkpoint, resolve_checkpoint
-from console import Parser, add_chat_options, command, number, parse_json, pick_device, read_records, read_text, say
+from console import Parser, add_chat_options, command, number, parse_json, read_records, read_text, say
 from decoder import Decoder, setup_caches, slots_for
 from generate import load
 from model import Transformer
@@ -45,7 +45,7 @@ from sampling import Sampling
 from scripts.report import loops
 from tokenizer import Tokenizer
 from train_data import LeftOut, Unusable, answer_text, chat_of, holds_records
-from train_features import DIFFERS, READ_SECONDS, check_same, from_first_rank, target_stamp
+from train_features import DIFFERS, check_same, target_stamp
 
 OPENINGS = """A|Act as|An|Analyze|Answer|Are|Arrange|As a|Assume|Brainstorm|Calculate|Can you|Can you explain|Classify|
 Come up with|Compare|Compose|Complete|Consider|Construct|Convert|Could you|Create|Debug|Define|Describe|Design|
@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
                                           template_args=args.template_args)
     tokenizer.apply_chat_template(question_of({"turns": ["Hi"]}, args).turns)   # refuses now what always fails
-    job = from_first_rank(lambda alive: prepare(args, tokenizer), pick_device(args.device), READ_SECONDS)
+    job = tp.on_rank_0(lambda: prepare(args, tokenizer))
     if job.settings["date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(job.settings["date"])
     model, *_ = load(args)
@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     dropped = Counter()
     with tqdm(total=total, initial=len(job.seen), unit=" dialogues") as bar:
         for lines in rounds(args, model, tokenizer, job, dropped):
-            if lines and ranks.writes():
+            if lines and tp.writes():
                 with open(args.out, "a", encoding="utf-8", newline="\n") as file:
                     file.writelines(lines)
             bar.update(len(lines))
@@ -345,4 +345,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))

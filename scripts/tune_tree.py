@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import root  # noqa: F401
 import generate as cli
-import ranks
+import tp
 from benchmarks.timing import interleave, restoring, traced
 from chat import encode
 from console import Parser, add_chat_options, check_writable, command, device_name, number, say, write_atomically
@@ -49,9 +49,9 @@ FINALISTS = 5   # trees that answer the questions
 @command(in_ranks=True)
 def main(args: argparse.Namespace) -> None:
     args.tree = "static"
-    if ranks.writes() and args.out is not None:
+    if tp.writes() and args.out is not None:
         check_writable("--out", args.out)
-    questions = ranks.on_rank_0(lambda: read_questions(args.questions))
+    questions = tp.on_rank_0(lambda: read_questions(args.questions))
     model, head, tokenizer, _ = cli.load(args)
     texts = [question["turns"][0] for question in questions]
     prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
@@ -59,12 +59,12 @@ def main(args: argparse.Namespace) -> None:
         guesses = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
         accept = rank_frequencies(torch.cat(guesses, dim=1), args.max_rank)
         costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
-        costs = ranks.on_rank_0(lambda: costs)      # each has its own clock, and all must choose the same trees
+        costs = tp.on_rank_0(lambda: costs)      # each has its own clock, and all must choose the same trees
         answers = [list(zip(*answer.tolist())) for answer in guesses]
         finalists = search(accept, answers, costs, args.max_nodes)[:FINALISTS]
         trees = [finalist.paths for finalist in finalists]
         rates = measure_decoding(model, head, trees, prompts, args, tokenizer.stop_ids)
-    if ranks.writes():
+    if tp.writes():
         write_tree(args, finalists, rates, {"device": device_name(model.inv_freq.device), "torch": torch.__version__,
                                             "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs,
                                             "accept_by_depth_and_rank": accept})
@@ -258,4 +258,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.run(main, parse_args()) if ranks.launched() else main(parse_args()))
+    sys.exit(tp.run(main, parse_args()))

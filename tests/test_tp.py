@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,10 +17,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -27,9 +29,7 @@ import torch
 
 import checkpoint
 import generate as cli
-import plan
 import quantize
-import ranks
 import tp
 from draft_tree import DynamicTree, StaticTree, load_tree
 from eagle_head import EagleHead
@@ -38,7 +38,13 @@ from decoder import setup_caches
 from generate import generate
 from model import Transformer
 from linears import QuantLinear
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 from reference import assert_close, edited_json, tiny, tokens_of, write_checkpoint
+from scripts import plan
 from test_eagle import head_config, head_weights, write_head
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -394,7 +400,7 @@ def test_the_plan_counts_what_a_rank_allocates(zoo, kind, world):
 
 def test_the_plan_of_llama_2_70b_recomputed_from_its_shape(capsys):
     """4 ranks, int4 in groups of 32: half a byte and 4/32 bytes of scale and zero point for each weight."""
-    argv = "--plan llama-2-70b --world-size 4 --mode int4 --head --context 4096 --gpu-memory 40 --accept-length 3.8"
+    argv = "llama-2-70b --world-size 4 --mode int4 --head --context 4096 --gpu-memory 40 --accept-length 3.8"
     assert plan.main(plan.parse_args(argv.split())) == 0
     out = capsys.readouterr().out
     dim, hidden, vocab, n_layer = 8192, 28672, 32000, 80
@@ -414,7 +420,7 @@ def test_the_plan_of_llama_2_70b_recomputed_from_its_shape(capsys):
 
 @pytest.mark.parametrize("name, n_kv_head, hidden, split", [("vicuna-33b", 13, 17920, False), ("mixtral-8x7b", 32, 14336, True)])
 def test_a_shapes_head_is_the_published_one(capsys, name, n_kv_head, hidden, split):
-    assert plan.main(plan.parse_args(f"--plan {name} --world-size 2 --head --context 2048".split())) == 0
+    assert plan.main(plan.parse_args(f"{name} --world-size 2 --head --context 2048".split())) == 0
     out, dim = capsys.readouterr().out, plan.SHAPES[name].dim
     matrices = dim * (4 * dim + 2 * n_kv_head * 128 + 3 * hidden) + dim      # fc, q, o; k, v; the feed-forward; fc's bias
     n_byte = 2 * (matrices / (2 if split else 1) + dim)
@@ -463,10 +469,10 @@ def test_a_plan_fetches_no_weights(zoo, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--plan llama-2-70b --world-size 3", "1, 2, 4, 8, 16, 32, 64 do"),
-    ("--plan nothing --world-size 2", "shapes are llama-2-7b"),
-    ("--plan llama-2-7b --world-size 2 --context 5000", "beyond the model's context of 4096"),
-    ("--plan smollm2-135m --world-size 3 --mode int4 --group-size 128", "group size 128 does not divide a row of 576")])
+    ("llama-2-70b --world-size 3", "1, 2, 4, 8, 16, 32, 64 do"),
+    ("nothing --world-size 2", "shapes are llama-2-7b"),
+    ("llama-2-7b --world-size 2 --context 5000", "beyond the model's context of 4096"),
+    ("smollm2-135m --world-size 3 --mode int4 --group-size 128", "group size 128 does not divide a row of 576")])
 def test_the_plan_refuses_in_one_line(capsys, argv, message):
     assert plan.main(plan.parse_args(argv.split())) == 2
     err = capsys.readouterr().err
@@ -480,6 +486,12 @@ def torchrun(n, *argv, nodes=(), **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *map(str, (*nodes, *argv))]
     return subprocess.Popen(command, cwd=ROOT, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"EAGLE_TP_CHECK": "1"})
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def alone(capsys, *argv):
@@ -503,9 +515,7 @@ def test_two_nodes_say_what_one_process_says(tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "tiny")
     argv = ["--checkpoint", checkpoint, "--prompt", "fox", "--max-new-tokens", "5", "--dtype", "float32",
             "--temperature", "1", "--seed", "7", "--device", "cpu"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     nodes = [torchrun(1, "generate.py", *argv, nodes=["--nnodes", "2", "--node-rank", str(rank), "--master-addr", "localhost",
                                        "--master-port", str(port)]) for rank in range(2)]
     (silence, err), (out, more) = [node.communicate(timeout=60) for node in reversed(nodes)]
@@ -513,7 +523,7 @@ def test_two_nodes_say_what_one_process_says(tmp_path, capsys):
     assert out == alone(capsys, *argv) and silence == ""
 
 
-def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
+def test_when_a_rank_is_killed_torchrun_ends_all_and_names_it(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "endless", ascii_only=True, context=100_000)
     run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000",
                    "--temperature", "1", "--top-k", "5", nodes=["--standalone"])      # no --seed: the ranks agree on one, or the check would end them
@@ -523,9 +533,10 @@ def test_when_a_rank_is_killed_all_end_with_one_line(tmp_path):
     begin = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     _, err = run.communicate(timeout=60)
-    assert time.monotonic() - begin < 30 and run.returncode != 0
-    assert [line for line in err.splitlines() if line.startswith("error:")] == [
-        f"error: rank 1 (process {victim} on {socket.gethostname()}) has died"]
+    assert time.monotonic() - begin < 10 and run.returncode != 0
+    cause = err.partition("Root Cause")[2]
+    assert "rank      : 1 " in cause and f"Signal 9 (SIGKILL) received by PID {victim}" in cause
+    assert not [line for line in err.splitlines() if line.startswith("error:")]
     assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
 
 
@@ -561,115 +572,167 @@ def mistake():
     raise AssertionError("a mistake")
 
 
+def kill(signal_number=signal.SIGKILL):
+    os.kill(os.getpid(), signal_number)
+
+
+def work_alone(work=lambda: time.sleep(3) or "done"):
+    """Longer than a collective waits."""
+    done = [tp.in_turn(turn == int(os.environ["RANK"]), work) for turn in (1, 0)]
+    assert done == ([None, "done"] if os.environ["RANK"] == "0" else ["done", None])
+    return wait() or (tp.on_rank_0(work) != "done")
+
+
 def interrupted_while_the_other_leaves():
     with pytest.raises(RuntimeError, match="gloo"):
         wait()
     signal.raise_signal(signal.SIGINT)
 
 
-MISHAPS = {     # what rank 0 does, and rank 1; exit statuses; what stderr says in all
-    "1 is stuck": (wait, lambda: time.sleep(60), [1, 1], "error: rank 1 did not join a collective: REASON\n"),
-    "nothing": (lambda: print("a word", end="") or wait(), wait, [0, 0], ""),
-    "1 is stopped": (wait, lambda: os.kill(os.getpid(), signal.SIGSTOP), [1, -9], "error: rank 1 (process PID on HOST) has not answered for 2 s\n"),
-    "1 fails": (wait, lambda: fail("error: out of memory", 2), [2, 2], "error: rank 1: out of memory\n"),
-    "0 fails": (lambda: fail("error: no space left", 2), wait, [2, 2], "error: no space left\n"),
-    "nobody reads 0": (lambda: 141, lambda: signal.raise_signal(signal.SIGTERM) or wait(), [141, 141], ""),
-    "1 is mistaken": (wait, mistake, [1, 1], "rank 1:\nTraceback\nAssertionError: a mistake\n"),
-    "both are mistaken": (mistake, mistake, [1, 1], "rank N:\nTraceback\nAssertionError: a mistake\n"),
-    "Ctrl-C": (interrupted_while_the_other_leaves, lambda: signal.raise_signal(signal.SIGINT), [130, 130], ""),
+class Mishap(NamedTuple):
+    zero: Callable[[], int]         # what rank 0 does, once both have met
+    one: Callable[[], int]          # what rank 1 does
+    statuses: list[int]
+    said: str                       # by both on stderr
+    cause: str = ""                 # in torchrun's report
+    seconds: float = 5              # after which all have ended
+    machines: int = 1               # torchruns
+    timeout: float = 30             # of a collective
+
+
+SHUTDOWN = 3                        # seconds that torchrun gives a rank to follow its SIGTERM; 30 by default
+TERM = -signal.SIGTERM
+LATE = "error: rank 1 does not answer: ...Timed out waiting...\n"
+GONE = "error: rank 1 does not answer: ...Connection closed by peer...\n"
+MISHAPS = {
+    "nothing": Mishap(lambda: print("a word", end="") or wait(), wait, [0, 0], ""),
+    "1 is killed": Mishap(wait, kill, [TERM, -9], "", "rank      : 1 ...Signal 9 (SIGKILL) received"),
+    "1 is stuck": Mishap(wait, lambda: time.sleep(60), [1, TERM], LATE, timeout=3, seconds=8),
+    "1 is stopped": Mishap(wait, lambda: kill(signal.SIGSTOP), [1, -9], LATE, timeout=3, seconds=8 + SHUTDOWN),
+    "1 fails": Mishap(wait, lambda: fail("error: out of memory", 2), [TERM, 2], "error: rank 1: out of memory\n",
+                      "rank      : 1 ...exitcode  : 2 "),
+    "0 fails": Mishap(lambda: fail("error: no space left", 2), wait, [2, TERM], "error: no space left\n",
+                      "rank      : 0 ...exitcode  : 2 "),
+    "both fail": Mishap(*2 * [lambda: fail("error: no such file", 2)], [2, TERM], "error: no such file\n"),
+    "nobody reads 0": Mishap(lambda: 141, wait, [141, TERM], ""),
+    "1 is mistaken": Mishap(wait, mistake, [TERM, 1], "", "rank      : 1 ...AssertionError: a mistake"),
+    "both are mistaken": Mishap(mistake, mistake, [1, TERM], "Traceback...AssertionError: a mistake\n",
+                                "rank      : 0 ...AssertionError: a mistake"),
+    "one works alone": Mishap(work_alone, work_alone, [0, 0], "", timeout=1, seconds=15),
+    # on two machines, where no torchrun sees both
+    "Ctrl-C": Mishap(interrupted_while_the_other_leaves, lambda: signal.raise_signal(signal.SIGINT), [130, 130], "", machines=2),
+    "1 is killed far away": Mishap(wait, kill, [1, -9], GONE, machines=2),
+    "1 is killed at work": Mishap(work_alone, lambda: work_alone(kill), [1, -9], GONE, machines=2, timeout=1, seconds=7),
+    "0 is killed far away": Mishap(kill, wait, [-9, 1], "error: rank 1: another rank does not answer: ...\n", machines=2,
+                                   seconds=8),
+    "1 fails far away": Mishap(wait, lambda: fail("error: out of memory", 2), [1, 2],
+                               "error: rank 1: out of memory\n" + GONE, machines=2, seconds=8),
 }
 
 
-def suffer(mishap, rank, port, folder):
-    """A rank without torchrun, on the store at `port`."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port),
-                       TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout = open(1, "w", closefd=False)    # buffered, wherever the tests run
-    ranks.SILENCE, ranks.GRACE, ranks.COLLECTIVE = 2.0, 1.0, 4.0 if mishap == "1 is stuck" else 30.0
-    ranks.run(lambda args: wait() or MISHAPS[mishap][rank](), types.SimpleNamespace(device="cpu"))
+def suffer(name, folder, env):
+    """A rank."""
+    os.setsid()
+    os.environ |= env
+    for descriptor, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))
+    mishap = MISHAPS[name]
+
+    def main(args):
+        wait()
+        Path(folder, "begin").write_text(str(time.time()))
+        return mishap.one() if os.environ["RANK"] == "1" else mishap.zero()
+
+    sys.exit(tp.run(main, types.SimpleNamespace(device="cpu"), mishap.timeout))
 
 
-def test_when_a_rank_hangs_or_fails_all_end_and_one_says_why(forkserver, tmp_path):
-    runs, stores = {}, []
-    for n, mishap in enumerate(MISHAPS):        # all at once
-        (tmp_path / str(n)).mkdir()
-        stores.append(torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
-        runs[mishap] = [forkserver.Process(target=suffer, args=(mishap, rank, stores[-1].port, str(tmp_path / str(n))))
-                        for rank in range(2)]
-        for process in runs[mishap]:
+class Program:
+    """In the place of the subprocess.Popen of torchrun: a process of the forkserver, which has imported torch already."""
+
+    def __init__(self, args, env):
+        self.process = multiprocessing.get_context("forkserver").Process(target=suffer, args=(*args[1:], env))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("a rank", timeout)
+
+
+def launch(name, machine, port, folder):
+    """What torchrun does on one machine. Leaves each rank's exit status, its report, and the time at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    SubprocessHandler._popen = lambda self, args, env: Program(args, env)
+    close = SubprocessContext._close
+    SubprocessContext._close = lambda self, death_sig, timeout: close(self, death_sig, SHUTDOWN)
+    n_machine = MISHAPS[name].machines
+    config = LaunchConfig(n_machine, n_machine, 2 // n_machine, run_id="test", rdzv_backend="static", rdzv_endpoint=f"localhost:{port}",
+                          rdzv_configs={"rank": machine, "timeout": 60}, max_restarts=0)
+    statuses, report = dict.fromkeys(range(machine, 2, n_machine), 0), ""
+    try:
+        elastic_launch(config, "suffer")(name, str(folder))
+    except ChildFailedError as error:
+        statuses, report = {rank: failure.exitcode for rank, failure in error.failures.items()}, str(error)
+    (folder / f"{machine}.json").write_text(json.dumps([statuses, report, time.time()]))
+
+
+def test_what_ends_a_run_how_fast_and_what_is_said(forkserver, tmp_path):
+    launchers = {}
+    for name, mishap in MISHAPS.items():        # all at once
+        folder, port = tmp_path / name, free_port()
+        folder.mkdir()
+        launchers[name] = [forkserver.Process(target=launch, args=(name, machine, port, folder)) for machine in range(mishap.machines)]
+        for process in launchers[name]:
             process.start()
-    for n, (mishap, (*_, statuses, message)) in enumerate(MISHAPS.items()):
-        for process in runs[mishap]:
-            process.join(30)
-        err = (tmp_path / f"{n}/err").read_text()
+    for name, mishap in MISHAPS.items():
+        for process in launchers[name]:
+            process.join(200)
+        folder = tmp_path / name
+        ends = [json.loads((folder / f"{machine}.json").read_text()) for machine in range(mishap.machines)]
+        statuses = {int(rank): status for end, *_ in ends for rank, status in end.items()}
+        err, report = (folder / "err").read_text(), "".join(report for _, report, _ in ends)
         err = re.sub(r".*hostname of the client socket cannot be retrieved.*\n", "", err)     # no name server: torch's warning
-        err = re.sub(r"(?s)\(most recent call last\).*?(?=^AssertionError)", "\n", err, flags=re.M).replace("Traceback \n", "Traceback\n")
-        assert [process.exitcode for process in runs[mishap]] == statuses, (mishap, err)
-        pattern = re.escape(message).replace("PID", r"\d+").replace("HOST", socket.gethostname()).replace("REASON", ".*").replace("N", r"\d")
-        assert re.fullmatch(pattern, err), (mishap, err)
-    assert (tmp_path / "1/out").read_text() == "a word"
+        assert [statuses[rank] for rank in range(2)] == mishap.statuses, (name, err, report)
+        said, cause = ("(?s:.*)".join(map(re.escape, text.split("..."))) for text in (mishap.said, mishap.cause))
+        assert re.fullmatch(said, err) and err.count("Traceback") == said.count("Traceback"), (name, err)
+        assert re.search(cause, report.partition("Root Cause")[2]), (name, report)
+        seconds = max(end for *_, end in ends) - float((folder / "begin").read_text())
+        print(f"{name}: {seconds:.1f} s")
+        assert seconds < mishap.seconds, name
+    assert (tmp_path / "nothing/out").read_text() == "a word"
 
 
-@pytest.mark.parametrize("handler, statuses", [(ranks.leave_to_thread, [143]), (lambda *_: None, [])], ids=["none", "its own"])
-def test_a_main_with_a_handler_of_its_own_is_not_ended_by_a_signal(monkeypatch, handler, statuses):
-    """It may have something to save first."""
-    monkeypatch.setattr(ranks, "GRACE", 0.0)
-    monkeypatch.setattr(ranks, "POLL", 0.01)
-    before = signal.signal(signal.SIGTERM, handler)
-    watchdog, rounds, ended = object.__new__(ranks.Watchdog), iter(range(20)), []
-    watchdog.seen, watchdog.left, (watchdog.woken, wake) = {}, threading.Event(), socket.socketpair()
-    watchdog.beat = lambda: next(rounds, None) is None and watchdog.left.set()
-    watchdog.look = lambda patience: None
-    watchdog.end = lambda status, line: ended.append(status) or watchdog.left.set()
-    wake.send(bytes([signal.SIGTERM]))
-    watchdog.run()
-    signal.signal(signal.SIGTERM, before)
-    assert ended == statuses
-
-
-def test_others_wait_for_one_rank_as_long_as_it_gets_on(monkeypatch):
-    """It joins one collective after the other, with 0 until its work is done, and none once it is stuck."""
-    monkeypatch.setattr(ranks, "POLL", 0.01)
-    joined = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda over: joined.append((time.monotonic(), over.item())))
-
-    def work(alive):
-        for _ in range(5):
-            time.sleep(0.05)
-            alive()
-        gets_on = time.monotonic()
-        time.sleep(0.5)
-        return gets_on
-
-    gets_on = ranks.in_turn(True, torch.device("cpu"), work, patience=0.1)
-    times, values = zip(*joined)
-    assert values == (0,) * (len(values) - 1) + (1,) and sum(t < gets_on for t in times) >= 5
-    assert not any(gets_on + 0.3 < t for t in times[:-1])
-    rounds = iter((0, 0, 1))
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda over: over.fill_(next(rounds)))
-    assert ranks.in_turn(False, torch.device("cpu"), None) is None and next(rounds, None) is None
+def test_ranks_that_load_at_different_speeds_wait_for_one_another(zoo, monkeypatch):
+    folder, met = zoo("gqa")[0], []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(tp, "meet", lambda: met.append("met"))
+    Transformer.from_pretrained(folder, shard=tp.Shard(0, 2))
+    assert met == ["met"]
 
 
 @pytest.mark.parametrize("device, message", [
     ("cuda:1", "--device cuda:1: under torchrun each process takes a GPU of its own"),
     (None, "4 processes on a machine with 2 GPUs: --nproc-per-node 2")])
 def test_processes_that_cannot_be_placed_are_refused_in_one_line(monkeypatch, capsys, device, message):
-    for key, value in dict(RANK=4, LOCAL_RANK=0, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4).items():
+    for key, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4).items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert ranks.run(None, types.SimpleNamespace(device=device)) == 2
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        tp.run(None, types.SimpleNamespace(device=device))
     err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert ranks.run(None, types.SimpleNamespace(device=device)) == 2 and capsys.readouterr().err == ""
+    assert ended.value.code == 2 and message in err and err.count("\n") == 1
 
 
 def test_what_does_not_fit_a_gpu_is_refused_before_loading(zoo, monkeypatch, capsys):
     folder, _ = zoo("gqa")
-    plan.check_memory(folder, 2, 10 ** 6)
+    tp.check_memory(folder, 2, 10 ** 6)
     assert "weights" in capsys.readouterr().err
     with pytest.raises(ValueError, match="0.0 GB of weights a rank, the GPU has 0.0: more processes"):
-        plan.check_memory(folder, 2, 1000)
+        tp.check_memory(folder, 2, 1000)

@@ -1,26 +1,28 @@
 """Does a model fit on so many GPUs, and how fast could it be? From shapes alone: nothing is loaded.
 
-    python tp.py --plan llama-2-70b --world-size 4 --mode int4 --head --context 4096 --gpu-memory 40
-    python tp.py --plan FOLDER --world-size 8 --batch 4 --head HEAD --bandwidth 2800 --latency 15 --accept-length 3.8
+    python scripts/plan.py llama-2-70b --world-size 4 --mode int4 --head --context 4096 --gpu-memory 40
+    python scripts/plan.py FOLDER --world-size 8 --batch 4 --head HEAD --bandwidth 2800 --latency 15 --accept-length 3.8
 
 Bytes of weights, head and caches are exact: they are counted on the very modules that a rank would fill. The workspace
 is an upper estimate, the reserve an allowance. The speed is a bound from what a step must read and exchange, with the
 figures you give for the machine; compute and launches are not in it.
 """
 import argparse
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from console import Parser, command, number, say
+import root  # noqa: F401
+from benchmarks.shapes import SHAPES, head_shape
+from console import Parser, command, number
 from draft_tree import Tree, load_tree
 from eagle_head import head_args
 from checkpoint import quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from model import PREFILL_CHUNK, MoEFeedForward
-from linears import QuantLinear, install
-from benchmarks.shapes import SHAPES, head_shape
+from linears import install, weight_bytes
 from tp import Shard, divides
 
 ITEM = 2    # bytes of a 16-bit number
@@ -54,20 +56,20 @@ class Machine(NamedTuple):
 
 @command()
 def main(args: argparse.Namespace) -> None:
-    config, settings = describe(args.plan)
+    config, settings = describe(args.checkpoint)
     if args.mode is not None:
         settings = {} if args.mode == "bf16" else {"mode": args.mode}
     if settings.get("mode") == "int4":
         settings.setdefault("group_size", args.group_size)
     tree = load_tree(args.tree)
-    head = None if args.head is None else describe_head(args.head, config, args.plan)
+    head = None if args.head is None else describe_head(args.head, config, args.checkpoint)
     if args.context > config.block_size:
         raise ValueError(f"--context {args.context} is beyond the model's context of {config.block_size} tokens")
     machine = Machine(args.bandwidth * 1e9, args.link * 1e9, args.latency * 1e-6)
     plan = make_plan(config, args.world_size, head=head, settings=settings, tree=tree, context=args.context, batch=args.batch,
                      machine=machine, accept_length=args.accept_length)
     mode = settings.get("mode", "bf16") + (f" in groups of {settings['group_size']}" if settings.get("group_size") else "")
-    print(f"{args.plan}: {args.world_size} ranks, {mode}, context {args.context}, batch {args.batch}")
+    print(f"{args.checkpoint}: {args.world_size} ranks, {mode}, context {args.context}, batch {args.batch}")
     for name, n_byte in (*plan._asdict().items(), ("reserve", int(args.reserve * 1e9))):
         if name not in ("plain", "eagle"):
             whole = name == "head" and head is not None and not divides(head.config, args.world_size)
@@ -79,16 +81,6 @@ def main(args: argparse.Namespace) -> None:
     eagle = "" if plan.eagle is None else f", {plan.eagle:.0f} with EAGLE ({args.tree} tree, {args.accept_length} tokens a pass)"
     print(f"at most {plan.plain:.0f} tokens/s{eagle}, if a GPU reads {args.bandwidth:.0f} GB/s, sends {args.link:.0f} GB/s, "
           f"and a collective takes {args.latency:.0f} us")
-
-
-def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
-    """Say what a rank will hold; raise ValueError when a GPU of n_byte cannot hold even the weights."""
-    config, settings = describe(checkpoint)
-    weights = make_plan(config, world_size, settings=settings, context=1).weights / 1e9
-    if weights * 1e9 > n_byte:
-        raise ValueError(f"{weights:.1f} GB of weights a rank, the GPU has {n_byte / 1e9:.1f}: more processes, "
-                         "or a quantised checkpoint")
-    say(f"{world_size} ranks, {weights:.1f} GB of weights on each")
 
 
 def describe(name: str) -> tuple[ModelArgs, dict]:
@@ -159,13 +151,6 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
     return Plan(weights, head_weights, sum(caches), workspace, batch / pass_seconds(1, 1), eagle)
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """Of all weights, 16-bit ones and quantised, those that are tied counted once."""
-    quantised = [part for part in module.modules() if isinstance(part, QuantLinear)]
-    return (sum(tensor.nbytes for part in quantised for tensor in part.stored().values())
-            + sum(parameter.nbytes for parameter in module.parameters()))
-
-
 def expert_bytes(module: nn.Module) -> int:
     return sum(weight_bytes(part) - weight_bytes(part.gate) for part in module.modules() if isinstance(part, MoEFeedForward))
 
@@ -186,8 +171,8 @@ def workspace_bytes(local: ModelArgs, shard: Shard, context: int, batch: int, n_
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="tp.py", description="Whether a model fits on so many GPUs, and a bound on its speed.")
-    parser.add_argument("--plan", required=True, metavar="CHECKPOINT|SHAPE", help="folder, hub id (only its JSON files are "
+    parser = Parser(description="Whether a model fits on so many GPUs, and a bound on its speed.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT|SHAPE", help="folder, hub id (only its JSON files are "
                         "fetched) or a shape of benchmarks/shapes.py")
     parser.add_argument("--world-size", type=number(int, 1), required=True, metavar="N")
     parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
@@ -205,3 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latency", type=number(float, 0), default=20.0, metavar="US", help="of a collective")
     parser.add_argument("--accept-length", type=number(float, 1), default=3.5, metavar="X", help="tokens a target pass")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))
