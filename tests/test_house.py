@@ -25,7 +25,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-DOCUMENTS = [README, CONTRIBUTING, *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [README, CONTRIBUTING, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("heads/*/README.md"))]
 SOURCES = [file for folder in (".", "benchmarks", "scripts") for file in sorted((ROOT / folder).glob("*.py"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
@@ -129,13 +129,15 @@ def test_ruff_finds_nothing():
 
 
 def commands(text):
-    """The commands of a shell text, as lists of words, without comments and without assignments before them."""
+    """The commands of a shell text, as lists of words: without comments and assignments, variables replaced."""
+    variables = {}
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        while words and (assignment := re.fullmatch(r"(\w+)=(.*)", words[0])):
+            variables[f"${assignment[1]}"] = shlex.split(assignment[2])
             words.pop(0)
         if words:
-            yield words
+            yield [part for word in words for part in variables.get(word, [word])]
 
 
 def written_commands():
@@ -166,7 +168,7 @@ def parse(words):
     elif program == "python" and rest[0] == "-m":
         rest = rest[1:]
     elif program != "python":
-        assert program in ("source", "ruff", "pyright", "vllm"), f"what is {program}?"
+        assert program in ("source", "cat", "ruff", "pyright", "vllm"), f"what is {program}?"
         return
     script, *options = rest
     if script in ("pytest", "sglang.launch_server"):
@@ -197,7 +199,7 @@ def test_a_command_that_its_script_does_not_take_is_found(command, capsys):
         parse(words)
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_the_python_blocks_of_documents_run(file, request, monkeypatch, capsys):
     found = blocks(file.read_text(), "python")
     assert found or file != README
@@ -210,7 +212,7 @@ def test_the_python_blocks_of_documents_run(file, request, monkeypatch, capsys):
         assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_files_that_a_document_links_to_or_names_exist(file):
     text = file.read_text()
     links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text) for link in link}
