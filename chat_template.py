@@ -20,7 +20,8 @@ from console import read_text
 from checkpoint import read_json, refuse_lfs_pointer
 
 if TYPE_CHECKING:
-    import jinja2
+    import jinja2.nodes
+    import jinja2.parser
 
 # [{"role": "system" | "user" | "assistant", "content": text}, ...]; a template may read more keys, such as tool_calls.
 Messages = list[dict]
@@ -182,11 +183,14 @@ class ChatTemplates:
             raise ValueError(f"template arguments are an object of names and values, not {args!r}")
         if taken := {"messages", "add_generation_prompt", "strftime_now"} & set(args):
             raise ValueError(f"template argument {min(taken)!r} is not free: every chat has its own")
-        self.texts, self.is_builtin = texts, is_builtin
+        self.texts, self.is_builtin, self._args = texts, is_builtin, args
         self._variables = {"tools": None, "documents": None, **(special_text or {}), **args}
         self.uses_date = any("strftime_now" in text for text in texts.values())
         self.end_of_turn = [token for token in END_OF_TURN if any(token in text for text in texts.values())]
-        self.digest = hashlib.sha256(json.dumps([texts, args], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([self.texts, self._args], sort_keys=True).encode()).hexdigest()
 
     def render(self, messages: Messages, add_generation_prompt: bool = True, *, tools: list[dict] | None = None,
                date: datetime.datetime | None = None) -> str:
@@ -228,10 +232,11 @@ def compiled(template: str) -> "jinja2.Template":
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def raise_exception(message: str):
+    def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+               separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
         # jinja's own escapes HTML
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -240,13 +245,12 @@ def compiled(template: str) -> "jinja2.Template":
 
         tags = {"generation"}
 
-        def parse(self, parser):
+        def parse(self, parser: "jinja2.parser.Parser") -> "list[jinja2.nodes.Node]":
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols", Generation])
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = tojson
     return environment.from_string(template)

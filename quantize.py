@@ -1,4 +1,4 @@
-"""Quantise a checkpoint to int8 or int4 weights, layer by layer, and say what it costs in quality.
+"""Quantises a checkpoint to int8 or int4 weights, layer by layer, and measures size and perplexity.
 
     python quantize.py --checkpoint C --mode int8 --out C-int8
     python quantize.py --checkpoint C --mode int4 --group-size 32 --out C-int4 --eval benchmarks/text.txt
@@ -6,18 +6,18 @@
     python quantize.py --checkpoint heads/mine --mode int8 --out heads/mine-int8            # an EAGLE head
     python quantize.py --checkpoint C-int4 --eval benchmarks/text.txt                       # perplexity only
 
-The result is a folder like any other, with `quantize.json` beside the weights; `linears.py` states the format. One
-layer is in memory at a time. Shards are written to OUT.part, which cannot be loaded and becomes OUT at the end; killed
-and started again, the same command goes on after the last finished layer.
+The result is a folder like any other, with `quantize.json` beside the weights. linears.py describes the format. One
+layer is in memory at a time. Shards are written to OUT.part, which cannot be loaded and is renamed to OUT at the end.
+After a kill, the same command continues behind the last finished layer.
 
-Round to nearest (rtn) needs no data. GPTQ (arXiv 2210.17323) rounds one column after the other and corrects, in the
-columns to come, for the error made, weighted by the activations of calibration dialogues.
+Round to nearest (rtn) needs no data. GPTQ (arXiv 2210.17323) rounds one column after the other. After each, it corrects
+the columns still to come for the error made, weighted by the activations of calibration dialogues.
 
 Shapes: N rows and K columns of a weight, G groups of a row, T tokens.
 """
 import argparse
 import datetime
-import hashlib
+import functools
 import json
 import math
 import re
@@ -32,20 +32,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
 from checkpoint import iterate_weights, read_json, resolve_checkpoint
 from config import ModelArgs
-from model import Transformer, TransformerBlock, attention_bias, block_targets, causal_mask, rope_cos_sin, rope_inv_freq
-from linears import GROUP_SIZES, Format, fit_grid, install, pack, round_to_nearest, to_grid
+from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
+from linears import GROUP_SIZES, Experts, Format, fit_grid, install, pack, round_to_nearest, to_grid
+from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
+                   rope_cos_sin, rope_inv_freq)
 from tokenizer import Tokenizer
 from train_data import read_dialogues
+from train_features import file_digest, target_stamp, tokens_digest
 
-# Keys of the weights that are quantised, and the linear of model.py each belongs to: its parts share their input.
+# The keys of weights that are quantised, and the linear of model.py that each is a part of. Its parts share an input.
 LINEAR = re.compile(r"(?:self_attn\.([qkvo])_proj|mlp\.(gate|up|down)_proj|experts\.(\d+)\.(w[123])|^(fc))\.weight$")
 INPUT = {"q": "wqkv", "k": "wqkv", "v": "wqkv", "o": "wo", "gate": "w13", "up": "w13", "down": "w2",
          "w1": "w13", "w3": "w13", "w2": "w2", "fc": "fc"}
 LAYER = re.compile(r"(?:model\.)?layers\.\d+\.")
-LARGEST = torch.finfo(torch.float32).max ** 0.5     # of a weight: beyond it a norm's squares overflow, and scales may
+# The largest weight that is accepted: squares of larger ones overflow in a norm, and scales may too.
+LARGEST = torch.finfo(torch.float32).max ** 0.5
 
 
 @command(stopped="stopped; the same command goes on from here")
@@ -60,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse at the start what would fail later, and settle what the options leave open."""
+    """Refuse at the start what would fail later, and fill in what the options leave open."""
     if (args.mode is None) != (args.out is None):
         raise ValueError("--mode and --out go together")
     if args.out is None and not args.eval:
@@ -89,88 +92,104 @@ def check(args: argparse.Namespace) -> None:
 def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
     """Write the quantised checkpoint `out` of `folder`, through out.part.
 
-    Raises ValueError when `folder` is quantised already or holds values that are not finite, when `out` exists, or the
+    Raises ValueError if `folder` is quantised already or holds values that are not finite, if `out` exists, or if the
     group size does not divide a row.
     """
-    config = read_json(folder / "config.json")
-    if (folder / "quantize.json").exists():
-        raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
-    if out.exists():
-        raise ValueError(f"{out} exists: give --out another folder")
-    shapes = list_shapes(folder)
-    is_head = "fc.weight" in shapes
-    if is_head and (args.lm_head or args.method == "gptq"):
-        raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: no --lm-head, --method rtn")
-    if not is_head:
-        model_args = ModelArgs.from_config(config)
-    format = Format(args.mode, args.group_size)
-    lm_head = "lm_head.weight" if "lm_head.weight" in shapes else "model.embed_tokens.weight"   # a tied one is untied
-    for key, shape in shapes.items():
-        if linear_of(key):
-            format.n_group(shape[-1])
-        elif key == lm_head and args.lm_head:
-            format.of_lm_head(args.lm_head).n_group(shape[-1])
+    shapes, format, part = list_shapes(folder), Format(args.mode, args.group_size), out.with_name(out.name + ".part")
+    check_folder(folder, out, shapes, format, args)
+    settings, calibration = begin(folder, part, args)
 
-    part = out.with_name(out.name + ".part")
-    stamp = part / "settings.json"  # not quantize.json yet: no name that makes a folder loadable comes before the end
-    begun = any(part.glob("*.safetensors"))
-    settings = {"mode": args.mode, "group_size": args.group_size, "method": args.method, "act_order": args.act_order,
-                "lm_head": args.lm_head, "source": str(args.checkpoint)}
-    # What else the result comes from, and a resumed run must find as it was.
-    source = {"config": config, "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file
-                                            in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]}
-    if not begun:
-        check_values(folder)
-    calibration = None
-    if args.method == "gptq":
-        date = read_json(stamp).get("calibration", {}).get("date") if begun else None
-        calibration = Calibration(folder, model_args, settings, args, date)
-        settings["calibration"] = calibration.described
-    if begun and read_json(stamp) != settings | source:
-        raise ValueError(f"{part} was begun with other settings, other weights or other calibration tokens: "
-                         "finish it with those, or delete it")
-    part.mkdir(parents=True, exist_ok=True)
-    if not begun:
-        write_atomically(stamp, json.dumps(settings | source) + "\n")
-
-    units = sorted({unit_of(key) for key in shapes}, key=unit_order)
+    units = sorted(set(map(unit_of, shapes)), key=lambda unit: (not unit, len(unit), unit))     # layers by number
     weight_map = {}
     for unit in tqdm(units, "quantising", unit=" layers", disable=None):
-        file = part / (f"model-layer-{unit_order(unit)[1]:03}.safetensors" if unit else "model-other.safetensors")
+        file = part / (f"model-layer-{int(unit.split('.')[-2]):03}.safetensors" if unit else "model-other.safetensors")
         if not file.exists():
-            tensors = {key: tensor for key, tensor, _ in iterate_weights(folder, lambda key: unit_of(key) == unit)
-                       if not key.endswith("rotary_emb.inv_freq")}
-            hessians = calibration.hessians(unit, tensors) if calibration and unit else {}
-            if calibration and (idle := sorted({name for name in map(linear_of, tensors) if name} - hessians.keys())):
-                tqdm.write(f"{unit}: no token reached {', '.join(idle)} with anything but zeros: rounded to nearest",
-                           file=sys.stderr)
-            done = {key: value for name in list(tensors)
-                    for key, value in quantize_weight(name, tensors.pop(name), format, hessians, args.act_order).items()}
-            if args.lm_head and not unit:
-                weight = done.pop(lm_head) if lm_head == "lm_head.weight" else done[lm_head]
-                done |= {f"lm_head.{kind}": tensor for kind, tensor in round_to_nearest(weight, format.of_lm_head(args.lm_head)).items()}
             whole = file.with_suffix(".part")
-            save_file(done, whole, metadata={"format": "pt"})
+            save_file(quantize_unit(folder, unit, format, calibration, args), whole, metadata={"format": "pt"})
             whole.replace(file)
         with safe_open(file, framework="pt") as shard:
             weight_map |= {key: file.name for key in shard.keys()}
             if calibration and unit:
                 calibration.advance(unit, {key: shard.get_tensor(key) for key in shard.keys()})
 
-    write_atomically(part / "model.safetensors.index.json", json.dumps(
-        {"metadata": {"total_size": sum(f.stat().st_size for f in part.glob("*.safetensors"))},
-         "weight_map": weight_map}, indent=1) + "\n")
+    total_size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_atomically(part / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    weights = re.compile(r"\.(safetensors|bin|pt|pth|gguf|part)$|\.index\.json$|^config\.json$")
     for file in folder.iterdir():
-        if file.is_file() and not re.search(r"\.(safetensors|bin|pt|pth|gguf|part)$|\.index\.json$|^config\.json$", file.name):
+        if file.is_file() and not weights.search(file.name):
             shutil.copyfile(file, part / file.name)
+    # Names that make a folder loadable come last.
     write_atomically(part / "quantize.json", json.dumps(settings, indent=1) + "\n")
     shutil.copyfile(folder / "config.json", part / "config.json")
     part.rename(out)
-    (out / stamp.name).unlink()     # after the renaming: without it nothing could go on from the .part
+    (out / "settings.json").unlink()    # after the renaming: a .part without it could not be continued
+
+
+def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: Format,
+                 args: argparse.Namespace) -> None:
+    """Raises ValueError for what cannot be quantised. Reads no values."""
+    if (folder / "quantize.json").exists():
+        raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
+    if out.exists():
+        raise ValueError(f"{out} exists: give --out another folder")
+    if "fc.weight" not in shapes:
+        ModelArgs.from_config(read_json(folder / "config.json"))
+    elif args.lm_head or args.method == "gptq":
+        raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: "
+                         "no --lm-head, --method rtn")
+    for key, shape in shapes.items():
+        if linear_of(key):
+            format.n_group(shape[-1])
+        elif args.lm_head and key in ("lm_head.weight", "model.embed_tokens.weight"):   # of the same width
+            format.of_lm_head(args.lm_head).n_group(shape[-1])
+
+
+def begin(folder: Path, part: Path, args: argparse.Namespace) -> tuple[dict, "Calibration | None"]:
+    """What quantize.json will say, and the calibration if there is one. Creates `part`, or checks that it was begun in
+    the same way."""
+    stamp = part / "settings.json"
+    begun = any(part.glob("*.safetensors"))
+    settings = {"mode": args.mode, "group_size": args.group_size, "method": args.method, "act_order": args.act_order,
+                "lm_head": args.lm_head, "source": str(args.checkpoint)}
+    if not begun:
+        check_values(folder)
+    calibration = None
+    if args.method == "gptq":
+        date = read_json(stamp).get("calibration", {}).get("date") if begun else None
+        calibration = Calibration(folder, settings, args, date)
+        settings["calibration"] = calibration.described
+    stamped = settings | {"target": target_stamp(folder)}
+    if begun and read_json(stamp) != stamped:
+        raise ValueError(f"{part} was begun with other settings, other weights or other calibration tokens: "
+                         "finish it with those, or delete it")
+    part.mkdir(parents=True, exist_ok=True)
+    if not begun:
+        write_atomically(stamp, json.dumps(stamped) + "\n")
+    return settings, calibration
+
+
+def quantize_unit(folder: Path, unit: str, format: Format, calibration: "Calibration | None",
+                  args: argparse.Namespace) -> dict[str, Tensor]:
+    """The tensors of one layer, or of all that is in no layer, as they are stored."""
+    tensors = {key: tensor for key, tensor, _ in iterate_weights(folder, lambda key: unit_of(key) == unit)
+               if not key.endswith("rotary_emb.inv_freq")}
+    hessians = calibration.hessians(unit, tensors) if calibration and unit else {}
+    if calibration and (idle := sorted({name for name in map(linear_of, tensors) if name} - hessians.keys())):
+        tqdm.write(f"{unit}: no token reached {', '.join(idle)} with anything but zeros: rounded to nearest",
+                   file=sys.stderr)
+    done = {}
+    for key in list(tensors):
+        done |= quantize_weight(key, tensors.pop(key), format, hessians, args.act_order)
+    if args.lm_head and not unit:
+        weight = done.pop("lm_head.weight") if "lm_head.weight" in done else done["model.embed_tokens.weight"]   # tied
+        stored = round_to_nearest(weight, format.of_lm_head(args.lm_head))
+        done |= {f"lm_head.{kind}": tensor for kind, tensor in stored.items()}
+    return done
 
 
 def check_values(folder: Path) -> None:
-    """Raises ValueError naming the first tensor that holds NaN, infinity or a number that no product survives."""
+    """Raises ValueError naming the first tensor that holds NaN, infinity or a number beyond LARGEST."""
     for key, tensor, _ in tqdm(iterate_weights(folder), "checking", unit=" tensors", leave=False, disable=None):
         if not tensor.is_floating_point() or tensor.numel() == 0 or key.endswith("rotary_emb.inv_freq"):
             continue
@@ -182,7 +201,7 @@ def check_values(folder: Path) -> None:
 
 
 def list_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of every tensor, by its key; of the values none is read."""
+    """The shape of every tensor by its key. Reads no values."""
     shapes = {}
 
     def nothing(key: str, shape: list[int]) -> tuple[slice]:
@@ -194,23 +213,18 @@ def list_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def unit_of(key: str) -> str:
-    """What is quantised together: the prefix of a layer's keys, or "" for all that is in no layer."""
+    """The unit of work that a key belongs to: the prefix of a layer's keys, or "" for all that is in no layer."""
     layer = LAYER.match(key)
     return layer.group() if layer else ""
 
 
-def unit_order(unit: str) -> tuple[bool, int]:
-    """Layers by number, the rest last."""
-    return not unit, int(re.findall(r"\d+", unit)[0]) if unit else 0
-
-
 def quantize_weight(key: str, weight: Tensor, format: Format, hessians: dict[str, Tensor],
                     act_order: bool) -> dict[str, Tensor]:
-    """One tensor of a checkpoint -> the tensors that take its place: itself, unless it is a linear of a layer."""
+    """One tensor of a checkpoint -> the tensors that replace it. Only linears of a layer are quantised."""
     name = linear_of(key)
     if name is None:
         return {key: weight}
-    hessian = hessians.get(name)    # none: nothing was calibrated, or nothing but zeros came to it
+    hessian = hessians.get(name)    # None without calibration, or if all inputs were zero
     if hessian is None:
         stored = round_to_nearest(weight, format)
     else:
@@ -222,7 +236,7 @@ def quantize_weight(key: str, weight: Tensor, format: Format, hessians: dict[str
 
 
 def linear_of(key: str) -> str | None:
-    """The linear of model.py that a key is part of, with its expert's number; None for what is not quantised."""
+    """The linear of model.py that a key is part of: "wqkv", "w2.5" (expert 5). None if it is not quantised."""
     match = LINEAR.search(key)
     if match is None:
         return None
@@ -237,15 +251,15 @@ def gptq(weight: Tensor, hessian: Tensor, format: Format, act_order: bool = Fals
          block: int = 128) -> dict[str, Tensor]:
     """weight [N, K], hessian [K, K] of its inputs -> what a checkpoint stores of it [GPTQ, algorithm 1].
 
-    In the dtype of the hessian. act_order takes the columns with the strongest activations first; the grids of the
-    groups are then fitted beforehand, because a group's columns come scattered. Raises ValueError for a hessian that no
-    damping helps.
+    Computed in the dtype of the hessian. act_order takes the columns with the strongest activations first. The columns
+    of a group are then far apart, so the grids of all groups are fitted beforehand. Raises ValueError for a hessian
+    that cannot be inverted even when damped.
     """
     weight, hessian = weight.to(hessian.dtype), hessian.clone()
     n_group, K = format.n_group(weight.shape[1]), weight.shape[1]
     size = K // n_group
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = diagonal.mean()       # a column that is never active: any value serves
+    diagonal[diagonal == 0] = diagonal.mean()       # the column is never active: any value will do
     scale, zero = fit_grid(weight.float().unflatten(1, (n_group, size)), format.mode)   # [N, G]
     order = diagonal.argsort(descending=True) if act_order else torch.arange(K, device=weight.device)
     w = weight[:, order]
@@ -255,7 +269,7 @@ def gptq(weight: Tensor, hessian: Tensor, format: Format, act_order: bool = Fals
         end = min(begin + block, K)
         errors = torch.empty_like(w[:, begin:end])
         for j, column in enumerate(order[begin:end].tolist(), start=begin):
-            if not act_order and j % size == 0:     # the grid fits the weights as corrected so far
+            if not act_order and j % size == 0:     # fit the grid to the weights as corrected so far
                 scale[:, j // size], zero[:, j // size] = fit_grid(w[:, j:j + size].float(), format.mode)
             s, z = scale[:, column // size], zero[:, column // size]
             q[:, column] = to_grid(w[:, j], s, z, format.mode)
@@ -266,7 +280,8 @@ def gptq(weight: Tensor, hessian: Tensor, format: Format, act_order: bool = Fals
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of a hessian with `damping` of its mean diagonal added, or of more if need be."""
+    """Upper Cholesky factor of the inverse of a damped hessian: `damping` times its mean diagonal is added to the
+    diagonal, and more where that is not enough."""
     if not hessian.isfinite().all():
         raise ValueError("GPTQ cannot invert the second moments of the inputs, which are not finite: a weight of this "
                          "layer or of one before it is far too large")
@@ -283,58 +298,50 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 class Calibration:
-    """Dialogues on their way through the layers: the inputs of one layer at a time, as the quantised layers before it
-    make them."""
+    """Calibration dialogues on their way through the layers. `states` are the inputs of the next layer, as the
+    quantised layers before it compute them."""
 
-    def __init__(self, folder: Path, config: ModelArgs, settings: dict, args: argparse.Namespace,
-                 date: str | None = None):
-        """date: what a chat template that asks for it is told, as `described` has it of a run that was interrupted."""
-        self.config, self.settings, self.device = config, settings, args.device
+    def __init__(self, folder: Path, settings: dict, args: argparse.Namespace, date: str | None = None):
+        """date: what the chat template is told, from `described` of an interrupted run; None means now."""
+        self.config = config = ModelArgs.from_config(read_json(folder / "config.json"))
+        self.settings, self.device = settings, args.device
         self.dtype = torch.bfloat16 if args.device.type == "cuda" else torch.float32
         now = datetime.datetime.now() if date is None else datetime.datetime.fromisoformat(date)
-        tokenizer = Tokenizer.from_pretrained(folder, chat_template=args.chat_template, template_args=args.template_args,
-                                              date=now)
+        tokenizer = Tokenizer.from_pretrained(folder, chat_template=args.chat_template,
+                                              template_args=args.template_args, date=now)
         dialogues = read_dialogues(args.data, tokenizer, config.vocab_size, args.max_length)[:args.dialogues]
-        tokens = hashlib.sha256(json.dumps([dialogue.tokens.tolist() for dialogue in dialogues]).encode())
-        self.described = {"dialogues": len(dialogues), "max_length": args.max_length,
-                          "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
-                          "tokens_sha256": tokens.hexdigest(), "device": args.device.type}
+        self.described = {"dialogues": len(dialogues), "max_length": args.max_length, "sha256": file_digest(args.data),
+                          "tokens_sha256": tokens_digest(dialogues), "device": args.device.type}
         if tokenizer.uses_date:
             self.described["date"] = now.isoformat()
-        *_, embedding = (tensor for _, tensor, _ in iterate_weights(folder, lambda key: key.endswith("embed_tokens.weight")))
+        *_, (_, embedding, _) = iterate_weights(folder, lambda key: key.endswith("embed_tokens.weight"))
         self.states = [embedding[dialogue.tokens.long()][None].to(self.device, self.dtype)      # each [1, T, dim]
                        for dialogue in dialogues]
         self.inv_freq = rope_inv_freq(config, self.device)
 
     @torch.no_grad()
     def hessians(self, unit: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of x x^T over all inputs x of each linear of a 16-bit layer, fp32 [K, K], unless it is all zero."""
+        """The sum of x x^T over all inputs x of each linear of a 16-bit layer, fp32 [K, K]. Left out if it is zero."""
         block, sums = self._block(unit, tensors), {}
 
-        def add(name: str, x: Tensor) -> None:
-            x = x.reshape(-1, x.shape[-1]).float()
+        def add(name: str, module: nn.Module, inputs: tuple) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+            name = ".".join([name, *map(str, inputs[1:])])      # Experts are called with the number of one
             if len(x):
                 sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda _, x, name=name.split(".")[-1]: add(name, x[0]))
-        if self.config.n_expert:
-            ffn = block.feed_forward
-
-            def expert(e: int, rows: Tensor) -> Tensor:
-                add(f"w13.{e}", rows)
-                gate, up = F.linear(rows, ffn.w13[e]).chunk(2, dim=-1)
-                add(f"w2.{e}", F.silu(gate) * up)
-                return F.linear(F.silu(gate) * up, ffn.w2[e])
-            ffn._expert, ffn._gathered, ffn.PREFILL_ROWS = expert, ffn._routed_rows, 0  # only rows routed to it count
+            if isinstance(module, (nn.Linear, Experts)):
+                module.register_forward_pre_hook(functools.partial(add, name.split(".")[-1]))
+            if isinstance(module, MoEFeedForward):      # an expert must see only the rows that the router sends to it
+                module.w13.routes_on_host, module.PREFILL_ROWS = True, 0
         for x in self.states:
             self._run(block, x)
         return {name: hessian for name, hessian in sums.items() if hessian.any()}
 
     @torch.no_grad()
     def advance(self, unit: str, tensors: dict[str, Tensor]) -> None:
-        """Take the dialogues through a quantised layer."""
+        """Pass the dialogues through a quantised layer."""
         block = self._block(unit, tensors)
         self.states = [self._run(block, x) for x in self.states]
 
@@ -356,11 +363,11 @@ class Calibration:
         return block(x, rope_cos_sin(pos, self.inv_freq, x.dtype), bias, pos, None)
 
 
-# What it costs
+# Size and perplexity
 
 
 def report(folder: Path, args: argparse.Namespace) -> None:
-    """Print size, bits per weight and, with --eval, perplexity of a checkpoint or the size of a head."""
+    """Print size and bits per weight of a checkpoint or a head and, with --eval, the perplexity of a checkpoint."""
     n_byte = layer_bytes = layer_weights = 0
     for key, tensor, _ in iterate_weights(folder):
         n_byte += tensor.nbytes
@@ -383,11 +390,12 @@ def report(folder: Path, args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def perplexity(model: Transformer, tokens: list[int], window: int = 1024) -> float:
     """exp of the mean negative log likelihood of all tokens but the first. The window moves on by half its length, so
-    that a token has as much before it, or the whole of the text. Raises ValueError where that is no finite number."""
+    that each token is predicted from at least half a window, or from the whole text before it. Raises ValueError if the
+    result is not finite."""
     if len(tokens) < 2:
         raise ValueError("a perplexity needs a text of two tokens or more")
     window = min(window, model.config.block_size)
-    ids = torch.tensor([tokens], device=model.inv_freq.device)
+    ids = torch.tensor([tokens], device=model.norm.weight.device)
     total, n_scored = 0.0, 1    # the first token has nothing before it
     while n_scored < len(tokens):
         begin = n_scored - window // 2 if n_scored > 1 else 0
@@ -397,7 +405,7 @@ def perplexity(model: Transformer, tokens: list[int], window: int = 1024) -> flo
         total += F.cross_entropy(logits[0], ids[0, n_scored:end], reduction="sum").item()
         n_scored = end
     mean = total / (len(tokens) - 1)
-    if not mean < math.log(sys.float_info.max):     # NaN is not
+    if not mean < math.log(sys.float_info.max):     # also true of NaN
         dtype = str(model.norm.weight.dtype).removeprefix("torch.")
         wider = " or ".join(other for other in ("bfloat16", "float32") if other != dtype)
         raise ValueError(f"the perplexity is not finite in {dtype}: "
@@ -410,14 +418,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="Hugging Face folder or hub id, of a target or a head")
     parser.add_argument("--mode", choices=("int8", "int4"))
     parser.add_argument("--out", type=Path, metavar="FOLDER")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, help="columns that share a scale; int4 only (default: 32)")
-    parser.add_argument("--lm-head", choices=("int8", "int4"), help="also the LM head, rounded to nearest; a tied one is "
-                        "untied: more bytes on disk, fewer to read a step")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES,
+                        help="columns that share a scale; int4 only (default: 32)")
+    parser.add_argument("--lm-head", choices=("int8", "int4"), help="quantise the LM head too, by rounding to nearest; "
+                        "a tied one is untied: more bytes on disk, fewer to read a step")
     parser.add_argument("--method", choices=("rtn", "gptq"), default="rtn")
     parser.add_argument("--data", type=Path, metavar="FILE", help="calibration dialogues of gptq, JSON lines")
     add_chat_options(parser)
-    parser.add_argument("--dialogues", type=number(int, 1), default=128, metavar="N", help="of them, at most")
-    parser.add_argument("--max-length", type=number(int, 2), default=512, metavar="T", help="tokens of a dialogue, at most")
+    parser.add_argument("--dialogues", type=number(int, 1), default=128, metavar="N", help="use at most N of them")
+    parser.add_argument("--max-length", type=number(int, 2), default=512, metavar="T",
+                        help="use at most T tokens of a dialogue")
     parser.add_argument("--act-order", action=argparse.BooleanOptionalAction,
                         help="gptq: columns with the strongest activations first (default), at no cost afterwards")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="perplexity of this text, before and after")

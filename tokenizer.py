@@ -72,7 +72,7 @@ class Tokenizer:
 
         texts, is_builtin = find_chat_templates(folder, settings, config, self._backend.token_to_id, chat_template)
         self._templates = ChatTemplates(texts, is_builtin, special, template_args)
-        self.uses_date, self.date, self.template_digest = self._templates.uses_date, date, self._templates.digest
+        self.uses_date, self.date = self._templates.uses_date, date
         self.stop_ids = self._find_stop_ids(special.get("eos_token", defaults.get("eos_token")), folder, config)
 
     def encode(self, text: str, bos: bool = False, *, stand_ins: dict[str, str] | None = None) -> list[int]:
@@ -129,6 +129,10 @@ class Tokenizer:
     def encode_chat(self, text: str, *, stand_ins: dict[str, str] | None = None) -> list[int]:
         """The ids of what render_chat gives."""
         return self.encode(text, bos=self._templates.is_builtin and self.adds_bos, stand_ins=stand_ins)
+
+    @property
+    def template_digest(self) -> str:
+        return self._templates.digest
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -304,9 +308,8 @@ def insert_tokens(path: Path, declared: "dict[int, tokenizers.AddedToken]") -> "
 
 
 # Splits text as Qwen2's published tokenizer.json does.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.Tokenizer":
@@ -317,9 +320,8 @@ def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.T
 
     files = [folder / "vocab.json", folder / "merges.txt"]
     if not all(file.is_file() for file in files):
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model, or vocab.json with merges.txt"
-        )
+        raise FileNotFoundError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model, "
+                                "or vocab.json with merges.txt")
     by_model = "Qwen2Tokenizer" if config.get("model_type") in ("qwen2", "qwen3") else None
     kind = str(settings.get("tokenizer_class") or by_model).removesuffix("Fast")
     if kind not in ("Qwen2Tokenizer", "GPT2Tokenizer"):

@@ -2,19 +2,10 @@
 
     dialogues = read_dialogues(Path("data.jsonl"), tokenizer, vocab_size=32000, max_length=2048)
 
-A data file is UTF-8: JSON lines, or one JSON array. Each entry is a dialogue in one of two formats:
+A data file is UTF-8: JSON lines, or one JSON array. Each entry is a dialogue; docs/training.md tells its other keys.
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}       # ShareGPT
-
-Other keys of an entry:
-    system, system_prompt   the first message
-    tools                   a list, or the JSON text of one
-    finish_reason           "length": the last answer was cut
-    tokens                  for each answer the ids that the target generated (scripts/generate_data.py writes them),
-                            which are then its tokens
-Other keys of a turn, such as "reasoning_content" and "tool_calls", go to the chat template. Entries that cannot be used
-are left out and counted.
 
 The mask comes from rendering, not from a search in the text. A dialogue is rendered up to an answer, which gives the
 prompt that the target would get, and then with the answer. What is added is the answer.
@@ -27,7 +18,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,10 +35,7 @@ class Dialogue(NamedTuple):
     loss_mask: Tensor   # [T] bool: tokens that the assistant says, with the one that ends its turn
 
 
-class Example(NamedTuple):
-    """The same as lists."""
-    tokens: list[int]
-    loss_mask: list[bool]
+Example = tuple[list[int], list[bool]]      # tokens and loss_mask of such a dialogue, as lists
 
 
 class Chat(NamedTuple):
@@ -60,27 +48,23 @@ class Chat(NamedTuple):
 
 
 class Unusable(ValueError):
-    """Raised for an entry that is left out: the name under which it is counted, and what is wrong with this one."""
-
-    def __init__(self, name: str, why: str = ""):
-        super().__init__(name, why)
-        self.name, self.why = name, why
+    """An entry that is left out: the name under which it is counted and, if there is more to say, what is wrong."""
 
 
 class LeftOut:
-    """Entries of a file that are not used: for each reason, where they stand."""
-    SHOWN = 3           # places of each reason
+    """Entries of a file that are not used: by name, where they stand."""
+    SHOWN = 3           # places of each name
 
     def __init__(self):
         self.places: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add(self, name: str, line: int, why: str = "") -> None:
+    def add(self, line: int, name: str, why: str = "") -> None:
         self.places[name].append(f"line {line}" + (f": {why}" if why else ""))
 
     def add_broken(self, line: int, why: str) -> None:
         """For console.read_records."""
         is_text = not why.startswith(("not UTF-8", "half a character"))
-        self.add("broken lines" if is_text else "not valid text", line, why)
+        self.add(line, "broken lines" if is_text else "not valid text", why)
 
     def __str__(self) -> str:
         more = {name: ", ..." if len(places) > self.SHOWN else "" for name, places in self.places.items()}
@@ -102,18 +86,18 @@ def read_dialogues(file: Path, tokenizer: Tokenizer, vocab_size: int, max_length
             chat = chat_of(entry)
             examples = examples_of(tokenizer, chat, max_length, generated_ids(tokenizer, chat, notes))
         except Unusable as error:
-            left_out.add(error.name, line, error.why)
+            left_out.add(line, *error.args)
             continue
         except ValueError as error:
-            left_out.add("refused by the chat template", line, str(error))
+            left_out.add(line, "refused by the chat template", str(error))
             continue
-        if (largest := max((max(example.tokens) for example in examples), default=0)) >= vocab_size:
+        if (largest := max((max(tokens) for tokens, _ in examples), default=0)) >= vocab_size:
             raise ValueError(f"{file}, line {line}: token {largest}, but the target's vocabulary has {vocab_size}: "
                              "this tokenizer is not the target's")
-        notes[f"cut at {max_length} tokens"] += sum(len(example.tokens) > max_length for example in examples)
-        examples = [example for example in examples if any(example.loss_mask[2:max_length])]
+        notes[f"cut at {max_length} tokens"] += sum(len(tokens) > max_length for tokens, _ in examples)
+        examples = [(tokens, loss_mask) for tokens, loss_mask in examples if any(loss_mask[2:max_length])]
         if not examples:
-            left_out.add("with no answer within the length", line)
+            left_out.add(line, "with no answer within the length")
             continue
         notes["answers before the first question left off"] += chat.n_opening
         notes["empty answers not learnt"] += sum(is_empty(message) for message in chat.messages)
@@ -132,14 +116,11 @@ def read_dialogues(file: Path, tokenizer: Tokenizer, vocab_size: int, max_length
 
 def holds_records(file: Path) -> bool:
     """Whether a file holds JSON lines or a JSON array, not lines of text. Its name tells, or how it begins."""
-    with open(file, "rb") as content:
-        begin = next((line for line in content if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
-        begin = begin.removeprefix(b"\xef\xbb\xbf")
-        if begin and file.suffix in (".jsonl", ".ndjson", ".json"):
-            return True
-        with contextlib.suppress(ValueError, RecursionError):
-            whole = begin + content.read() if begin.lstrip().startswith(b"[") else begin
-            return isinstance(json.loads(whole), dict | list)
+    text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text and file.suffix in (".jsonl", ".ndjson", ".json"):
+        return True
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(text if text.startswith(b"[") else text.partition(b"\n")[0]), dict | list)
     return False
 
 
@@ -203,7 +184,7 @@ def text_of(part: object) -> str:
     return text
 
 
-def tools_of(tools: object) -> list[dict] | None:
+def tools_of(tools: Any) -> list[dict] | None:
     """A list of tools, or the JSON text of one."""
     if isinstance(tools, str) and tools.strip():
         try:
@@ -265,25 +246,22 @@ def examples_of(tokenizer: Tokenizer, chat: Chat, max_length: int,
     answers = [n for n in answers if not is_empty(chat.messages[n])]
     if not answers:
         raise Unusable("with empty answers only")
-    examples = encode_answers(tokenizer, chat, answers, max_length, len(answers) > 1, generated)
-    if examples is None:
-        examples = encode_answers(tokenizer, chat, answers, max_length, False, generated)
     joined: list[Example] = []
-    for tokens, loss_mask in examples or ():
-        before = joined[-1] if joined else Example([], [])
-        if joined and tokens[:len(before.tokens)] == before.tokens:
-            joined[-1] = Example(tokens, before.loss_mask + loss_mask[len(before.tokens):])
+    for tokens, loss_mask in encode_answers(tokenizer, chat, answers, max_length, len(answers) > 1, generated or {}):
+        before, mask_before = joined[-1] if joined else ([], [])
+        if joined and tokens[:len(before)] == before:
+            joined[-1] = tokens, mask_before + loss_mask[len(before):]
         else:
-            joined.append(Example(tokens, loss_mask))
+            joined.append((tokens, loss_mask))
     return joined
 
 
 def encode_answers(tokenizer: Tokenizer, chat: Chat, answers: list[int], max_length: int, piecewise: bool,
-                   generated: dict[int, list[int]] | None = None) -> list[Example] | None:
+                   generated: dict[int, list[int]]) -> list[Example]:
     """One example for each of the answers, given by their places among the messages.
 
     `piecewise` encodes only what each turn adds: the time then grows with the dialogue's length, not with its square.
-    It gives None where the pieces joined are not the tokens of the whole.
+    Where the pieces joined are not the tokens of the whole, everything is encoded anew.
     """
     examples: list[Example] = []
     text, known = "", []            # a rendering up to the end of an answer, and its ids
@@ -297,11 +275,11 @@ def encode_answers(tokenizer: Tokenizer, chat: Chat, answers: list[int], max_len
         after = tokenizer.render_chat(chat.messages[:n + 1], add_generation_prompt=False, tools=chat.tools)
         check_nothing_is_lost(tokenizer, chat, n, before, after)
         if not before.startswith(text):
-            return None
+            return encode_answers(tokenizer, chat, answers, max_length, False, generated)
         prompt = encode(before)
         if len(prompt) >= max_length:
             break
-        if generated and n in generated:
+        if n in generated:
             examples.append(masked(prompt + generated[n], len(prompt)))
         else:
             is_cut = chat.is_cut and n == answers[-1]
@@ -309,7 +287,7 @@ def encode_answers(tokenizer: Tokenizer, chat: Chat, answers: list[int], max_len
         if piecewise:
             text, known = after, encode(after)
     if text and prompt != tokenizer.encode_chat(before):
-        return None
+        return encode_answers(tokenizer, chat, answers, max_length, False, generated)
     return examples
 
 
@@ -343,7 +321,7 @@ def encode_answer(tokenizer: Tokenizer, message: dict, prompt: list[int], before
 
 
 def masked(tokens: list[int], n_prompt: int) -> Example:
-    return Example(tokens, [False] * n_prompt + [True] * (len(tokens) - n_prompt))
+    return tokens, [False] * n_prompt + [True] * (len(tokens) - n_prompt)
 
 
 def check_nothing_is_lost(tokenizer: Tokenizer, chat: Chat, n: int, before: str, after: str) -> None:
@@ -365,9 +343,6 @@ def check_nothing_is_lost(tokenizer: Tokenizer, chat: Chat, n: int, before: str,
         if less != chat.messages[n] and is_same(after, [*chat.messages[:n], less], add_generation_prompt=False,
                                                 tools=chat.tools):
             raise Unusable(f"with {name} that the chat template leaves out")
-
-
-# What is trained on
 
 
 def common_tokens(dialogues: list[Dialogue], stop_ids: frozenset[int], n: int) -> list[int]:

@@ -16,7 +16,7 @@ import random
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tp
-from console import say, whole_or_nothing, write_atomically
 from checkpoint import read_json
+from console import say, whole_or_nothing, write_atomically
 from model import Transformer
 from runtime import pack_for_cpu
 from train_data import Dialogue, make_batches
@@ -53,24 +53,24 @@ class Features:
     def batch(self, indices: list[int]) -> Batch:
         tokens = self._padded([self.dialogues[i].tokens.long() for i in indices])
         loss_mask = self._padded([self.dialogues[i].loss_mask for i in indices])
-        features = compute_features(self.model, tokens) if self.folder is None else self._padded(self._read(indices))
-        return Batch(tokens, features, loss_mask)
+        if self.folder is None:
+            return Batch(tokens, self._compute(tokens), loss_mask)
+        return Batch(tokens, self._padded(self._read(self.folder, indices)), loss_mask)
 
     def _padded(self, rows: list[Tensor]) -> Tensor:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.inv_freq.device)
 
-    def _read(self, indices: list[int]) -> list[Tensor]:
+    def _compute(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, dim]"""
+        with torch.inference_mode():
+            features = self.model.features(tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        return features.clone()     # outside of inference mode, so that a backward pass may keep it
+
+    def _read(self, folder: Path, indices: list[int]) -> list[Tensor]:
         """[T, dim] of each dialogue."""
         for n in {self.shard_of[i] for i in indices} - self.open_shards.keys():
-            self.open_shards[n] = safe_open(shard_file(self.folder, n), framework="pt")
+            self.open_shards[n] = safe_open(shard_file(folder, n), framework="pt")
         return [self.open_shards[self.shard_of[i]].get_tensor(str(i)) for i in indices]
-
-
-def compute_features(model: Transformer, tokens: Tensor) -> Tensor:
-    """[B, T] -> [B, T, dim]"""
-    with torch.inference_mode():
-        features = model.features(tokens, torch.arange(tokens.shape[1], device=tokens.device))
-    return features.clone()     # outside of inference mode, so that a backward pass may keep it
 
 
 def shards_of(dialogues: list[Dialogue]) -> list[list[int]]:
@@ -83,10 +83,11 @@ def shard_file(folder: Path, n: int) -> Path:
     return folder / f"{n:05}.safetensors"
 
 
-def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int, origin: dict[str, str]) -> None:
+def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int,
+                   origin: dict[str, str]) -> None:
     """Fill the cache `folder`: those shards that are not there yet, n_token tokens at a time.
 
-    origin   what the features come from beside the dtype and the tokens
+    `origin` is what the features come from beside the dtype and the tokens.
     Raises ValueError where the cache is of other features, or where features are not finite.
     """
     dtype = model.norm.weight.dtype
@@ -126,8 +127,7 @@ DIFFERS = {
     "target": "{where} was made with another target than {mine[checkpoint]}: weights, config.json or quantize.json are "
               "not those of {kept[checkpoint]}",
     "template": "{where} was made with another chat template",
-    "tokens": "{where} was made with other tokens: the data, --max-length, the tokenizer, or how this program reads "
-              "dialogues has changed",
+    "tokens": "{where} was made with other tokens: data, --max-length, tokenizer or version of this program differ",
 }
 
 
@@ -152,8 +152,7 @@ def check_cache(folder: Path, origin: dict[str, str]) -> None:
 
 def cache_origin(folder: Path) -> dict[str, str]:
     """What the features in a folder come from; empty where there are none."""
-    file = folder / "features.json"
-    return read_json(file) if file.exists() else {}
+    return read_json(folder / "features.json", absent={})
 
 
 def tokens_digest(dialogues: list[Dialogue], masks: bool = False) -> str:
@@ -204,23 +203,18 @@ def load_target(folder: Path, device: torch.device, dtype: torch.dtype, rank: in
         return model.to(device)
 
     # One after the other: the host's memory then holds one whole target at a time.
-    return [tp.in_turn(turn == rank, load) for turn in range(world)][rank]
+    turns: list[Any] = [tp.in_turn(turn == rank, load) for turn in range(world)]
+    return turns[rank]
 
 
-def shard_layers(model: Transformer, device: torch.device, rank: int, world: int) -> list["Pieces"]:
+def shard_layers(model: Transformer, device: torch.device, rank: int, world: int) -> list["Piece"]:
     """Keep 1/world of every layer here. The ranks gather a layer for the time it runs, as ZeRO-3 does
     (arXiv 1910.02054), so all of them must run the target equally often."""
-    kept = []
-    for layer in model.layers:
-        pieces = Pieces(layer, device, rank, world)
-        layer.register_forward_pre_hook(pieces.gather)
-        layer.register_forward_hook(pieces.drop)
-        kept.append(pieces)
-    return kept
+    return [Piece(layer, device, rank, world) for layer in model.layers]
 
 
-class Pieces:
-    """1/world of the tensors of a layer. `gather` makes them whole, `drop` frees them again."""
+class Piece:
+    """1/world of a layer's tensors. Before the layer runs `gather` makes them whole, afterwards `drop` frees them."""
 
     def __init__(self, layer: nn.Module, device: torch.device, rank: int, world: int):
         from linears import QuantLinear
@@ -235,6 +229,8 @@ class Pieces:
         self.mine = F.pad(flat, (0, -len(flat) % world)).view(world, -1)[rank].to(device, copy=True)     # [bytes]
         self.world = world
         self.drop()
+        layer.register_forward_pre_hook(self.gather)
+        layer.register_forward_hook(self.drop)
 
     def gather(self, *_) -> None:
         whole = self.mine.new_empty(self.world * len(self.mine))

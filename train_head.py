@@ -7,9 +7,9 @@
     torchrun --nproc-per-node 8 train_head.py ...             # data parallel
     torchrun --nproc-per-node 8 train_head.py --shard-target  # for 70B: each process keeps a part of the target
 
-The recipe is that of EAGLE, arXiv 2401.15077, section 4.2, with the settings of its code. The target is frozen. The head
-sees the target's features with uniform noise added and predicts the next ones: L = SmoothL1 + 0.1 CE over the answers
-(train_loss.py), by AdamW at 3e-5 with gradients clipped at norm 0.5. docs/training.md tells the rest.
+The recipe is that of EAGLE, arXiv 2401.15077, section 4.2, with the settings of its code. The target is frozen. The
+head sees the target's features with uniform noise added and predicts the next ones: L = SmoothL1 + 0.1 CE over the
+answers (train_loss.py), by AdamW at 3e-5 with gradients clipped at norm 0.5. docs/training.md tells the rest.
 """
 import argparse
 import contextlib
@@ -28,30 +28,32 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import tp
+from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
 from console import Parser, add_chat_options, command, number, pick_device, say, whole_or_nothing, write_atomically
 from eagle_head import EagleHead, head_args
-from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
 from model import Transformer
 from tokenizer import Tokenizer
 from train_data import Dialogue, common_tokens, make_batches, parts_of, read_dialogues, split
-from train_features import (DIFFERS, Features, cache_origin, check_cache, check_same, load_target, target_stamp, tokens_digest, write_features)
+from train_features import (DIFFERS, Features, cache_origin, check_cache, check_same, load_target, target_stamp,
+                            tokens_digest, write_features)
 from train_loss import Learner, evaluate, input_noise
 
 
-def train(args: argparse.Namespace) -> int:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, is_first, cache = pick_device(args.device), rank == 0, args.cache_features
-    state_file = args.out / "checkpoint.pt"
+@command(in_ranks=True)
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status: 130 when stopped, with everything saved."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device, cache, state_file = pick_device(args.device), args.cache_features, args.out / "checkpoint.pt"
     resumes = state_file.exists()
     if resumes and not args.resume:
         raise ValueError(f"{args.out} holds a training: go on with --resume, or give another --out")
     if args.shard_target and (world == 1 or cache is not None):
         raise ValueError("--shard-target needs torchrun with several processes, and no --cache-features")
-    if args.checkpoint is None:
-        args.checkpoint = str(demo_checkpoint())
+    args.checkpoint = args.checkpoint or str(demo_checkpoint())
     folder = resolve_checkpoint(args.checkpoint)
 
     # A resume or a cache that does not fit is refused before anything is loaded or written.
@@ -61,7 +63,6 @@ def train(args: argparse.Namespace) -> int:
     check_same(before, settings, f"--resume: {state_file}", differs=RESUME_DIFFERS)
     if cache is not None:
         check_cache(cache, origin)
-    target = read_json(folder / "config.json")
     model = load_target(folder, device, getattr(torch, args.dtype), rank, world if args.shard_target else 1)
     max_length = min(args.max_length, model.config.block_size)
     dialogues = read_dialogues(args.data, tokenizer, model.config.vocab_size, max_length)
@@ -76,30 +77,32 @@ def train(args: argparse.Namespace) -> int:
     features = Features(model, dialogues, cache)
 
     held_out, train_set = split([dialogue.line for dialogue in dialogues], args.eval_dialogues, args.seed)
-    config = head_config(target, Path(args.checkpoint).name, args.bias)
+    config = head_config(read_json(folder / "config.json"), Path(args.checkpoint).name, args.bias)
     head = new_head(config, model, None if resumes else args.init, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.draft_vocab:
         ids = common_tokens([dialogues[i] for i in train_set], tokenizer.stop_ids, args.draft_vocab)
         head.set_draft_vocab(ids)
-        if is_first:
+        if tp.writes():
             write_atomically(args.out / "draft_vocab.json", json.dumps({"ids": ids}) + "\n")
     learner = Learner(head, args.dtype == "bfloat16", args.levels)
-    wrapped = nn.parallel.DistributedDataParallel(learner) if world > 1 else learner
-    weights = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95))
-    run = Run(args.out, head, config, optimizer, settings, is_first)
+    wrapped = DistributedDataParallel(learner) if world > 1 else learner
+    run = Run(args.out, head, config, settings, args.lr)
     if resumes:
         run.load(device)
 
     lengths = [len(dialogue.tokens) for dialogue in dialogues]
-    plan = plan_steps(train_set, lengths, args, world)
+    plan = []       # (epoch, dialogues) of every step
+    for epoch in range(args.epochs):
+        rng = random.Random(f"{args.seed} {epoch}")
+        batches = make_batches([lengths[i] for i in train_set], n_token, rng, n_part=world * args.accumulate)
+        plan += [(epoch, [train_set[j] for j in batch]) for batch in batches]
     n_step = len(plan)
     n_padded = sum(len(indices) * max(lengths[i] for i in indices) for _, indices in plan)
     padding = 1 - args.epochs * sum(lengths[i] for i in train_set) / n_padded
     warmup = min(2000, n_step // 10) if args.warmup is None else args.warmup
     eval_every = max(1, n_step // args.epochs) if args.eval_every is None else args.eval_every
-    say(f"{sum(weight.numel() for weight in weights)} parameters, {n_step} steps of up to "
+    say(f"{sum(weight.numel() for weight in run.weights.values())} parameters, {n_step} steps of up to "
         f"{n_token * world * args.accumulate} tokens, padding {padding:.1%}, "
         f"{len({dialogues[i].line for i in held_out})} dialogues held out"
         + (f"; going on at step {run.step}" if run.step else ""))
@@ -122,14 +125,14 @@ def train(args: argparse.Namespace) -> int:
                 continue
             epoch, indices = plan[run.step]
             rate = learning_rate(run.step, n_step, warmup, args.lr)
-            for group in optimizer.param_groups:
+            for group in run.optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad()
+            run.optimizer.zero_grad()
             parts = parts_of(indices, rank, world, args.accumulate)
             losses = add_gradients(wrapped, features, indices, parts, args, args.seed * 1_000_003 + epoch, world)
-            norm = nn.utils.clip_grad_norm_(weights, args.clip)
+            norm = nn.utils.clip_grad_norm_(run.weights.values(), args.clip)
             refuse_not_finite(losses, norm, parts, indices, dialogues, run.step)
-            optimizer.step()
+            run.optimizer.step()
             run.step += 1
             sums[:4] += sum(losses, torch.zeros(4, device=device))
             sums[4] += count_tokens(dialogues, indices) / world
@@ -141,9 +144,9 @@ def train(args: argparse.Namespace) -> int:
                 *totals, n_counted = sums.tolist()
                 smooth_l1, cross_entropy, same, right = (total / n_counted for total in totals)
                 speed = n_seen / (time.monotonic() - started)
-                run.log.append({"step": run.step, "epoch": epoch, "smooth_l1": smooth_l1, "cross_entropy": cross_entropy,
-                                "agreement": same, "top1": right, "lr": rate, "grad_norm": float(norm),
-                                "tokens_per_second": round(speed)})
+                run.log.append({"step": run.step, "epoch": epoch, "smooth_l1": smooth_l1,
+                                "cross_entropy": cross_entropy, "agreement": same, "top1": right, "lr": rate,
+                                "grad_norm": float(norm), "tokens_per_second": round(speed)})
                 bar.set_postfix_str(f"loss {smooth_l1 + args.cls_weight * cross_entropy:.3f}, top-1 {right:.3f}, "
                                     f"{speed:.0f} tokens/s")
                 sums.zero_()
@@ -156,7 +159,7 @@ def train(args: argparse.Namespace) -> int:
                     say(f"stopped at step {run.step}; the same command with --resume goes on from there")
                     return 130
     run.save()
-    if is_first:
+    if tp.writes():
         draw_curves(run.log, args.out / "curves.png")
     say(f"wrote {args.out}")
     return 0
@@ -182,12 +185,11 @@ RESUME_DIFFERS = DIFFERS | {
     "data": "{where} was trained on another --data file",
     "threads": "{where} was trained with {was} threads, now there are {now}: OMP_NUM_THREADS={was} gives the same bits",
     "device": "{where} was trained on the device {was!r}, now it is {now!r}: give --device {was}",
-    "torch": "{where} was trained with torch {was}, this is {now}: install that one, or begin anew from the head with "
-             "--init and another --out",
+    "torch": "{where} was trained with torch {was}, this is {now}: install that one, or use --init and another --out",
     "world": "{where} was trained by {was} processes, now there are {now}",
     "cached": "{where}: --cache-features was given: {was}, now: {now}; cached features are rounded otherwise",
 }
-FREE_ON_RESUME = {"resume", "save_minutes", "eval_every", "out", "cache_features", "device",    # do not change the weights
+FREE_ON_RESUME = {"resume", "save_minutes", "eval_every", "out", "cache_features", "device",    # change no weight
                   "checkpoint", "data", "chat_template", "template_args"}                       # compared by content
 
 
@@ -199,15 +201,11 @@ def settings_of(args: argparse.Namespace, device: torch.device, world: int) -> d
             **{key: str(value) for key, value in vars(args).items() if key not in FREE_ON_RESUME}}
 
 
-# The head and its files
-
-
 def head_config(target: dict, name: str, bias: bool = True) -> dict:
     """config.json of a head in the official format, from its target's config.json and name."""
     keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
             "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    rope = target.get("rope_parameters") or {}
-    theta = target.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    theta = target.get("rope_theta") or (target.get("rope_parameters") or {}).get("rope_theta") or 10000.0
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1,
             **{key: target[key] for key in keys if target.get(key) is not None}, "rope_theta": theta, "bias": bias,
             "qkv_bias": target.get("model_type") == "qwen2", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -244,19 +242,17 @@ class Run:
     Nothing random is kept: batches and noise follow from the seed, the rate from the step.
     """
 
-    def __init__(self, folder: Path, head: EagleHead, config: dict, optimizer: torch.optim.Optimizer,
-                 settings: dict[str, str], writes: bool):
-        self.folder, self.head, self.config, self.writes = folder, head, config, writes
-        self.optimizer, self.settings = optimizer, settings
+    def __init__(self, folder: Path, head: EagleHead, config: dict, settings: dict[str, str], lr: float):
+        self.folder, self.head, self.config, self.settings = folder, head, config, settings
+        self.weights = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, betas=(0.9, 0.95))
         self.step, self.log = 0, []
         self.saved, self.saved_at = (0, 0), time.monotonic()
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: weight.detach() for name, weight in self.head.named_parameters() if weight.requires_grad}
-
+    @torch.no_grad()
     def load(self, device: torch.device) -> None:
         state = load_state(self.folder / "checkpoint.pt", device)
-        for name, weight in self.weights().items():
+        for name, weight in self.weights.items():
             weight.copy_(state["head"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log = state["step"], state["log"]
@@ -264,8 +260,8 @@ class Run:
 
     def save(self) -> None:
         """Write what is new since the last time."""
-        if self.writes and self.saved != (self.step, len(self.log)):
-            if not all(weight.isfinite().all() for weight in self.weights().values()):
+        if tp.writes() and self.saved != (self.step, len(self.log)):
+            if not all(weight.isfinite().all() for weight in self.weights.values()):
                 raise ValueError(f"weights are not finite after step {self.step}: the last checkpoint stands; "
                                  "a lower --lr may help")
             with whole_or_nothing(self.folder / "model.safetensors", ".part") as part:
@@ -274,31 +270,18 @@ class Run:
             write_atomically(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
             write_atomically(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
             with whole_or_nothing(self.folder / "checkpoint.pt", ".part") as part:
-                torch.save({"settings": self.settings, "step": self.step, "log": self.log, "head": self.weights(),
+                torch.save({"settings": self.settings, "step": self.step, "log": self.log,
+                            "head": {name: weight.detach() for name, weight in self.weights.items()},
                             "optimizer": self.optimizer.state_dict()}, part)
         self.saved, self.saved_at = (self.step, len(self.log)), time.monotonic()
 
 
 def load_state(file: Path, device: torch.device | None = None) -> dict:
-    """What `save_state` wrote; without a device its tensors are mapped, not read."""
+    """A checkpoint.pt. Without a device its tensors are mapped into memory, not read."""
     try:
         return torch.load(file, map_location=device or "cpu", mmap=device is None, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} is corrupt or truncated: {str(error).splitlines()[0]}") from None
-
-
-# A step
-
-
-def plan_steps(train_set: list[int], lengths: list[int], args: argparse.Namespace,
-               world: int) -> list[tuple[int, list[int]]]:
-    """(epoch, indices of the dialogues) of every step. train_set holds indices, lengths those of all dialogues."""
-    plan = []
-    for epoch in range(args.epochs):
-        batches = make_batches([lengths[i] for i in train_set], args.batch_size * args.max_length,
-                               random.Random(f"{args.seed} {epoch}"), world * args.accumulate)
-        plan += [(epoch, [train_set[j] for j in batch]) for batch in batches]
-    return plan
 
 
 def learning_rate(step: int, n_step: int, warmup: int, peak: float) -> float:
@@ -311,8 +294,8 @@ def count_tokens(dialogues: list[Dialogue], indices: list[int]) -> int:
     return sum(int(dialogues[i].loss_mask[2:].sum()) for i in indices)
 
 
-def add_gradients(wrapped: nn.Module, features: Features, indices: list[int], parts: list[list[int]],
-                  args: argparse.Namespace, noise_seed: int, world: int) -> list[Tensor]:
+def add_gradients(learner: Learner | DistributedDataParallel, features: Features, indices: list[int],
+                  parts: list[list[int]], args: argparse.Namespace, noise_seed: int, world: int) -> list[Tensor]:
     """The loss of a step is the mean over the tokens of all its parts and processes: its gradient is that of one large
     batch. Returns the Losses [4] of this process's parts."""
     dialogues, losses = features.dialogues, []
@@ -322,9 +305,9 @@ def add_gradients(wrapped: nn.Module, features: Features, indices: list[int], pa
         batch = features.batch(part or indices[:1])
         if not part:    # fewer dialogues than processes: take part with nothing that counts
             batch = batch._replace(loss_mask=torch.zeros_like(batch.loss_mask))
-        waits = world > 1 and len(losses) < len(parts) - 1
-        with wrapped.no_sync() if waits else contextlib.nullcontext():
-            sums = wrapped(batch, input_noise(batch, part, lengths, args.noise, noise_seed))
+        is_last = len(losses) == len(parts) - 1     # then the processes exchange gradients
+        with contextlib.nullcontext() if is_last or isinstance(learner, Learner) else learner.no_sync():
+            sums = learner(batch, input_noise(batch, part, lengths, args.noise, noise_seed))
             loss = (sums.smooth_l1 + args.cls_weight * sums.cross_entropy) / n_counted
             (loss * world).backward()   # DistributedDataParallel averages gradients, the loss is a sum of parts
         losses.append(torch.stack(sums).detach())
@@ -334,8 +317,7 @@ def add_gradients(wrapped: nn.Module, features: Features, indices: list[int], pa
 def refuse_not_finite(losses: list[Tensor], norm: Tensor, parts: list[list[int]], indices: list[int],
                       dialogues: list[Dialogue], step: int) -> None:
     """Raise ValueError with the lines at fault, before a NaN enters the weights."""
-    # sync: once a step
-    finite = torch.stack([*(loss.isfinite().all() for loss in losses), norm.isfinite()]).tolist()
+    finite = torch.stack([*(loss.isfinite().all() for loss in losses), norm.isfinite()]).tolist()  # sync: once a step
     if all(finite):
         return
     at_fault = next((part for part, fine in zip(parts, finite) if not fine), indices)
@@ -346,7 +328,7 @@ def refuse_not_finite(losses: list[Tensor], norm: Tensor, parts: list[list[int]]
 
 
 class Stop:
-    """Ctrl-C or SIGTERM ask for a stop after the step that runs, on all processes at the same one."""
+    """Ctrl-C or SIGTERM asks for a stop after the step that runs, the same step on all processes."""
 
     def __init__(self):
         self.seen = False
@@ -368,13 +350,11 @@ class Stop:
 def draw_curves(log: list[dict], file: Path) -> None:
     """Losses and accuracies as a picture, where matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5))
-    for axis, kind in zip(axes, ("smooth_l1", "cross_entropy", "agreement", "top1")):
+    figure = Figure(figsize=(16, 3.5))
+    for axis, kind in zip(figure.subplots(1, 4), ("smooth_l1", "cross_entropy", "agreement", "top1")):
         for key in (kind, f"eval_{kind}"):
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
             axis.plot(*zip(*points), label=key) if points else None
@@ -382,46 +362,34 @@ def draw_curves(log: list[dict], file: Path) -> None:
         axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=100)
-    plt.close(figure)
-
-
-@command(in_ranks=True)
-def main(args: argparse.Namespace) -> int:
-    """Exit status 130 when stopped, with everything saved."""
-    return train(args)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train an EAGLE head for a target.")
     parser.add_argument("--checkpoint", help="the target: Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines of dialogues")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the head, its log and its checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the head, its log, its checkpoint")
     parser.add_argument("--init", metavar="HEAD", help="begin with this head's weights instead of random ones")
-    parser.add_argument("--bias", action=argparse.BooleanOptionalAction, default=True,
-                        help="of fc; vLLM loads heads without")
+    parser.add_argument("--bias", action=argparse.BooleanOptionalAction, default=True, help="of fc; vLLM allows none")
     parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="classify among the N commonest tokens "
                         "of the answers only, and write them as draft_vocab.json (default: the whole vocabulary)")
     parser.add_argument("--epochs", type=number(int, 1), default=20, metavar="N")
     parser.add_argument("--batch-size", type=number(int, 1), default=4, metavar="N",
-                        help="a step of one process has at most N * max-length tokens: more dialogues where they are short")
+                        help="a process has at most N * max-length tokens a step: more dialogues where they are short")
     parser.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
                         help="batches a step: the gradient of N times the batch size in the memory of one")
     parser.add_argument("--max-length", type=number(int, 3), default=2048, metavar="N", help="longer dialogues are cut")
     parser.add_argument("--lr", type=number(float, 0, open_low=True), default=3e-5, metavar="X", help="at its peak")
-    parser.add_argument("--warmup", type=number(int, 0), metavar="N",
-                        help="steps (default: 2000, at most a tenth of all)")
+    parser.add_argument("--warmup", type=number(int, 0), metavar="N", help="steps (default: 2000, at most a tenth)")
     parser.add_argument("--cls-weight", type=number(float, 0), default=0.1, metavar="X", help="of the cross-entropy")
     parser.add_argument("--levels", type=number(int, 1), default=1, metavar="N",
-                        help="train on features up to N - 1 steps the head's own: more accepted in depth, N to N^2 times "
-                        "the work (default: 1, the paper's)")
+                        help="train also on features up to N - 1 steps the head's own: N to N^2 times the work")
     parser.add_argument("--noise", type=number(float, 0), default=0.1, metavar="X", help="U(-X, X) on input features")
-    parser.add_argument("--clip", type=number(float, 0, open_low=True), default=0.5, metavar="X",
-                        help="norm of the gradient")
+    parser.add_argument("--clip", type=number(float, 0, open_low=True), default=0.5, metavar="X", help="gradient norm")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N")
     parser.add_argument("--cache-features", type=Path, metavar="FOLDER", help="keep the target's features on disk")
     parser.add_argument("--shard-target", action="store_true", help="spread the target's layers over the processes")
-    parser.add_argument("--eval-dialogues", type=number(int, 0), default=100, metavar="N",
-                        help="held out, at most a tenth")
+    parser.add_argument("--eval-dialogues", type=number(int, 0), default=100, metavar="N", help="held out: up to 10%%")
     parser.add_argument("--eval-every", type=number(int, 0), metavar="N", help="steps (default: an epoch; 0: never)")
     parser.add_argument("--log-every", type=number(int, 1), default=10, metavar="N", help="steps")
     parser.add_argument("--save-minutes", type=number(float, 0), default=10.0, metavar="X", help="between checkpoints")
@@ -431,7 +399,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="of the target; the head's weights are fp32, run under autocast with bfloat16")
     add_chat_options(parser)
     return parser.parse_args(argv)
-
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ It counts where t_{i+2} is the assistant's.
 
 Shapes: B dialogues, T tokens, M positions that count, L levels, V vocabulary or draft vocabulary.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class SoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, predicted: Tensor, true: Tensor, weight: Tensor,
+    def forward(ctx: Any, predicted: Tensor, true: Tensor, weight: Tensor,
                 labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """predicted, true [M, dim], weight [V, dim], labels [M, 1]: the weight's row of the text's token, -1 for none
         -> loss [], positions where predicted and true have the same likeliest token [], and where it is the label [].
@@ -58,7 +58,7 @@ class SoftCrossEntropy(torch.autograd.Function):
         return loss, same, right
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, *_) -> tuple[Tensor, None, None, None]:
         return ctx.saved_tensors[0] * grad_loss, None, None, None
 
 
@@ -85,7 +85,8 @@ class Learner(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[V, dim] of the target's LM head, frozen: the rows of the draft vocabulary where there is one."""
-        return (self.head.draft_output or self.head.target.output).weight
+        output: Any = self.head.draft_output or self.head.target.output
+        return output.weight
 
     def forward(self, batch: Batch, noise: Tensor | None) -> Losses:
         tokens, features, loss_mask = batch
@@ -104,19 +105,11 @@ class Learner(nn.Module):
             true = features[:, 1 + level:-1][mask].float()                          # [M, dim]
             ours = predicted[:, level, level:][mask].float()
             smooth_l1 = F.smooth_l1_loss(ours, true, reduction="sum") / ours.shape[-1]
-            labels = self.rows_of(tokens[:, 2:][mask]) if level == 0 else None
+            labels = draft_rows(self.head, tokens[:, 2:][mask]) if level == 0 else None
             cross_entropy, *of_level = SoftCrossEntropy.apply(ours, true, self.weight, labels)
             counts = counts or of_level
             sums = sums + torch.stack((smooth_l1, cross_entropy)) / n_level
         return Losses(*sums, *counts)
-
-    def rows_of(self, tokens: Tensor) -> Tensor:
-        """tokens [M] -> [M, 1]: the row of `weight` that each has, -1 outside the draft vocabulary."""
-        if self.head.draft_ids is None:
-            return tokens[:, None]
-        rows = tokens.new_full((self.head.config.vocab_size,), -1)
-        rows[self.head.draft_ids] = torch.arange(len(self.head.draft_ids), device=rows.device)
-        return rows[tokens, None]
 
     def predict(self, tokens: Tensor, inputs: Tensor, n_level: int) -> Tensor:
         """The head over the pairs of n_level levels, one level after the other: [B, n_level * n_pair, dim]."""
@@ -125,6 +118,15 @@ class Learner(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
             return self.head(tokens[:, 1:-1].repeat(1, n_level), inputs, pos.repeat(n_level),
                              mask=level_mask(n_pair, n_level, tokens.device))
+
+
+def draft_rows(head: EagleHead, tokens: Tensor) -> Tensor:
+    """tokens [M] -> [M, 1]: the row of the head's LM head that each has, -1 outside the draft vocabulary."""
+    if head.draft_ids is None:
+        return tokens[:, None]
+    rows = tokens.new_full((head.config.vocab_size,), -1)
+    rows[head.draft_ids] = torch.arange(len(head.draft_ids), device=rows.device)
+    return rows[tokens, None]
 
 
 def level_mask(n_pair: int, n_level: int, device: torch.device, rows: Tensor | None = None) -> Tensor:
@@ -166,14 +168,15 @@ def evaluate(learner: Learner, features: Features, held_out: list[int], rank: in
     sums = torch.zeros(7 + 2 * N_ALPHA, dtype=torch.float64)
     learner = Learner(learner.head, learner.autocast)
     device = learner.weight.device
-    for begin in range(0, len(held_out), world):    # as many for each process: a sharded target needs them all
-        i = held_out[begin + rank] if begin + rank < len(held_out) else held_out[0]
-        batch = features.batch([i])
-        if begin + rank >= len(held_out):
+    for begin in range(0, len(held_out), world):
+        mine = held_out[begin + rank:begin + rank + 1]
+        batch = features.batch(mine or held_out[:1])    # as often on each process: a sharded target needs them all
+        if not mine:
             continue
         losses = torch.stack(learner(batch, None)).double().cpu()
         if not losses.isfinite().all():
-            raise ValueError(f"the loss of the held-out dialogue in line {features.dialogues[i].line} is not finite")
+            line = features.dialogues[mine[0]].line
+            raise ValueError(f"the loss of the held-out dialogue in line {line} is not finite")
         with torch.autocast(device.type, torch.bfloat16, enabled=learner.autocast):
             ranks = draft_ranks(learner.head, batch.tokens[0], batch.features[0], N_ALPHA)
         ranks = ranks[:, batch.loss_mask[0, 2:2 + ranks.shape[1]]].cpu()
@@ -215,7 +218,7 @@ def draft_ranks(head: EagleHead, tokens: Tensor, features: Tensor, max_depth: in
                                  level_mask(n_pair, level + 1, ids.device, level * n_pair + at))
                             for at, inputs in zip(j.split(n), before.split(n, dim=1))], dim=1)
         ranks.append(rank_of(head, hidden[0, :-1], ids[0, j[:-1] + 2]))
-    head.kv_cache = None
+    head.register_buffer("kv_cache", None, persistent=False)    # freed
     width = max(n_pair - max_depth, 0)
     return torch.stack([rank[:width] for rank in ranks]) if width else ids.new_zeros(max_depth, 0)
 
@@ -227,11 +230,9 @@ def rank_of(head: EagleHead, hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = head.draft_logits(hidden.to(head.target.norm.weight.dtype)).float()
         if not torch.is_tensor(logits):     # each rank has a part of the vocabulary
             logits = logits.full()
-        if head.draft_ids is None:
-            return (logits > logits.gather(-1, tokens[..., None])).sum(-1)
-        match = head.draft_ids == tokens[..., None]
-        own = logits.masked_fill(~match, -torch.inf).amax(-1, keepdim=True)
-        return torch.where(match.any(-1), (logits > own).sum(-1), head.config.vocab_size)
+        rows = draft_rows(head, tokens)
+        n_better = (logits > logits.gather(-1, rows.clamp_min(0))).sum(-1)
+        return torch.where(rows[:, 0] >= 0, n_better, head.config.vocab_size)
 
     n_vocab = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
     n = max(1, LOGITS_AT_ONCE[hidden.device.type] // n_vocab)

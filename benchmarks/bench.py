@@ -1,14 +1,14 @@
 """How fast is the target here, and how near the memory's speed? A table on stdout, one JSON object in a file.
 
-    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json benchmarks/smollm2.json
-    python benchmarks/bench.py --shape llama-2-7b --json benchmarks/llama-2-7b.json     # random weights: nothing to fetch
+    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json smollm2.json
+    python benchmarks/bench.py --shape llama-2-7b                       # random weights: nothing to fetch
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
-    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and whole generations
+    python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and generations
     python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
-Decoding is bound by memory, so a step is set against the time that only reading what it must read would take. A random
-head is never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is
-labelled as simulated. Run it alone on the machine.
+Decoding is bound by memory, so each step is compared with the time that reading its bytes takes. A random head is
+never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is labelled
+as simulated. Run it alone on the machine.
 
 Shapes: T new tokens (rows), S cache slots, H query heads, K key/value heads, G = H / K, D head dim.
 """
@@ -20,36 +20,30 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import root  # noqa: F401
-from console import Parser, command, number, pick_device, say, write_atomically
+from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
+from benchmarks.simulate import accept_lengths, simulated_decoder
+from benchmarks.timing import (add_run_options, clock, elapsed, environment, interleave, measure_bandwidth,
+                               milliseconds, print_table, restoring, settle_run_options, spread, traced)
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
+from console import Parser, command, number, say, write_atomically
+from decoder import Decoder, Generation
 from draft_tree import load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
-from decoder import Decoder
-from generate import Generation
-from runtime import compile_layers
-from tokenizer import common_prefix
-from checkpoint import quantize_settings, read_json, resolve_checkpoint
-from config import ModelArgs
-from linears import stored
+from linears import Format, quantize_in_place, stored
 from model import Transformer, attention_bias, bucket, causal_mask, prefill
-from runtime import pack_for_cpu
+from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
 from sampling import Sampling, next_tokens
-from linears import Format, quantize_in_place
-from runtime import tune
-from runtime import can_trace, capture
-from benchmarks.shapes import SHAPES, TINY, meta_model, random_head, random_model
-from benchmarks.simulate import accept_lengths, simulated_decoder
-from benchmarks.timing import (clock, elapsed, environment, interleave, measure_bandwidth, milliseconds,
-                            print_table, spread, traced)
+from tokenizer import common_prefix
 
 SLOTS = [128, 1024, 4096]
 LONG_PROMPT = 2048          # tokens of the prefill run
@@ -58,62 +52,52 @@ STEPS = 16                  # EAGLE steps in each of them, all within the same b
 
 
 @command()
-def main(args: argparse.Namespace) -> None:
-    run(args, check, compare_peer if args.peer else measure_target)
-
-
 @torch.inference_mode()
-def run(args: argparse.Namespace, check: Callable[[argparse.Namespace], None],
-        measure: Callable[[argparse.Namespace], dict]) -> None:
+def main(args: argparse.Namespace) -> None:
     check(args)
     report = environment(args.device, args.command) | {
         "model": args.checkpoint or args.shape, "random_weights": args.checkpoint is None,
         "dtype": str(args.dtype).removeprefix("torch."), "compiled": args.compile, "repeats": args.repeats}
     say(f"{report['device_name']}, torch {report['torch']}, commit {report['commit']}")
-    report |= measure(args)
+    report |= compare_peer(args) if args.peer else measure_target(args)
     if args.json:
         write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse at the start what would fail after the work is done; settle what the options leave open."""
-    check_model(args)
-    if args.peer and not args.checkpoint:
-        raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
-    for tree in args.trees:
-        if load_tree(tree).n_room + 2 > min(args.slots):
-            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
-    if args.prompt_tokens + args.new_tokens > context(args.config):
-        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the model's "
-                         f"context of {context(args.config)} tokens")
-    if args.simulate_accept and not args.trees:
-        raise ValueError("--simulate-accept needs --trees")
-    if args.simulate_accept and len(args.simulate_accept) not in (1, len(args.trees)):
-        raise ValueError("--simulate-accept takes one value for all --trees, or one for each of them")
-    if len(args.simulate_accept) == 1:
-        args.simulate_accept *= len(args.trees)
-    args.lengths = [accept_lengths(spec, load_tree(tree).depth + 1) for spec, tree in zip(args.simulate_accept, args.trees)]
-
-
-def check_model(args: argparse.Namespace) -> None:
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {args.json}: not a file in an existing folder")
-    args.device, args.dtype = pick_device(args.device), getattr(torch, args.dtype)
+    settle_run_options(args)
+    args.dtype = getattr(torch, args.dtype)
     if args.device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
-    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
+    if args.peer and not args.checkpoint:
+        raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
+    if args.mode and args.checkpoint:
+        raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
+    if args.mode == "int4":
+        args.group_size = args.group_size or 128
     args.config = SHAPES.get(args.shape, TINY) if args.shape else ModelArgs.from_config(
         read_json(resolve_checkpoint(args.checkpoint) / "config.json"))
     longest = context(args.config)
     args.slots = args.slots or [n for n in SLOTS if n <= longest] or [longest]
     if max(args.slots) > longest:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
+    if args.prompt_tokens + args.new_tokens > longest:
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the "
+                         f"model's context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
-    if args.mode and args.checkpoint:
-        raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
-    if args.mode == "int4":
-        args.group_size = args.group_size or 128
+    for tree in args.trees:
+        if load_tree(tree).n_room + 2 > min(args.slots):
+            raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
+    if args.simulate_accept and not args.trees:
+        raise ValueError("--simulate-accept needs --trees")
+    if args.simulate_accept and len(args.simulate_accept) not in (1, len(args.trees)):
+        raise ValueError("--simulate-accept takes one value for all --trees, or one for each of them")
+    if len(args.simulate_accept) == 1:
+        args.simulate_accept *= len(args.trees)
+    args.lengths = [accept_lengths(spec, load_tree(tree).depth + 1)
+                    for spec, tree in zip(args.simulate_accept, args.trees)]
     check_memory(args)
 
 
@@ -135,36 +119,38 @@ def measure_target(args: argparse.Namespace) -> dict:
     device = args.device
     bandwidth = measure_bandwidth(device)
     begin = clock(device)
-    model = load(args, args.dtype)
+    model = load(args)
     make_fast(model, model.layers, args)
     load_seconds = clock(device) - begin
-    trees = {name: load_tree(name) for name in args.trees}
-    room = max((tree.n_room for tree in trees.values()), default=0)
+    room = max((load_tree(name).n_room for name in args.trees), default=0)
     setup_caches(model, max(*args.slots, LONG_PROMPT, args.prompt_tokens + args.new_tokens + room))
-    head = load_head(args, model) if args.trees else None
-
     twin = meta_model(model.config, args.dtype, quantised(args))
     parts = list(target_parts(model, twin, args))
-    for tree, n_used in itertools.product(trees, args.slots):
-        parts += eagle_parts(model, head, twin, tree, n_used, args)
+    head = load_head(args, model) if args.trees else None
+    if head is not None:
+        for tree, n_used in itertools.product(args.trees, args.slots):
+            parts += eagle_parts(model, head, twin, tree, n_used, args)
     steps = time_parts(parts, [model, *([head] if head else [])], args, bandwidth)
-    plain = measure_host_gap(model, None, twin, None, args)
+    n_used = args.slots[0]
+    plain_step = Part("target pass", 1, n_used, 0, target_pass(model, 1, n_used))
+    plain = measure_host_gap(Decoder(model, 1, compile=args.compile), plain_step, args)
     sweep = step_bytes(twin, 1, 0) / bandwidth["bytes_per_second"]
+    decode, simulated = measure_generations(model, head, sweep, args)
     report = {
         "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
         "mode": args.mode, "group_size": args.group_size,
         "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
-        "prefill": measure_prefill(model, args), "decode": measure_decode(model, sweep, args),
-        "plain": plain, "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in trees],
-        "simulated": measure_simulated(model, head, sweep, args) if args.simulate_accept else [],
+        "prefill": measure_prefill(model, args), "decode": decode, "plain": plain,
+        "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in args.trees if head],
+        "simulated": simulated,
     }
     print_target(report)
     return report
 
 
-def make_fast(model: torch.nn.Module, layers: list[torch.nn.Module], args: argparse.Namespace) -> None:
+def make_fast(model: torch.nn.Module, layers: Iterable[torch.nn.Module], args: argparse.Namespace) -> None:
     """As generate.py runs it on this device."""
     if args.compile:
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
@@ -177,7 +163,7 @@ class Part(NamedTuple):
     """Something to time: a step over static inputs, and the bytes that it has to read."""
     name: str
     n_row: int
-    n_used: int | None      # None where the cache is not looked at
+    n_used: int | None          # cache slots; None where it reads no cache
     n_byte: int
     step: Callable[[], object]  # returns what it computes
 
@@ -187,8 +173,8 @@ def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace
     for n_used, n_row in itertools.product(args.slots, args.rows):
         yield Part("target pass", n_row, n_used, step_bytes(twin, n_row, bucket(n_used, allocated)),
                    target_pass(model, n_row, n_used))
-        yield Part("attention alone", n_row, n_used, step_bytes(twin, 0, bucket(n_used, allocated)) - step_bytes(twin, 0, 0),
-                   attention(model, n_row, n_used))
+        cache = step_bytes(twin, 0, bucket(n_used, allocated)) - step_bytes(twin, 0, 0)
+        yield Part("attention alone", n_row, n_used, cache, attention(model, n_row, n_used))
     for n_row in args.rows:
         features = torch.randn(1, n_row, model.config.dim, device=args.device, dtype=args.dtype)
         yield Part("LM head", n_row, None, lm_head_bytes(twin), lambda features=features: model.output(features))
@@ -215,12 +201,12 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], tor
 
 def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], list[torch.Tensor]]:
     """What all layers do over the cache, laid out as model.Attention does it: no product with a weight."""
-    c, device = model.config, model.inv_freq.device
-    n_slot, group = bucket(n_used, model.kv_cache.shape[4]), c.n_head // c.n_kv_head
-    q = torch.randn(1, c.n_kv_head, group * n_row, c.head_dim, device=device, dtype=model.kv_cache.dtype)  # [1, K, G*T, D]
-    bias = attention_bias(causal_mask(torch.arange(n_used - n_row, n_used, device=device)[None], n_slot), group, q.dtype)
-
-    return lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for k, v in model.kv_cache[:, :, :, :, :n_slot]]
+    c, cache = model.config, model.kv_cache
+    n_slot, group = bucket(n_used, cache.shape[4]), c.n_head // c.n_kv_head
+    pos = torch.arange(n_used - n_row, n_used, device=cache.device)[None]
+    q = torch.randn(1, c.n_kv_head, group * n_row, c.head_dim, device=cache.device, dtype=cache.dtype)  # [1, K, G*T, D]
+    bias = attention_bias(causal_mask(pos, n_slot), group, q.dtype)
+    return lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for k, v in cache[:, :, :, :, :n_slot]]
 
 
 def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
@@ -235,24 +221,16 @@ def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
 
 def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int,
                 args: argparse.Namespace) -> Iterator[Part]:
-    """The stages of one EAGLE step and the whole of it, over a context of n_used slots, the tree's among them."""
+    """The stages of one EAGLE step, and the whole step, over a context of n_used slots with the tree's among them."""
     tree, size = load_tree(name), model.norm.weight.element_size()
     step = EagleStep(model, head, tree, 1)
     n_slot = bucket(n_used, model.kv_cache.shape[4])
     with eagerly(args):
         step.prefill([random_tokens(model, n_used - tree.n_room + 1)])
-    root = step.ingest(n_slot)
-    draft = step.grow(root, n_slot)
+    hidden = step.ingest(n_slot)
+    draft = step.grow(hidden, n_slot)
     logits, features = step.verify(draft, n_slot)
-    state = [tensor.clone() for tensor in step.state]
-
-    def restoring(run: Callable[[], object]) -> Callable[[], list[torch.Tensor]]:
-        def restored() -> list[torch.Tensor]:
-            run()
-            return [step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
-        return restored
-
-    # twin counts the target; a packed head has no parameters left to count
+    # The twin counts the target's bytes. The head's are computed: a packed head has no parameters left to count.
     c = head.config
     layer = c.dim * (1 + 2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
     lm_head = lm_head_bytes(twin) * (c.vocab_size if head.draft_ids is None else len(head.draft_ids)) // c.vocab_size
@@ -262,13 +240,13 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     grow = lm_head + (tree.depth - 1) * level
     for part, n_row, n_byte, run in (
             ("ingest", tree.depth + 1, ingest, lambda: step.ingest(n_slot)),
-            ("grow", tree.n_node - 1, grow, lambda: step.grow(root, n_slot)),
+            ("grow", tree.n_node - 1, grow, lambda: step.grow(hidden, n_slot)),
             ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
             ("accept + commit", tree.depth + 1, 0,
-             restoring(lambda: step.commit(draft, features, step.accept(logits, draft)))),
-            ("draft LM head", 1, lm_head, lambda: head.draft_logits(root)),
+             restoring(step, lambda: step.commit(draft, features, step.accept(logits, draft)))),
+            ("draft LM head", 1, lm_head, lambda: head.draft_logits(hidden)),
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
-            ("whole step", tree.n_node, ingest + grow + target, restoring(lambda: step(n_slot)))):
+            ("whole step", tree.n_node, ingest + grow + target, restoring(step, lambda: step(n_slot)))):
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
 
 
@@ -285,8 +263,8 @@ def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], torch.
 def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
     """Bytes that a pass over n_row tokens of one sequence has to read, looking at n_slot cache slots.
 
-    All weights once, the LM head among them, of the embedding table n_row rows, of a layer's experts as many as can
-    be routed to, and the cache. `model` may be on the meta device.
+    These are the cache and all weights once, the LM head among them, but only n_row rows of the embedding table and
+    as many experts as n_row tokens can be routed to. `model` may be on the meta device.
     """
     c, size = model.config, model.norm.weight.element_size()
     weights = sum(t.nbytes for part in (model.layers, model.norm, model.output) for t in part.state_dict().values())
@@ -296,7 +274,8 @@ def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
     return weights - unread + size * (n_row * c.dim + cache)
 
 
-def time_parts(parts: list[Part], modules: list[torch.nn.Module], args: argparse.Namespace, bandwidth: dict) -> list[dict]:
+def time_parts(parts: list[Part], modules: list[torch.nn.Module], args: argparse.Namespace,
+               bandwidth: dict) -> list[dict]:
     """One row of the report for each part; parts take turns."""
     runs, warmup = {}, []
     for i, part in enumerate(tqdm(parts, "compile, warm up", leave=False, disable=None)):
@@ -318,7 +297,7 @@ def time_parts(parts: list[Part], modules: list[torch.nn.Module], args: argparse
     return rows
 
 
-def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[torch.nn.Module]) -> Callable[[], None]:
+def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[torch.nn.Module]) -> Callable[[], object]:
     """`step` as Decoder runs it: its captured graph on a GPU, its trace on a CPU, compiled by calling it."""
     if args.compile and args.device.type == "cuda":
         return capture(step).replay
@@ -347,45 +326,50 @@ def measure_prefill(model: Transformer, args: argparse.Namespace) -> dict:
             "warmup_seconds": seconds[0]}
 
 
-def measure_decode(model: Transformer, sweep: float, args: argparse.Namespace) -> dict:
-    """Plain greedy decoding end to end: the host's part of each step is in it. sweep: seconds to read all weights once."""
-    first, *results = decode_in_turn({"plain": Decoder(model, 1, compile=args.compile)}, model, args)["plain"]
-    return {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(results, sweep),
-            "warmup_seconds": first.timings["compile_seconds"]}
+def measure_generations(model: Transformer, head: EagleHead | None, sweep: float,
+                        args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """Greedy decoding end to end, plainly and by each tree with accepted lengths replayed: the host's part is included.
+    ROUNDS generations of each over the same prompt take turns, after one that warms up.
 
-
-def decode_in_turn(decoders: dict[str, Decoder], model: Transformer,
-                   args: argparse.Namespace) -> dict[str, list[Generation]]:
-    """ROUNDS generations of each over the same prompt, alternating, after one that warms up."""
+    sweep: seconds to read all weights once. Returns the report's "decode" and "simulated".
+    """
     prompt = random_tokens(model, args.prompt_tokens)
+    decoders = {"plain": Decoder(model, 1, compile=args.compile)}
+    for name, lengths in zip(args.trees, args.lengths):
+        assert head is not None
+        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
     results = {name: [] for name in decoders}
     for _ in tqdm(range(ROUNDS + 1), "decode", leave=False, disable=None):
         for name, decoder in decoders.items():
             results[name].append(decoder.generate([prompt], args.new_tokens))
-    return results
+    first, *plain = results.pop("plain")
+    decode = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, **speeds(plain, sweep),
+              "warmup_seconds": first.timings["compile_seconds"]}
+    rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}] if results else []
+    for (name, (_, *runs)), spec in zip(results.items(), args.simulate_accept):
+        steps = [n for run in runs for n in run.accept_lengths[0]]
+        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
+        rows.append({"arm": name, "simulated": True, "simulate_accept": spec,
+                     "mean_accept_length": statistics.mean(steps), **speeds(runs, sweep), **spread(pairs, "speedup")})
+    return decode, rows
 
 
 def speeds(results: list[Generation], sweep: float) -> dict:
-    """Tokens a second, and in the time that one sweep of the memory over the target's weights takes: 1 is the plain optimum."""
+    """Tokens a second, and tokens in the time that reading the target's weights once takes: plainly at most 1."""
     speed = spread([result.tokens_per_second for result in results], "tokens_per_second")
     return speed | {"tokens_per_sweep": sweep * speed["tokens_per_second_median"]}
 
 
-def measure_host_gap(model: Transformer, head: EagleHead | None, twin: Transformer, name: str | None,
-                     args: argparse.Namespace) -> dict:
-    """Decoding end to end, plain or by tree `name`, in turn with its step alone over as many slots: what it takes more
-    is the host's."""
-    n_used, tree = args.slots[0], name and load_tree(name)
+def measure_host_gap(decoder: Decoder, part: Part, args: argparse.Namespace) -> dict:
+    """Decoding end to end, in turn with its step alone over as many slots: the difference is the host's time."""
+    n_used, tree = args.slots[0], decoder.eagle and decoder.eagle.tree
     room = tree.n_room if tree else 1
     n_new = min(STEPS, n_used - room - 1)
-    prompt = random_tokens(model, n_used - room - n_new)
-    decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    prompt = random_tokens(decoder.model, n_used - room - n_new)
     decoder.TRACE_FROM = 1      # as in a longer answer
-    *_, part = eagle_parts(model, head, twin, name, n_used, args) if tree else [
-        Part("target pass", 1, n_used, 0, target_pass(model, 1, n_used))]
-    step = ready(part.step, args, [model, *([head] if head else [])])
+    step = ready(part.step, args, [decoder.model, *([decoder.head] if decoder.head else [])])
     alone, wall = [], []
-    for _ in tqdm(range(ROUNDS + 1), name or "plain", leave=False, disable=None):
+    for _ in tqdm(range(ROUNDS + 1), part.name, leave=False, disable=None):
         result = decoder.generate([prompt], n_new)
         wall.append(result.timings["decode_seconds"] / result.target_passes)
         alone.append(statistics.median(elapsed(step, args.device) for _ in range(n_new)))
@@ -396,29 +380,16 @@ def measure_host_gap(model: Transformer, head: EagleHead | None, twin: Transform
 
 def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: str, args: argparse.Namespace,
                   steps: list[dict], plain: dict) -> dict:
-    """EAGLE's step as the host sees it, what of it neither model takes, and what its parts promise."""
-    row = {"tree": name} | measure_host_gap(model, head, twin, name, args)
+    """EAGLE's step as the host sees it, the share of it outside target and head, and its time over a plain step's."""
+    tree = load_tree(name)
+    decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    *_, whole = eagle_parts(model, head, twin, name, args.slots[0], args)
+    row = {"tree": name} | measure_host_gap(decoder, whole, args)
     ms = {part["part"].removeprefix(f"{name}: "): part["ms_median"] for part in steps
           if part["part"].startswith(f"{name}: ") and part["used_slots"] == row["used_slots"]}
-    models = (ms["ingest"] + ms["draft LM head"] + (load_tree(name).depth - 1) * ms["one draft level"] + ms["verify"])
+    models = ms["ingest"] + ms["draft LM head"] + (tree.depth - 1) * ms["one draft level"] + ms["verify"]
     return row | {"outside_models_share": 1 - models / row["ms_wall_per_step"],
                   "relative_to_plain_step": row["ms_whole_step"] / plain["ms_whole_step"]}
-
-
-def measure_simulated(model: Transformer, head: EagleHead, sweep: float, args: argparse.Namespace) -> list[dict]:
-    """Whole generations, plain and by each tree with accepted lengths replayed, taking turns."""
-    decoders = {"plain": Decoder(model, 1, compile=args.compile)}
-    for name, lengths in zip(args.trees, args.lengths):
-        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
-    results = {name: runs[1:] for name, runs in decode_in_turn(decoders, model, args).items()}
-    plain = results.pop("plain")
-    rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}]
-    for (name, runs), spec in zip(results.items(), args.simulate_accept):
-        steps = [n for run in runs for n in run.accept_lengths[0]]
-        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
-        rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
-                     **speeds(runs, sweep), **spread(pairs, "speedup")})
-    return rows
 
 
 def print_target(report: dict) -> None:
@@ -436,15 +407,16 @@ def print_target(report: dict) -> None:
     print(f"\nprefill {prefilled['tokens_per_second']:.1f} tokens/s ({prefilled['tokens']} tokens), "
           f"decode {decoded['tokens_per_second_median']:.1f} tokens/s ({decoded['new_tokens']} tokens after "
           f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second_median']:.3f} ms each; "
-          f"{decoded['tokens_per_sweep']:.2f} in the time of a sweep over the weights)\n")
-    print_table([f"step at {report['plain']['used_slots']} slots", "ms on the device", "ms with the host", "host gap ms",
-                 "x plain", "% outside the models"],
+          f"{decoded['tokens_per_sweep']:.2f} in the time of reading the weights once)\n")
+    print_table([f"step at {report['plain']['used_slots']} slots", "ms on the device", "ms with the host",
+                 "host gap ms", "x plain", "% outside the models"],
                 [[row.get("tree", "plain"), row["ms_whole_step"], row["ms_wall_per_step"], row["ms_host_gap"],
                   row.get("relative_to_plain_step"), row["outside_models_share"] * 100 if "tree" in row else None]
                  for row in [report["plain"], *report["eagle"]]])
     if report["simulated"]:
         print()
-        print_table(["whole generations", "tokens per pass", "per sweep", "tokens/s median", "min", "max", "speedup", "min", "max"],
+        print_table(["whole generations", "tokens per pass", "per sweep", "tokens/s median", "min", "max",
+                     "speedup", "min", "max"],
                     [[f"{row['arm']}, accepted lengths SIMULATED" if row["simulated"] else row["arm"],
                       row.get("mean_accept_length"), row["tokens_per_sweep"],
                       *(row[f"{name}_{which}"] if f"{name}_{which}" in row else None
@@ -460,65 +432,53 @@ def compare_peer(args: argparse.Namespace) -> dict:
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = load(args, args.dtype)
+    model, n_new, produced = load(args), args.new_tokens, {}
     if not args.compile:
         pack_for_cpu(model)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint(args.checkpoint), dtype=args.dtype)
+    folder = resolve_checkpoint(args.checkpoint)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
+    theirs.to(args.device).eval()
     prompt = random_tokens(model, args.prompt_tokens)
-    lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
-    arms = [peer_arm(theirs.to(args.device).eval(), prompt, args.new_tokens), *(our_arm(model, prompt, n, args) for n in lengths)]
-    seconds = [[] for _ in arms]
-    for _ in tqdm(range(args.repeats + 1), "rounds", leave=False, disable=None):
-        outputs = []
-        for arm, times in zip(arms, seconds):
-            begin = clock(args.device)
-            outputs.append(arm())
-            times.append(clock(args.device) - begin)
-    speeds = [[args.new_tokens / second for second in times[1:]] for times in seconds]  # the first round warms up
-    ratios = [[a / b for a, b in zip(speeds[i], speeds[j])] for i, j in ((1, 0), (2, 1))]
-    names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
-    print_table(["", "tokens/s median", "min", "max"],
-                [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds)])
-    for name, pairs in zip(("\nours / transformers", "long / short cache"), ratios):
-        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
-    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
-            "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
-                     for name, s in zip(names, speeds)],
-            "ratio_to_transformers": statistics.median(ratios[0]), "ratio_pairs": ratios[0],
-            "long_to_short_cache": statistics.median(ratios[1]), "long_to_short_pairs": ratios[1],
-            "same_tokens": common_prefix(outputs[0], outputs[1])}
+    ids = torch.tensor([prompt], device=args.device)
 
-
-def peer_arm(theirs: torch.nn.Module, prompt: list[int], n_new: int) -> Callable[[], list[int]]:
-    ids = torch.tensor([prompt], device=theirs.device)
-
-    def run() -> list[int]:
+    def their_arm() -> None:
         output = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
                                  min_new_tokens=n_new, max_new_tokens=n_new)
-        return output[0, len(prompt):].tolist()
-    return run
+        produced["theirs"] = output[0, len(prompt):].tolist()
 
+    def our_arm(n_slot: int) -> Callable[[], None]:
+        model.setup_caches(1, n_slot)
+        decoder = Decoder(model, 1, compile=args.compile)
+        return lambda: produced.update(ours=decoder.generate([prompt], n_new).tokens[0])
 
-def our_arm(model: Transformer, prompt: list[int], n_slot: int, args: argparse.Namespace) -> Callable[[], list[int]]:
-    model.setup_caches(1, n_slot)
-    cache = model.kv_cache
-    decoder = Decoder(model, 1, compile=args.compile)
-
-    def run() -> list[int]:
-        model.kv_cache = cache  # each arm's own: captured graphs hold its address
-        return decoder.generate([prompt], args.new_tokens).tokens[0]
-    return run
+    lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
+    arms = {"theirs": their_arm, "short": our_arm(lengths[0]), "long": our_arm(lengths[1])}
+    names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
+    speeds = {arm: [n_new / seconds for seconds in times]
+              for arm, times in interleave(arms, args.repeats, args.device).items()}
+    print_table(["", "tokens/s median", "min", "max"],
+                [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds.values())])
+    to_theirs, to_short = ([a / b for a, b in zip(speeds[arm], speeds[base])]
+                           for arm, base in (("short", "theirs"), ("long", "short")))
+    for name, pairs in (("\nours / transformers", to_theirs), ("long / short cache", to_short)):
+        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
+    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": n_new,
+            "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
+                     for name, s in zip(names, speeds.values())],
+            "ratio_to_transformers": statistics.median(to_theirs), "ratio_pairs": to_theirs,
+            "long_to_short_cache": statistics.median(to_short), "long_to_short_pairs": to_short,
+            "same_tokens": common_prefix(produced["theirs"], produced["ours"])}
 
 
 # Models
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype) -> Transformer:
+def load(args: argparse.Namespace) -> Transformer:
     if args.checkpoint:
-        return Transformer.from_pretrained(args.checkpoint, args.device, dtype)
-    model = random_model(args.config, args.device, dtype)
+        return Transformer.from_pretrained(args.checkpoint, args.device, args.dtype)
+    model = random_model(args.config, args.device, args.dtype)
     if args.mode:
-        quantize_in_place(model, Format.from_settings(quantised(args), "--mode"))
+        quantize_in_place(model, Format.from_settings(quantised(args) or {}, "--mode"))
         tune(model)
     return model
 
@@ -547,37 +507,30 @@ def random_tokens(model: Transformer, n: int) -> list[int]:
 # Command line
 
 
-def model_parser(description: str, rows: list[int]) -> Parser:
-    """The options that scripts/variants.py has too."""
-    parser = Parser(description=description)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description="How fast is the target here, and how near the memory's speed?")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
     model.add_argument("--shape", choices=[*SHAPES, "tiny"], help="random weights of a published shape")
-    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=rows, metavar="T")
+    parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
     parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
                         help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
-    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step or peer")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = model_parser(__doc__.split("\n")[0], [1, 4, 8, 16, 26, 32, 60])
+    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N",
+                        help="timed runs of each step or peer")
     parser.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
     parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
                         help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
     parser.add_argument("--simulate-accept", nargs="+", default=[], metavar="FILE|TAU",
-                        help="time whole generations with these accepted lengths: their mean, or the JSON of a real run; "
-                        "one for all --trees or one for each")
+                        help="time whole generations with these accepted lengths: their mean, or the JSON of a real "
+                        "run; one for all --trees or one for each")
     parser.add_argument("--mode", choices=("int8", "int4"), help="with --shape: round the target's weights to nearest")
-    parser.add_argument("--group-size", type=number(int, 1), metavar="N", help="columns of an int4 scale (default: 128)")
+    parser.add_argument("--group-size", type=number(int, 1), metavar="N", help="columns of an int4 scale (128)")
     parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens the head drafts (default: all)")
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    add_run_options(parser)
     parser.set_defaults(command=shlex.join(["python", "benchmarks/bench.py", *argv]))
     return parser.parse_args(argv)
 

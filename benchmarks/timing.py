@@ -1,23 +1,27 @@
 """What the measuring scripts share: the clock, runs in turn, the memory's speed, the environment, a table.
 
-Times are medians of runs that alternate between all that is compared, so that a drifting clock or a neighbour on the
-machine hits all alike.
+    times = interleave({"a": run_a, "b": run_b}, repeats=20, device=torch.device("cpu"))
+    print_table(["", "ms"], [[name, 1e3 * statistics.median(seconds)] for name, seconds in times.items()])
+
+Runs take turns, so that a drifting clock or a busy neighbour hits all alike.
 """
+import argparse
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-REPO = Path(__file__).resolve().parent.parent
-from console import device_name
+from console import check_writable, device_name, pick_device
+from eagle_step import EagleStep
 from runtime import trace
 
+REPO = Path(__file__).resolve().parent.parent
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes copied and summed to measure bandwidth: far beyond any cache
 
 
@@ -43,7 +47,13 @@ def traced(job: Callable[[], object], modules: list[torch.nn.Module]) -> Callabl
     return lambda: replay(0)
 
 
-def elapsed(run: Callable[[], None], device: torch.device) -> float:
+def restoring(step: EagleStep, run: Callable[[], object]) -> Callable[[], list]:
+    """`run`, after which the step's state is as before. Returns what was written, for a trace to keep it."""
+    state = [tensor.clone() for tensor in step.state]
+    return lambda: [run(), step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
+
+
+def elapsed(run: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()
         run()
@@ -94,21 +104,35 @@ def environment(device: torch.device, command: str) -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a clone, or no git
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "commit": commit,
         "device": str(device), "device_name": device_name(device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(),
     }
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured as one JSON object")
+
+
+def settle_run_options(args: argparse.Namespace) -> None:
+    """Refuse what cannot be used or written; `device` becomes a torch.device, `compile` a bool."""
+    if args.json:
+        check_writable("--json", args.json)
+    args.device = pick_device(args.device)
+    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
+
+
 def print_table(header: list[str], rows: list[list]) -> None:
     """Text to the left, numbers to the right, three decimals below ten."""
-    def text(value) -> str:
+    def text(value: object) -> str:
         if isinstance(value, float):
             return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
         return "-" if value is None else str(value)
 
     cells = [header, *([text(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    left = [isinstance(value, str) for value in rows[0]]
+    adjust = [str.ljust if isinstance(value, str) else str.rjust for value in rows[0]]
     for row in cells:
-        print("  ".join(cell.ljust(w) if l else cell.rjust(w) for cell, w, l in zip(row, widths, left)).rstrip())
+        print("  ".join(to_width(cell, width) for to_width, cell, width in zip(adjust, row, widths)).rstrip())

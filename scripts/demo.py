@@ -8,12 +8,13 @@ Both decode greedily with the same weights. Speed is new tokens over decode seco
 """
 import argparse
 import sys
-from pathlib import Path
 
 import root  # noqa: F401
-import generate as cli
-from console import Parser, command, number, say
+from chat import Printer, StopTexts, encode
+from console import Parser, add_chat_options, command, number, say
+from decoder import Decoder, Generation, check_prompts, setup_caches, slots_for
 from draft_tree import load_tree
+from generate import add_draft_options, load
 
 PROMPTS = [
     "Why is the sky blue?", "Write a short story about a lighthouse keeper.", "How do I make a good cup of tea?",
@@ -23,14 +24,14 @@ PROMPTS = [
 
 @command()
 def main(args: argparse.Namespace) -> None:
-    model, head, tokenizer, report = cli.load(args)
-    prompts = [cli.encode(text, tokenizer, raw=False) for text in args.prompt]
+    model, head, tokenizer, report = load(args)
+    prompts = [encode(text, tokenizer, raw=False) for text in args.prompt]
     tree = load_tree(args.tree)
-    n_slot = cli.slots_for(max(map(len, prompts)) + args.max_new_tokens + tree.n_room, model)
-    cli.check_prompts(prompts, n_slot, model.config.vocab_size)
-    cli.setup_caches(model, head, 1, n_slot)
-    plain = cli.Decoder(model, 1, compile=args.compile)
-    eagle = cli.Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    n_slot = slots_for(max(map(len, prompts)) + args.max_new_tokens + tree.n_room, model)
+    check_prompts(prompts, n_slot, model.config.vocab_size)
+    setup_caches(model, head, 1, n_slot)
+    plain = Decoder(model, 1, compile=args.compile)
+    eagle = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
     say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
         f"{report['device_name']}")
     for decoder in (plain, eagle):  # warm up
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     plain_runs, eagle_runs = [], []
     for text, prompt in zip(args.prompt, prompts):
         print(f"\n> {text}\n")
-        printer = cli.Printer(cli.StopTexts(tokenizer), [prompt])
+        printer = Printer(StopTexts(tokenizer), [prompt])
         plain_runs += [plain.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids, on_tokens=printer)]
         printer.close()
         eagle_runs += [eagle.generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids)]
@@ -50,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
               "With --dtype float32 the texts are equal.)")
 
 
-def compared(plain_runs: list[cli.Generation], eagle_runs: list[cli.Generation]) -> str:
+def compared(plain_runs: list[Generation], eagle_runs: list[Generation]) -> str:
     plain, eagle = total(plain_runs), total(eagle_runs)
     same, n = sum(a == b for a, b in zip(plain.tokens, eagle.tokens)), len(plain.tokens)
     texts = f"{same} of {n} texts equal" if n > 1 else f"texts {'equal' if same else 'differ'}"
@@ -59,9 +60,9 @@ def compared(plain_runs: list[cli.Generation], eagle_runs: list[cli.Generation])
             f"accepted length {eagle.mean_accept_length:.2f}, {texts}")
 
 
-def total(runs: list[cli.Generation]) -> cli.Generation:
+def total(runs: list[Generation]) -> Generation:
     """Runs of one decoder as the rows of a single one."""
-    return cli.Generation(
+    return Generation(
         tokens=[row for run in runs for row in run.tokens],
         accept_lengths=[row for run in runs for row in run.accept_lengths],
         finish_reason=[row for run in runs for row in run.finish_reason],
@@ -75,8 +76,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", help="default: the one beside the head, or static")
-    cli.add_draft_options(parser)
-    cli.add_chat_options(parser)
+    add_draft_options(parser)
+    add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")

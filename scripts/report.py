@@ -5,18 +5,8 @@
     python scripts/report.py benchmarks/results/* --doc docs/evaluation.md README.md     # the tables of documents
 
 A folder holds run.json, how it was measured, and answers/ARM.jsonl, one line a question in FastChat's form with what
-was measured beside each turn. Everything here is computed from these. An arm is a way to decode: plain, EAGLE with
-some tree, a peer. Metrics are totals over totals, never means of ratios.
-
- - tokens/s: new tokens over decode seconds; loading, compilation and prefill outside. A peer's clock runs from its
-   first token to its last.
- - speedup: tokens/s of an arm over those of the plain arm, with the 95% interval of a bootstrap over the questions; of
-   an arm in another format also over the plain arm of that format.
- - accepted length: tokens produced per target pass, the bonus token included.
- - answers as plain: those equal to plain decoding's by the same target; of a peer, to our plain arm's.
- - looping: answers in which some 8 tokens come three times. A loop is easy to draft, so the figures are also given
-   without looping: of the turns where neither the arm's answer nor plain's loops or is empty.
- - acceptance at depth d: how often the draft at depth d was right where the one above it was; n-alpha for a chain.
+was measured beside each turn. Everything here is computed from these. docs/evaluation.md says what the figures mean. An
+arm is a way to decode: plain, EAGLE with some tree, a peer. Metrics are totals over totals, never means of ratios.
 """
 import argparse
 import itertools
@@ -27,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import root  # noqa: F401
 from console import Parser, command, say, whole_or_nothing, write_atomically
@@ -171,7 +162,8 @@ def speedup(plain: list[dict], lines: list[dict]) -> dict:
 
 
 def acceptance(lengths: list[int]) -> dict:
-    """lengths: tokens produced by each step, bonus included."""
+    """lengths: tokens produced by each step, bonus included. Acceptance at depth d: how often the draft at depth d was
+    right where the one above it was; n-alpha for a chain."""
     at_least = [sum(n > depth for n in lengths) for depth in range(max(lengths) + 1)]
     return {"target_passes": len(lengths), "mean_accept_length": sum(lengths) / len(lengths),
             "acceptance_by_depth": [deep / above for above, deep in zip(at_least, at_least[1:]) if deep] or [0.0],
@@ -324,6 +316,7 @@ def fill_in(text: str, reports: dict[str, dict]) -> str:
 def conditions(r: dict) -> str:
     cores = f", {r['threads']} threads" if r["device"] == "cpu" else ""
     also = f"also in {' and '.join(r['also'])}, " if r.get("also") else ""
+    also += "with a system message, " if r.get("system") else ""
     draft_mode = f", head in {r['draft_mode']}" if r.get("draft_mode", "off") != "off" else ""
     notes = "".join(f" {line}." for line in r.get("absent", []))
     if r.get("left_out"):
@@ -367,7 +360,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 # Pictures
 
 
-def empty_figure(width: float, height: float):
+def empty_figure(width: float, height: float) -> Any:
     """A figure of matplotlib, or None where it is not installed."""
     try:
         import matplotlib
@@ -386,10 +379,10 @@ def draw_report(report: dict, file: Path) -> None:
     from matplotlib import colormaps
     overall, groups = report["overall"], {"all": report["overall"], **report["categories"]}
     drafting = [arm for arm in overall if "acceptance_by_depth" in overall[arm]]
-    colours = itertools.cycle(colormaps["tab10" if len(overall) <= 10 else "tab20"].colors)
+    palette = colormaps["tab10" if len(overall) <= 10 else "tab20"]
     (speeds, ratios), (depths, steps) = figure.subplots(2, 2)
-    for (arm, f), colour in zip(overall.items(), colours):
-        style, width = {"label": arm, "color": colour}, 0.8 / len(overall)
+    for n, (arm, f) in enumerate(overall.items()):
+        style, width = {"label": arm, "color": palette(n % palette.N)}, 0.8 / len(overall)
         at = [x + middle([*overall], arm) * width for x in range(len(groups))]
         speeds.bar(at, [g[arm]["tokens_per_second"] for g in groups.values()], width, **style)
         if arm != "plain":
@@ -429,9 +422,8 @@ def middle(names: list[str], name: str) -> float:
 def draw_waterfall(reports: list[dict], file: Path) -> None:
     """Tokens/s of every arm of the reports, from the slowest to the fastest."""
     several = len({r["checkpoint"] for r in reports}) > 1
-    bars = [(f["tokens_per_second"], f.get("mean_accept_length"), arm + f", {Path(r['checkpoint']).name}" * several)
-            for r in reports for arm, f in r["overall"].items()]
-    bars.sort(key=lambda bar: bar[0])
+    arms = [(arm + f", {Path(r['checkpoint']).name}" * several, f) for r in reports for arm, f in r["overall"].items()]
+    bars = sorted(((f["tokens_per_second"], f.get("mean_accept_length"), name) for name, f in arms), key=lambda b: b[0])
     if (figure := empty_figure(9, 1 + 0.4 * len(bars))) is None:
         return
     axes = figure.subplots()
@@ -447,7 +439,7 @@ def draw_waterfall(reports: list[dict], file: Path) -> None:
     save(figure, file)
 
 
-def save(figure, file: Path, bottom: float = 0.0) -> None:
+def save(figure: Any, file: Path, bottom: float = 0.0) -> None:
     """bottom: share of the height that is left free for a legend."""
     figure.tight_layout(rect=(0, bottom, 1, 1))
     with whole_or_nothing(file, ".part.png") as part:

@@ -4,21 +4,20 @@
     torchrun --nproc-per-node 4 scripts/tune_tree.py ...        # a target of several GPUs; what rank 0 measures decides
 
 Two measurements and a search, as in Sequoia (arXiv 2402.12374):
- 1. the target answers some questions greedily; along its own words, with the head fed its own features as it would be
-    while drafting, count how often the next word is the head's rank-r guess at depth d: a[d][r];
- 2. time a target pass over 1, 2, 4, ... rows and a draft level, on this device;
- 3. a node is worth the product of a[d][r] along its path, so the best N nodes are the N most valuable ones, and they
-    are connected because no child is worth more than its parent. Try every depth and N, each by the steps it would have
-    taken through these answers;
- 4. answer the questions with the most promising ones in turn, and keep the fastest.
-The tree is written beside the head as tree.json, or tree-int4.json for a target in int4; generate.py picks it up.
+ 1. The target answers some questions greedily. Along each answer, with the head fed its own features as in drafting,
+    count how often the next token is the head's rank-r guess at depth d: a[d][r].
+ 2. Time a target pass over 1, 2, 4, ... rows and a draft level, on this device.
+ 3. A node is worth the product of a[d][r] along its path. No child is worth more than its parent, so the N most
+    valuable nodes are connected: the best tree of N nodes. Try every depth and N, each by the steps it would have taken
+    through these answers.
+ 4. Answer the questions with the most promising trees in turn, and keep the fastest.
+The tree is written beside the head as tree.json, or tree-int4.json for a target in int4, where generate.py finds it.
 """
 import argparse
 import heapq
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,52 +29,42 @@ from tqdm import tqdm
 import root  # noqa: F401
 import generate as cli
 import tp
-from console import Parser, add_chat_options, command, device_name, number, read_records, say, write_atomically
+from benchmarks.timing import interleave, restoring, traced
+from chat import encode
+from console import Parser, add_chat_options, check_writable, command, device_name, number, say, write_atomically
+from decoder import Decoder, setup_caches, slots_for
 from draft_tree import StaticTree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask
 from runtime import can_trace
-from benchmarks.timing import traced
+from scripts.questions import HUB_SETS, read_questions
 from tokenizer import Tokenizer
 from train_loss import draft_ranks
 
-QUESTIONS = [
-    "Why do leaves change colour in autumn?", "Write a short story about a lighthouse keeper.",
-    "How do I cook rice?", "Explain the difference between a list and a tuple in Python.",
-    "What were the causes of the French Revolution?", "Give me three tips for sleeping better.",
-    "Write a polite email asking for a day off.", "What is 15% of 240? Show your steps.",
-    "Pretend to be a pirate captain and tell me why you never learned to swim.",
-    "Anna is taller than Ben, and Ben is taller than Carla. Is Carla taller than Anna? Explain.",
-    "Write a function in C++ that tells whether a string is a palindrome.",
-    "List the name, the year and the city in this text as JSON: Marie Curie moved to Paris in 1891 to study physics.",
-    "Solve for x: 3x + 7 = 2(x - 4). Then check the result.", "How does a transistor amplify a signal?",
-    "Compare the economic policies of two countries of your choice in the 1930s.",
-    "Rewrite this sentence so that it is shorter: Owing to the fact that it was raining, we made the decision to stay at home.",
-    "You are a doctor. A patient has had a headache for three days. What do you ask?",
-    "Name the people in this text and what each wants: Tom asked Lisa for her bicycle, but she needs it to visit Omar, who is ill.",
-    "Write a limerick about a cat that is afraid of mice.", "A train leaves at 14:35 and arrives at 17:10. How long does it take?",
-    "What is the time complexity of merge sort, and why?", "Which gases make up the atmosphere of Mars?",
-    "Argue against the claim that social media makes people lonely.", "Describe the taste of a lemon to somebody who never ate one.",
-]
+QUESTIONS = Path(__file__).with_name("calibration.jsonl")
 FINALISTS = 5   # trees that answer the questions
 
 
 @command(in_ranks=True)
 def main(args: argparse.Namespace) -> None:
     args.tree = "static"
-    if tp.writes() and args.out is not None and not args.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: not a file in an existing folder")
-    texts = tp.on_rank_0(lambda: QUESTIONS if args.questions is None else read_questions(args.questions))
+    if tp.writes() and args.out is not None:
+        check_writable("--out", args.out)
+    questions = tp.on_rank_0(lambda: read_questions(args.questions))
     model, head, tokenizer, _ = cli.load(args)
+    assert head is not None     # --eagle has a default
+    texts = [question["turns"][0] for question in questions]
     prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
     with torch.inference_mode():
         guesses = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
         accept = rank_frequencies(torch.cat(guesses, dim=1), args.max_rank)
         costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
         costs = tp.on_rank_0(lambda: costs)      # each has its own clock, and all must choose the same trees
-        finalists = search(accept, [list(zip(*answer.tolist())) for answer in guesses], costs, args.max_nodes)[:FINALISTS]
-        rates = measure_decoding(model, head, [finalist.paths for finalist in finalists], prompts, args, tokenizer.stop_ids)
+        answers = [list(zip(*answer.tolist())) for answer in guesses]
+        finalists = search(accept, answers, costs, args.max_nodes)[:FINALISTS]
+        trees = [finalist.paths for finalist in finalists]
+        rates = measure_decoding(model, head, trees, prompts, args, tokenizer.stop_ids)
     if tp.writes():
         write_tree(args, finalists, rates, {"device": device_name(model.inv_freq.device), "torch": torch.__version__,
                                             "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs,
@@ -85,36 +74,19 @@ def main(args: argparse.Namespace) -> None:
 def write_tree(args: argparse.Namespace, finalists: list["Candidate"], rates: list[float], measured: dict) -> None:
     """The fastest of the finalists. rates: tokens a second, plain decoding's and theirs."""
     plain, *rates = rates
-    best = rates.index(max(rates))
-    tree = finalists[best].paths
+    rate, best = max(zip(rates, finalists), key=lambda pair: pair[0])
     out = args.out or Path(args.eagle) / cli.tree_name(args.checkpoint)
-    report = {"expected_accept_length": finalists[best].accept_length, "expected_speedup": rates[best] / plain, "paths": tree,
-              "finalists": [{"paths": finalist.paths, "tokens_per_second": rate} for finalist, rate in zip(finalists, rates)],
-              "plain_tokens_per_second": plain, **measured}
-    write_atomically(out, json.dumps(report) + "\n")
-    say(f"{len(tree)} nodes below the root, depth {max(map(len, tree))}: {report['expected_accept_length']:.2f} tokens a step, "
-        f"{report['expected_speedup']:.2f}x plain decoding on these questions and this device; wrote {out}")
-
-
-def read_questions(file: Path) -> list[str]:
-    """First turns of a question set: JSON lines, or an array, of {"turns": [...]}."""
-    questions = []
-    for line, entry in read_records(file):
-        try:
-            text = entry["turns"][0]
-            if not text.strip():
-                raise ValueError
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(f'{file}, line {line}: no question: JSON lines with "turns", lists of texts, are wanted') from None
-        questions.append(text)
-    if not questions:
-        raise ValueError(f'{file} holds no questions: JSON lines with "turns", lists of texts, are wanted')
-    return questions
+    write_atomically(out, json.dumps({
+        "expected_accept_length": best.accept_length, "expected_speedup": rate / plain, "paths": best.paths,
+        "finalists": [{"paths": tree.paths, "tokens_per_second": rate} for tree, rate in zip(finalists, rates)],
+        "plain_tokens_per_second": plain, **measured}) + "\n")
+    say(f"{len(best.paths)} nodes below the root, depth {max(map(len, best.paths))}: {best.accept_length:.2f} tokens a "
+        f"step, {rate / plain:.2f}x plain decoding on these questions and this device; wrote {out}")
 
 
 def encode_all(texts: list[str], tokenizer: Tokenizer, room: int) -> list[list[int]]:
     """Prompts of at most `room` tokens; longer ones are left out by name."""
-    prompts = [cli.encode(text, tokenizer, raw=False) for text in texts]
+    prompts = [encode(text, tokenizer, raw=False) for text in texts]
     for n, prompt in enumerate(prompts, start=1):
         if len(prompt) > room:
             say(f"question {n} has {len(prompt)} tokens, more than the {room} that leave room for an answer: left out")
@@ -125,9 +97,9 @@ def encode_all(texts: list[str], tokenizer: Tokenizer, room: int) -> list[list[i
 
 def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]], max_new_tokens: int,
                   stop_ids: frozenset[int], max_depth: int) -> list[Tensor]:
-    """Rank of the target's next token among the head's guesses at each depth, of each answer: [max_depth, positions] int64."""
-    cli.setup_caches(model, None, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    answers = cli.Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
+    """Rank of the target's next token among the head's guesses at each depth: of each answer [max_depth, positions]."""
+    setup_caches(model, None, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    answers = Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
     columns = []
     for prompt, answer in tqdm(list(zip(prompts, answers)), desc="acceptance", unit="answer"):
         ids = torch.tensor(prompt + answer, device=model.inv_freq.device)
@@ -149,9 +121,10 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
     rows = [n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if n <= max_nodes + 1]
     deep, flat = (EagleStep(model, head, StaticTree.chain(depth), 1) for depth in (5, 1))
     n_slot = used + max(*rows, deep.tree.n_room)
-    cli.setup_caches(model, head, 1, n_slot)
+    setup_caches(model, head, 1, n_slot)
     prompt = list(range(1, used + 1))
-    deep.prefill([prompt]), flat.prefill([prompt])
+    for step in (deep, flat):
+        step.prefill([prompt])
     view = bucket(n_slot, n_slot)
 
     def target(n: int) -> Callable[[], object]:
@@ -164,25 +137,18 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
     draft = flat.grow(flat_root, view)
     logits, features = flat.verify(draft, view)
 
-    def rest() -> list[Tensor]:
+    def rest() -> Tensor:
         hidden = flat.ingest(view)
-        accepted = flat.accept(logits, draft)
-        state = [tensor.clone() for tensor in flat.state]
-        flat.commit(draft, features, accepted)
-        return [hidden, *(tensor.copy_(value) for tensor, value in zip(flat.state, state))]
+        flat.commit(draft, features, flat.accept(logits, draft))
+        return hidden
 
     jobs = {("target", n): target(n) for n in rows}
     jobs |= {("deep", 5): lambda: deep.grow(deep_root, view), ("flat", 1): lambda: flat.grow(flat_root, view),
-             ("rest", 0): rest}
+             ("rest", 0): restoring(flat, rest)}
     if can_trace(model):    # as decoding runs them
         jobs = {key: traced(job, [model, head]) for key, job in jobs.items()}
-    seconds = {key: [] for key in jobs}
-    for _ in tqdm(range(repeats + 2), desc="timing", unit="round"):
-        for key, job in jobs.items():
-            start = synchronized_clock(model)
-            job()
-            seconds[key].append(synchronized_clock(model) - start)
-    ms = {key: statistics.median(times[2:]) * 1e3 for key, times in seconds.items()}
+    times = interleave(jobs, repeats, model.inv_freq.device)
+    ms = {key: statistics.median(seconds) * 1e3 for key, seconds in times.items()}
     return {"target_by_rows": {n: ms["target", n] for n in rows}, "draft_level": (ms["deep", 5] - ms["flat", 1]) / 4,
             "first_level": ms["flat", 1], "rest": ms["rest", 0]}
 
@@ -192,8 +158,8 @@ def measure_decoding(model: Transformer, head: EagleHead, trees: list[list[list[
     """Tokens a second of plain decoding, and of EAGLE with each tree; all answer each prompt in turn."""
     shapes = [None, *map(StaticTree.from_paths, trees)]
     room = max(tree.n_room for tree in shapes[1:])
-    cli.setup_caches(model, head, 1, cli.slots_for(max(map(len, prompts)) + args.max_new_tokens + room, model))
-    decoders = [cli.Decoder(model, 1, compile=args.compile, head=tree and head, tree=tree) for tree in shapes]
+    setup_caches(model, head, 1, slots_for(max(map(len, prompts)) + args.max_new_tokens + room, model))
+    decoders = [Decoder(model, 1, compile=args.compile, head=tree and head, tree=tree) for tree in shapes]
     for decoder in decoders:
         decoder.TRACE_FROM = 1      # one trace for all the answers
         decoder.generate(prompts[:1], args.max_new_tokens)      # warm up
@@ -206,23 +172,18 @@ def measure_decoding(model: Transformer, head: EagleHead, trees: list[list[list[
     return [n / s for n, s in zip(tokens, seconds)]
 
 
-def synchronized_clock(model: Transformer) -> float:
-    if model.inv_freq.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Candidate(NamedTuple):
     rate: float                 # tokens a millisecond, by the parts' costs
     accept_length: float
     paths: list[list[int]]
 
 
-def search(accept: list[list[float]], answers: list[list[tuple[int, ...]]], costs: dict, max_nodes: int) -> list[Candidate]:
+def search(accept: list[list[float]], answers: list[list[tuple[int, ...]]], costs: dict,
+           max_nodes: int) -> list[Candidate]:
     """For each number of nodes the tree that promises most, the most promising first.
 
-    accept   a[d][r], to order nodes by
-    answers  of each position the ranks of the tokens that follow: see `accept_lengths`
+    accept   a[d][r], by which nodes are ordered
+    answers  for each position the ranks of the tokens that follow: see `accept_lengths`
     """
     best: dict[int, Candidate] = {}
     for depth in range(1, len(accept) + 1):
@@ -241,10 +202,10 @@ def search(accept: list[list[float]], answers: list[list[tuple[int, ...]]], cost
 
 
 def accept_lengths(tree: set[tuple[int, ...]], ranks: list[tuple[int, ...]]) -> list[int]:
-    """Tokens of each step, the bonus among them, that decoding an answer with this tree would take.
+    """Tokens of each step, the bonus among them, if an answer were decoded with this tree.
 
-    ranks[i]: of the tokens after position i, each among the guesses at its depth. The mean over positions would promise more:
-    stretches that are easy to draft hold most positions, and take few steps.
+    ranks[i]: ranks of the tokens after position i, each among the guesses at its depth. A mean over all positions would
+    promise too much: stretches that are easy to draft hold most positions, and take few steps.
     """
     lengths, i = [], 0
     while i < len(ranks):
@@ -281,7 +242,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Choose the draft tree that is fastest here, and save it beside the head.")
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", nargs="?", const="", default="", metavar="HEAD", help="default: the one that ships")
-    parser.add_argument("--questions", type=Path, metavar="FILE", help='JSON lines with "turns" to calibrate on')
+    parser.add_argument("--questions", default=str(QUESTIONS), metavar="SET",
+                        help=f"to calibrate on: {', '.join(HUB_SETS)}, or a file in MT-bench's form")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: tree.json or tree-MODE.json beside the head")
     parser.add_argument("--max-new-tokens", type=number(int, 16), default=128, metavar="N")
     parser.add_argument("--max-depth", type=number(int, 1), default=7, metavar="N")

@@ -1,15 +1,14 @@
 """What all tests share. The suite runs on a CPU; transformers serves as the reference wherever it can."""
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS.parent))
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # inductor need not try out the CPU's instructions, which takes seconds
+# Inductor does not try out the CPU's instructions: that takes seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Tiny models gain little from a second thread; where it has to wait for a busy core, tests take ten times as long.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"     # of child processes
@@ -37,7 +36,8 @@ def demo_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def forkserver() -> multiprocessing.context.BaseContext:
-    """Starts processes that run functions of the tests, and find torch imported, and its compiler, which optimizers import."""
+    """Starts processes that run functions of the tests. torch and its compiler, which optimizers import, are preloaded.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS.parent / "scripts")))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_tp", "test_train", "torch._dynamo", "torch._inductor.compile_fx"])

@@ -83,7 +83,8 @@ def answer(run, checkpoint, tmp_path):
 
     def answer(*argv, model=checkpoint):
         file = tmp_path / "report.json"
-        status, out, err = run("--checkpoint", model, "--dtype", "float32", "--json", file, "--max-new-tokens", 12, *argv)
+        status, out, err = run("--checkpoint", model, "--dtype", "float32", "--json", file, "--max-new-tokens", 12,
+                               *argv)
         assert status == 0, err
 
         def refuse(constant):
@@ -229,7 +230,8 @@ def test_a_prompt_file_is_one_prompt(answer, tmp_path):
             == answer("--prompt", "first line\n\nsecond line: ümlaut")[0]["tokens"])
 
 
-def test_a_raw_prompt_is_the_text_of_its_file_and_a_question_ends_before_the_last_line_feed(answer, checkpoint, tmp_path):
+def test_a_raw_prompt_is_the_text_of_its_file_and_a_question_ends_before_the_last_line_feed(answer, checkpoint,
+                                                                                            tmp_path):
     file, text = tmp_path / "prompt.txt", "def f(x):\n"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     raw = Tokenizer.from_pretrained(checkpoint).encode(text)
@@ -634,7 +636,8 @@ def test_a_pipe_or_device_is_never_replaced_by_a_report(run, checkpoint, tmp_pat
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_prompt_that_cannot_be_right_is_refused_before_the_model_is_loaded(refused, checkpoint, tmp_path, monkeypatch):
+def test_a_prompt_that_cannot_be_right_is_refused_before_the_model_is_loaded(refused, checkpoint, tmp_path,
+                                                                             monkeypatch):
     monkeypatch.setattr(Transformer, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
     for argv in (["--prompt", ""], ["--prompt-file", tmp_path / "missing.txt"]):
         refused("--checkpoint", checkpoint, *argv)
@@ -654,7 +657,7 @@ def test_interactive_without_a_chat_template_is_refused_before_the_first_questio
 # --- chat, in this process --------------------------------------------------------------------------------------------
 
 class Chat:
-    """Feeds lines to the chat and watches what the decoder is asked, what it answers and which positions it computes."""
+    """Feeds lines to the chat. Records what the decoder is asked, what it answers and which positions it computes."""
 
     def __init__(self, monkeypatch, run, folder):
         self.run, self.folder, self.monkeypatch = run, folder, monkeypatch
@@ -720,7 +723,8 @@ def test_a_chat_carries_the_conversation_on_and_prefills_only_what_is_new(chat, 
     said = [decode(turn["said"]) for turn in chat.turns]
     assert out == "".join(text + "\n" for text in said) and [len(text) for text in said] == [10, 10, 10]
     assert chat.turns[0]["prompt"] == chat_ids(talker, "Hello, who are you?")
-    assert chat.turns[2]["prompt"] == chat_ids(talker, "Hello, who are you?", said[0], "I see. Tell me more!", said[1], "ok")
+    assert chat.turns[2]["prompt"] == chat_ids(talker, "Hello, who are you?", said[0], "I see. Tell me more!", said[1],
+                                               "ok")
     chat.assert_each_answer_is_that_of_a_fresh_model()
     known = 0
     for turn in chat.turns:
@@ -777,8 +781,9 @@ def test_a_message_longer_than_the_context_is_not_the_end_of_the_chat(chat, talk
 
 
 def test_a_line_that_cannot_be_said_is_left_out_and_the_conversation_goes_on(chat, talker, tmp_path):
-    (tmp_path / "picky.jinja").write_text("{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('not this') }}"
-                                          "{% endif %}{{ m.content }}<|end|>{% endfor %}")
+    (tmp_path / "picky.jinja").write_text("{% for m in messages %}"
+                                          "{% if m.content == 'bad' %}{{ raise_exception('not this') }}{% endif %}"
+                                          "{{ m.content }}<|end|>{% endfor %}")
     out, err = chat("\ufeffHello", "Caf\udce9", "bad", "x" * 90, "Again",
                     argv=["--chat-template", tmp_path / "picky.jinja", "--max-seq-length", 60, "--system", "Sir"])
     tok = Tokenizer.from_pretrained(talker)
@@ -847,8 +852,8 @@ def test_a_full_disk_is_one_line_and_status_2(checkpoint):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
-        child = subprocess.run(command("--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", 3), stdout=full,
-                               stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+        child = subprocess.run(command("--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", 3),
+                               stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
     assert child.returncode == 2, child.stderr
     assert child.stderr.splitlines()[-1].startswith("error: ") and "Exception" not in child.stderr
 
@@ -876,8 +881,8 @@ def test_a_reader_that_leaves_early_is_no_error(endless):
 
 
 def test_a_chat_from_a_pipe_answers_each_line_and_ends_with_it(talker):
-    child = subprocess.run(command("--checkpoint", talker, "--interactive", "--max-new-tokens", 8, "--dtype", "float32"),
-                           input=b"Hello\nCaf\xe9?\nGo on", capture_output=True, timeout=60,
+    argv = command("--checkpoint", talker, "--interactive", "--max-new-tokens", 8, "--dtype", "float32")
+    child = subprocess.run(argv, input=b"Hello\nCaf\xe9?\nGo on", capture_output=True, timeout=60,
                            env=environment(PYTHONIOENCODING="utf-8:strict"))
     child.stdout, child.stderr = child.stdout.decode(), child.stderr.decode()
     first = tokens_and_text(talker, [chat_ids(talker, "Hello")], 8)[1][0]
@@ -895,7 +900,8 @@ class Terminal:
         settings = termios.tcgetattr(inner)
         settings[3] &= ~termios.ECHO
         termios.tcsetattr(inner, termios.TCSANOW, settings)
-        own = "import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        own = ("import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+               "os.execv(sys.argv[1], sys.argv[1:])")
         self.child = subprocess.Popen([sys.executable, "-c", own, *argv], stdin=inner, stdout=inner, stderr=inner,
                                       start_new_session=True, env=environment(TERM="dumb"), preexec_fn=heed_ctrl_c)
         os.close(inner)
@@ -905,8 +911,11 @@ class Terminal:
         os.write(self.end, text.encode())
 
     def wait_for(self, pattern, typing="", seconds=60):
-        """Read until what came since the last match matches; return it. `typing` is typed now and in each silent second,
-        for a key is lost that is pressed between the prompt and readline's taking over the terminal."""
+        """Read until the text since the last match matches, and return that text.
+
+        `typing` is typed at once and again in each silent second: a key pressed between the prompt and the moment
+        when readline takes over the terminal is lost.
+        """
         deadline = time.monotonic() + seconds
         self.type(typing)
         while not (match := re.search(pattern, self.text)):

@@ -1,4 +1,4 @@
-"""How often a layer is compiled. A cold start waits for each of its graphs, so none may be one too many."""
+"""How often runtime.py compiles a layer. A cold start waits for each graph, so there must be none too many."""
 import functools
 
 import torch
@@ -11,7 +11,7 @@ from test_eagle_lossless import head_of
 
 
 def test_layers_are_compiled_once_for_a_row_and_once_for_blocks(monkeypatch, tmp_path):
-    """Plain, then with the paper's tree, over two sizes of the cache's part that is looked at, up to the cache's end."""
+    """Plain, then with the paper's tree. Attention reads two sizes of the cache, the second up to its end."""
     graphs, compile = [], nn.Module.compile
     run_as_it_is = lambda graph, inputs: graphs.append(graph) or graph      # no compiler's kernels
     monkeypatch.setattr(nn.Module, "compile", lambda self, options: compile(self, backend=run_as_it_is))
@@ -24,7 +24,8 @@ def test_layers_are_compiled_once_for_a_row_and_once_for_blocks(monkeypatch, tmp
     torch._dynamo.reset()
     # One row of the target's.
     assert answer(compile=True).tokens == plain and len(graphs) == 1
-    # A block of the target's; a row and a block of the head's: levels have 1, 3 or 4 inner nodes, ingestion takes 6 pairs.
+    # A block of the target's; a row and a block of the head's. Levels have 1, 3 or 4 inner nodes, ingestion takes 6
+    # pairs.
     result = answer(compile=True, head=head)
     assert result.tokens == plain and len(graphs) == 4
     assert min(result.accept_lengths[0]) == 1 and max(result.accept_lengths[0]) > 1     # the last by plain steps

@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +117,21 @@ def test_a_wrong_option_is_said_once(ranks, n_line, monkeypatch, capsys):
         console.Parser().parse_args(["--nonsense"])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.count("\n") == n_line and ("--nonsense" in err) == bool(n_line)
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for path, is_folder in (("new", False), ("file", False), ("new", True), ("new/deeper", True), (".", True)):
+        console.check_writable("--out", tmp_path / path, is_folder)
+    monkeypatch.chdir(tmp_path)
+    console.check_writable("--out", Path("new"))
+    for path, is_folder in ((".", False), ("missing/new", False), ("file/new", False)):
+        with pytest.raises(ValueError, match="--out .*: not a file in an existing folder"):
+            console.check_writable("--out", tmp_path / path, is_folder)
+    for path in ("file", "file/new"):
+        with pytest.raises(ValueError, match="--out .*: .*file is no folder that can be written to"):
+            console.check_writable("--out", tmp_path / path, is_folder=True)
+    monkeypatch.setattr(console.os, "access", lambda *args: False)     # as for a user without the right to
+    for is_folder in (False, True):
+        with pytest.raises(ValueError, match="--out new: .* is no folder that can be written to"):
+            console.check_writable("--out", Path("new"), is_folder)

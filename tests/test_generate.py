@@ -1,4 +1,4 @@
-"""generate.py's decoding: plain generation against the naive decoder and transformers, and the path from logits to tokens.
+"""decoder.py and sampling.py: plain generation against the naive decoder and transformers, and from logits to tokens.
 
     python -m pytest tests/test_generate.py -q
 
@@ -14,12 +14,11 @@ import torch
 
 from decoder import Decoder
 from generate import generate
-from sampling import Sampling
 from linears import PackedLinear
 from model import RMSNorm, Transformer, bucket, prefill
-from runtime import PackedRMSNorm, pack_for_cpu
-from sampling import logits_to_probs, sample
 from reference import assert_close, expected, naive_decode, tiny, tokens_of
+from runtime import PackedRMSNorm, pack_for_cpu
+from sampling import Sampling, logits_to_probs, sample
 
 CONTEXT = 400  # slots: bucket borders at 128, 192, 256, 384 and the end of the cache
 
@@ -328,7 +327,8 @@ def test_decoding_leaves_the_caches_that_the_model_had(gqa):
 @pytest.mark.parametrize("options, names", [
     (dict(temperature=-1.0), "temperature -1.0"), (dict(temperature=float("nan")), "temperature nan"),
     (dict(temperature=float("inf")), "temperature inf"), (dict(temperature=1.0, top_k=0), "top_k 0"),
-    (dict(top_p=0.0), "top_p 0.0"), (dict(top_p=1.5), "top_p 1.5"), (dict(seed=-1), "seed -1"), (dict(seed=2 ** 63), "seed"),
+    (dict(top_p=0.0), "top_p 0.0"), (dict(top_p=1.5), "top_p 1.5"),
+    (dict(seed=-1), "seed -1"), (dict(seed=2 ** 63), "seed"),
     (dict(max_new_tokens=0), "max_new_tokens is 0"), (dict(max_seq_length=0), "0"), (dict(prompts=[]), "no prompt"),
     (dict(prompts=[[1, 96]]), "token 96, the model's vocabulary has 96"), (dict(prompts=[[1], [-1]]), "token -1"),
 ])
@@ -368,8 +368,10 @@ def test_caches_that_do_not_fit_are_refused(gqa):
 # --- numbers that are not finite --------------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype, remedy", [(torch.float16, "bfloat16 or float32"), (torch.float32, "weights may hold NaN")])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(1.0, 5), Sampling(1.0, 5, 0.9), Sampling(1.0, None, 0.9)])
+@pytest.mark.parametrize("dtype, remedy", [(torch.float16, "bfloat16 or float32"),
+                                           (torch.float32, "weights may hold NaN")])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(1.0, 5), Sampling(1.0, 5, 0.9),
+                                      Sampling(1.0, None, 0.9)])
 def test_logits_that_are_not_finite_end_decoding_by_dtype_and_token(gqa, dtype, remedy, sampling):
     """fp16 ends at 65504: Qwen2 in it said "!" for ever, with exit status 0."""
     model = load(gqa.folder, dtype)
@@ -389,7 +391,8 @@ def test_a_token_whose_embedding_is_nan_is_named_by_its_place(gqa):
     """Not at the first token, and not for a row that has finished."""
     model, prompts = load(gqa.folder), [tokens_of(9, seed=1), tokens_of(5, seed=2)]
     whole = [gqa.oracle(prompt, 20) for prompt in prompts]
-    n, bad = next((n, token) for n, token in enumerate(whole[1]) if n > 3 and token not in sum(prompts, whole[0] + whole[1][:n]))
+    n, bad = next((n, token) for n, token in enumerate(whole[1])
+                  if n > 3 and token not in sum(prompts, whole[0] + whole[1][:n]))
     model.tok_embeddings.weight[bad] = torch.nan
     with pytest.raises(ValueError, match=f"at new token {n + 2} of prompt 2"):
         generate(model, prompts, 20)
@@ -455,9 +458,8 @@ def assert_drawn_from(drawn, probs):
 ])
 def test_sample_draws_as_often_as_probable_and_never_what_is_impossible(name, probs):
     probs = probs / probs.sum()
-    generator = torch.Generator().manual_seed(0)
     rows = torch.tensor(probs, dtype=torch.float32).expand(300_000, -1)
-    assert_drawn_from(sample(rows, generator), probs)
+    assert_drawn_from(sample(rows), probs)
 
 
 def test_sample_draws_the_only_possible_token():
@@ -594,7 +596,7 @@ def test_compiled_decoding_equals_eager_decoding(compiled):
 
 
 def test_prompts_of_new_lengths_compile_nothing(compiled):
-    """Else each turn of a chat would wait for the compiler, until dynamo's limit leaves all new shapes to eager code."""
+    """Or each turn of a chat would wait for the compiler, until dynamo reaches its limit and runs eager code."""
     from torch._dynamo.utils import counters
 
     decoder, eager = compiled

@@ -11,7 +11,7 @@ import torch
 
 from generate import generate
 from model import Transformer
-from reference import write_checkpoint
+from reference import TEMPLATE, write_checkpoint
 from scripts import generate_data
 from scripts.generate_data import loops
 from tokenizer import Tokenizer
@@ -30,8 +30,8 @@ def write(talker, tmp_path, capsys):
 
     def write(*options, out="data.jsonl"):
         capsys.readouterr()
-        argv = ["--checkpoint", talker, "--out", tmp_path / out, "--device", "cpu", "--dtype", "float32", "--batch-size", 4,
-                "--max-new-tokens", 12, *options]
+        argv = ["--checkpoint", talker, "--out", tmp_path / out, "--device", "cpu", "--dtype", "float32",
+                "--batch-size", 4, "--max-new-tokens", 12, *options]
         status = generate_data.main(generate_data.parse_args(list(map(str, argv))))
         lines = (tmp_path / out).read_text().splitlines() if (tmp_path / out).exists() else []
         return status, capsys.readouterr().err, [json.loads(line) for line in lines]
@@ -55,12 +55,14 @@ def all_are_good(monkeypatch):
     monkeypatch.setattr(generate_data, "loops", lambda ids: False)
 
 
-def test_answers_are_what_greedy_decoding_says_and_the_settings_stand_beside_them(write, questions, talker, all_are_good):
+def test_answers_are_what_greedy_decoding_says_and_the_settings_stand_beside_them(write, questions, talker,
+                                                                                  all_are_good):
     status, err, entries = write("--prompts", questions)
     assert status == 0, err
     texts = [[turn["content"] for turn in entry["messages"] if turn["role"] != "assistant"] for entry in entries]
     assert sorted(texts) == [["Be brief.", "the fox"], ["and then", "why"], ["the dog"], ["the fox"]]
-    model, tokenizer = Transformer.from_pretrained(talker, device="cpu", dtype=torch.float32), Tokenizer.from_pretrained(talker)
+    model = Transformer.from_pretrained(talker, device="cpu", dtype=torch.float32)
+    tokenizer = Tokenizer.from_pretrained(talker)
     for entry in entries:
         answers = [n for n, turn in enumerate(entry["messages"]) if turn["role"] == "assistant"]
         for n, said in zip(answers, entry["tokens"], strict=True):
@@ -132,7 +134,8 @@ def test_the_target_asks_itself_different_questions(write, monkeypatch, all_are_
     assert again == entries
 
 
-@pytest.mark.parametrize("text, names", [('{"turns": []}\n', ["line 1"]), ('{"turns": ["a"]}\n{oops\n', ["line 2"]), ("\xff", ["UTF"])],
+@pytest.mark.parametrize("text, names", [('{"turns": []}\n', ["line 1"]), ('{"turns": ["a"]}\n{oops\n', ["line 2"]),
+                                         ("\xff", ["UTF"])],
                          ids=["no turn", "broken", "no text"])
 def test_bad_questions_are_refused_in_one_line(write, tmp_path, text, names):
     file = tmp_path / "bad.jsonl"
@@ -146,8 +149,9 @@ def test_bad_questions_are_refused_in_one_line(write, tmp_path, text, names):
 def test_ctrl_c_keeps_what_was_written(talker, tmp_path):
     file, out = tmp_path / "many.txt", tmp_path / "data.jsonl"
     file.write_text("".join(f"question {n}\n" for n in range(5000)))
-    run = subprocess.Popen([sys.executable, ROOT / "scripts/generate_data.py", "--checkpoint", talker, "--out", out, "--prompts",
-                            file, "--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--max-new-tokens", "9"],
+    run = subprocess.Popen([sys.executable, ROOT / "scripts/generate_data.py", "--checkpoint", talker, "--out", out,
+                            "--prompts", file, "--device", "cpu", "--dtype", "float32", "--batch-size", "4",
+                            "--max-new-tokens", "9"],
                            stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
@@ -159,7 +163,8 @@ def test_ctrl_c_keeps_what_was_written(talker, tmp_path):
 
 
 def test_files_are_read_by_what_they_hold_and_bad_lines_are_counted(write, tmp_path, all_are_good):
-    lines = [json.dumps({"messages": [{"role": "user", "content": f"q\u2028{n}"}]}, ensure_ascii=n % 2 > 0) for n in range(5)]
+    entries = [{"messages": [{"role": "user", "content": f"q\u2028{n}"}]} for n in range(5)]
+    lines = [json.dumps(entry, ensure_ascii=n % 2 > 0) for n, entry in enumerate(entries)]
     half = '{"turns": ["half an emoji \\ud83d"]}'
     for name, text in (("a.json", "[" + ",\n".join(lines) + "]"), ("b.txt", "[\n" + ",\n".join([*lines, half]) + "\n]"),
                        ("c.ndjson", "\ufeff" + "\n".join([*lines, half]))):
@@ -185,15 +190,15 @@ def test_a_file_is_bound_to_what_made_it(write, talker, questions, tmp_path, all
     other = write_checkpoint(tmp_path / "other", merges=0)
     (tmp_path / "q.txt").write_text("the fox\n")
     for options, name in ((("--checkpoint", other), "another target"), (("--system", "S"), "answers other questions"),
-                          (("--template-args", '{"a": 1}'), "another chat template"), (("--dtype", "bfloat16"), "dtype"),
-                          (("--prompts", tmp_path / "q.txt"), "other questions"), (("--seed", 1), "seed")):
+                          (("--template-args", '{"a": 1}'), "another chat template"),
+                          (("--dtype", "bfloat16"), "dtype"), (("--prompts", tmp_path / "q.txt"), "other questions"),
+                          (("--seed", 1), "seed")):
         status, err, _ = write("--prompts", questions, *options)
         assert status == 2 and name in err and file.read_bytes() == before, err
 
 
 def test_one_date_holds_for_a_whole_file(write, tmp_path, questions, all_are_good):
-    template = "{{ strftime_now('%S') }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
-    (tmp_path / "t.jinja").write_text(template)
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%S') }}" + TEMPLATE)
     options = "--prompts", questions, "--chat-template", tmp_path / "t.jinja"
     status, err, entries = write(*options)
     assert status == 0 and len({entry["date"] for entry in entries}) == 1

@@ -1,6 +1,6 @@
 """What only a GPU can show: compiled and captured steps do what eager ones do, and EAGLE stays greedy decoding.
 
-    python -m pytest -q tests/test_gpu.py       # needs torch, pytest, safetensors and tqdm; skipped where there is no CUDA
+    python -m pytest -q tests/test_gpu.py       # needs torch, pytest, safetensors and tqdm; skipped without CUDA
 
 Tiny random models: in fp32 the reference is the same model's eager decoding on the same device, and a decoder without a
 cache; with quantised weights, which need 16 bits, what that model says of the tokens afterwards.
@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from draft_tree import DynamicTree, StaticTree
-from decoder import Decoder, setup_caches
-from sampling import Sampling
-from linears import Format, quantize_in_place
-from runtime import tune
-from reference import assert_near_greedy, naive_decode, tokens_of
 from benchmarks.shapes import random_head, random_model, shape
 from benchmarks.simulate import simulated_decoder
+from decoder import Decoder, setup_caches
+from draft_tree import DynamicTree, StaticTree
+from linears import Format, quantize_in_place
+from reference import assert_near_greedy, naive_decode, tokens_of
+from runtime import tune
+from sampling import Sampling
 from test_eagle_lossless import head_of, randomise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -67,7 +67,8 @@ def test_captured_steps_decode_what_eager_ones_do(target, tree, monkeypatch):
     for compile in (False, True):
         decoder = decoder_of(target, tree, compile=compile)
         for _ in range(2):      # captured, then replayed only
-            with torch.compiler.set_stance("default" if compile else "force_eager"):    # layers stay compiled from before
+            # Layers stay compiled from before.
+            with torch.compiler.set_stance("default" if compile else "force_eager"):
                 result = decoder.generate([PROMPTS[1]], N_NEW)
             assert result.tokens == [wanted[1]]
             assert tree is None or result.mean_accept_length > 1.2
@@ -109,8 +110,8 @@ def test_the_quantised_product_keeps_its_values_in_registers():
         module = next(m for m in layer.modules() if isinstance(m, QuantLinear))
         for rows in (4, 26, 60):
             for block_n in (64, 128):
-                linears_triton.quant_matmul(torch.randn(rows, 4096, device=DEVICE, dtype=torch.bfloat16), module.q, module.scales,
-                                              getattr(module, "zeros", None), block_n, 1)
+                x = torch.randn(rows, 4096, device=DEVICE, dtype=torch.bfloat16)
+                linears_triton.quant_matmul(x, module.q, module.scales, getattr(module, "zeros", None), block_n, 1)
     kernels = [kernel for cache in linears_triton._quant_matmul.device_caches.values() for kernel in cache[0].values()]
     for kernel in kernels:
         kernel._init_handles()
@@ -120,7 +121,8 @@ def test_the_quantised_product_keeps_its_values_in_registers():
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def quantised_target(request, tmp_path_factory):
-    """int4 layers of 32 and an int8 LM head by the kernels that are the fastest here, an int4 head, what plain steps say."""
+    """int4 layers (groups of 32) with an int8 LM head, by the fastest kernels here; an int4 head; what plain steps say.
+    """
     torch.manual_seed(0)
     model = random_model(DENSE, DEVICE, request.param)
     with torch.no_grad(), DEVICE:

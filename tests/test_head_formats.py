@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from checkpoint import load_weights
 from draft_tree import load_tree
 from eagle_head import EagleHead, official_key
 from generate import load_draft_vocab, shipped_head
-from checkpoint import load_weights
 from test_eagle import head_config, head_weights, load, tiny, write_head, written_out_head
 
 
@@ -51,8 +51,8 @@ def nested(config):
 def speculators(config):
     inner = {key: value for key, value in config.items() if key not in ("bias", "architectures")}
     return {"architectures": ["EagleSpeculator"], "speculators_model_type": "eagle", "speculators_version": "0.1.0",
-            "transformer_layer_architecture": "LlamaDecoderLayer", "transformer_layer_config": inner, "layernorms": False,
-            "fusion_bias": "bias" in config and config["bias"],
+            "transformer_layer_architecture": "LlamaDecoderLayer", "transformer_layer_config": inner,
+            "layernorms": False, "fusion_bias": "bias" in config and config["bias"],
             "speculators_config": {"algorithm": "eagle", "verifier": {"name_or_path": "target", "architectures": []}}}
 
 
@@ -77,7 +77,8 @@ def test_a_converted_head_drafts_what_the_official_one_does(target, tmp_path, co
     stored = renamed(weights, names)
     if with_target:
         table = target.tok_embeddings.weight
-        stored |= {"embed_tokens.weight": table.clone(), "model.lm_head.weight" if names else "lm_head.weight": table.clone()}
+        lm_head = "model.lm_head.weight" if names else "lm_head.weight"
+        stored |= {"embed_tokens.weight": table.clone(), lm_head: table.clone()}
     head = EagleHead.from_pretrained(write_head(tmp_path / "head", convert(config), stored), target)
     tokens, features, ours = drafted(head)
     expected = written_out_head(config | {"bias": bool(bias)}, weights, target.tok_embeddings.weight, tokens, features)
@@ -89,7 +90,8 @@ def test_what_is_read_of_a_renamed_weight_goes_by_its_official_name(target, offi
     folder = write_head(tmp_path / "head", config, renamed(weights, SPECULATORS))
     head = EagleHead.from_pretrained(folder, target)
     asked = []
-    load_weights(head.weights(), folder, part=lambda key, shape: asked.append(key) or (slice(None),), rename=official_key)
+    load_weights(head.weights(), folder, rename=official_key,
+                 part=lambda key, shape: asked.append(key) or (slice(None),))
     assert sorted(asked) == sorted(weights)
 
 
@@ -134,7 +136,8 @@ def test_a_weight_that_is_there_under_two_names_is_refused(target, official, tmp
 
 def test_heads_that_are_adapters_or_git_lfs_pointers_are_named_as_such(target, official, tmp_path):
     folder = write_head(tmp_path / "head", *official)
-    for name, text, message in [("model.safetensors", "version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+    pointer = "version https://git-lfs.github.com/spec/v1\nsize 9\n"
+    for name, text, message in [("model.safetensors", pointer, "git lfs pull"),
                                 ("adapter_config.json", "{}", "merge it into its base model")]:
         (folder / name).write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -654,7 +654,8 @@ def test_adapters_and_other_formats_are_refused_by_name(llama):
         load(llama)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json",
+                                  "model.safetensors.index.json"])
 def test_a_git_lfs_pointer_is_named_as_such(llama, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n"
     if name != "config.json":
@@ -669,7 +670,8 @@ def test_an_empty_variable_puts_no_cache_into_the_working_directory(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.setenv(variable, "")
-    seen = types.SimpleNamespace(snapshot_download=lambda *args, **options: seen.env.update(os.environ) or tmp_path, env={})
+    seen = types.SimpleNamespace(env={})
+    seen.snapshot_download = lambda *args, **options: seen.env.update(os.environ) or tmp_path
     monkeypatch.setitem(sys.modules, "huggingface_hub", seen)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", types.SimpleNamespace(
         GatedRepoError=KeyError, LocalEntryNotFoundError=KeyError, RepositoryNotFoundError=KeyError))

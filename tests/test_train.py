@@ -1,4 +1,4 @@
-"""train_head.py and train_data.py: the loss of eagle.md section 6, the recipe as the optimizer sees it, checkpoints, data.
+"""train_head.py, train_loss.py, train_features.py: the loss of EAGLE, the recipe as the optimizer sees it, checkpoints.
 
     python -m pytest tests/test_train.py -q
 
@@ -72,8 +72,9 @@ def write_data(file, n, seed=0):
 
 
 def command(checkpoint, data, out, *options):
-    return [str(x) for x in ("--checkpoint", checkpoint, "--data", data, "--out", out, "--device", "cpu", "--dtype", "float32",
-                             "--batch-size", 2, "--max-length", 128, "--eval-dialogues", 4, "--log-every", 1, *options)]
+    return [str(x) for x in ("--checkpoint", checkpoint, "--data", data, "--out", out, "--device", "cpu",
+                             "--dtype", "float32", "--batch-size", 2, "--max-length", 128, "--eval-dialogues", 4,
+                             "--log-every", 1, *options)]
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,8 @@ def test_no_tensor_of_the_cross_entropy_is_larger_than_the_stated_block(monkeypa
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor) and t.shape[-1:] == (4096,) and t.shape != (16, 4096):    # the weight, turned
+                # (16, 4096) is the transposed weight
+                if isinstance(t, torch.Tensor) and t.shape[-1:] == (4096,) and t.shape != (16, 4096):
                     largest = max(largest, t.numel())
             return out
 
@@ -204,7 +206,8 @@ def test_deeper_levels_learn_from_what_drafting_would_meet(checkpoint, model, da
 def test_padding_does_not_change_the_loss(model, checkpoint, data):
     dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:6]
     features = Features(model, dialogues)
-    learner = Learner(new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, 0), autocast=False)
+    head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, 0)
+    learner = Learner(head, autocast=False)
     with torch.no_grad():
         together = torch.stack(learner(features.batch(list(range(6))), None))
         alone = sum(torch.stack(learner(features.batch([i]), None)) for i in range(6))
@@ -270,8 +273,10 @@ def test_gradients_are_clipped_by_their_norm_and_adamw_has_the_papers_betas(trai
 def test_parts_add_up_to_the_gradient_of_one_large_batch(train, monkeypatch):
     """The mean is over the tokens of the whole step, not of means: the parts differ in theirs."""
     rows, forward = [], Learner.forward
-    monkeypatch.setattr(Learner, "forward", lambda self, batch, noise: rows.append(len(batch.tokens)) or forward(self, batch, noise))
-    options = "--epochs", 1, "--clip", 1e9, "--max-length", 200, "--cls-weight", 10, "--levels", 2, "--eval-dialogues", 0
+    monkeypatch.setattr(Learner, "forward", lambda self, batch, noise: (
+        rows.append(len(batch.tokens)) or forward(self, batch, noise)))
+    options = ("--epochs", 1, "--clip", 1e9, "--max-length", 200, "--cls-weight", 10, "--levels", 2,
+               "--eval-dialogues", 0)
     _, _, whole = train(*options, "--batch-size", 1000, out="whole")
     status, err, parts = train(*options, "--batch-size", 143, "--accumulate", 7, out="parts")
     assert status == 0, err
@@ -366,8 +371,8 @@ def test_200_dialogues_are_overfitted(tmp_path, capsys):
     data.write_text("".join(json.dumps({"finish_reason": "length", "messages": [
         {"role": "user", "content": q}, {"role": "assistant", "content": tokenizer.decode(a)}]}) + "\n"
         for q, a in zip(questions, answers)))
-    argv = command(checkpoint, data, tmp_path / "head", "--epochs", 200, "--lr", 2e-2, "--batch-size", 4, "--cls-weight", 10,
-                   "--noise", 0, "--eval-dialogues", 0)
+    argv = command(checkpoint, data, tmp_path / "head", "--epochs", 200, "--lr", 2e-2, "--batch-size", 4,
+                   "--cls-weight", 10, "--noise", 0, "--eval-dialogues", 0)
     status = train_head.main(train_head.parse_args(argv))
     assert status == 0, capsys.readouterr().err
     top1 = [entry["top1"] for entry in log_of(tmp_path / "head", "top1")]
@@ -390,11 +395,13 @@ def test_bfloat16_trains_fp32_weights_and_the_target_is_left_alone(train, checkp
 # What is written
 
 OFFICIAL_KEYS = {"fc.weight", "fc.bias", "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight",
-                 "layers.0.self_attn.v_proj.weight", "layers.0.self_attn.o_proj.weight", "layers.0.mlp.gate_proj.weight",
-                 "layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight", "layers.0.post_attention_layernorm.weight"}
+                 "layers.0.self_attn.v_proj.weight", "layers.0.self_attn.o_proj.weight",
+                 "layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight",
+                 "layers.0.post_attention_layernorm.weight"}
 OFFICIAL_FIELDS = {"architectures", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "intermediate_size",
-                   "max_position_embeddings", "model_type", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-                   "pad_token_id", "rms_norm_eps", "tie_word_embeddings", "torch_dtype", "vocab_size", "bias"}
+                   "max_position_embeddings", "model_type", "num_attention_heads", "num_key_value_heads",
+                   "num_hidden_layers", "pad_token_id", "rms_norm_eps", "tie_word_embeddings", "torch_dtype",
+                   "vocab_size", "bias"}
 
 
 class OtherHead(nn.Module):
@@ -434,7 +441,7 @@ def test_the_head_is_in_the_official_format(train, model):
         assert_close(head(tokens, features, torch.arange(17)), other.float()(tokens, features), 1e-4)
 
 
-def test_a_draft_vocabulary_is_the_answers_commonest_tokens_and_the_head_holds_nothing_of_it(train, checkpoint, data, model):
+def test_a_draft_vocabulary_is_the_answers_commonest_tokens_and_the_head_holds_nothing_of_it(train, checkpoint, data):
     status, err, out = train("--epochs", 1, "--draft-vocab", 20)
     assert status == 0, err
     assert set(read_safetensors(out / "model.safetensors")) == OFFICIAL_KEYS
@@ -472,8 +479,8 @@ def test_init_goes_on_from_another_head(train):
 
 @torch.no_grad()
 def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_position(model, checkpoint):
-    """n-alpha and the length of a chain of 5, drafted along each dialogue one position after the other. Dialogues of three
-    tokens and a draft vocabulary of the same three: a third of the guesses is right."""
+    """n-alpha and the length of a chain of 5, drafted along each dialogue one position after the other. Dialogues of
+    three tokens and a draft vocabulary of the same three: a third of the guesses is right."""
     head = new_head(head_config(read_json(checkpoint / "config.json"), "tiny"), model, None, seed=0)
     for p in head.parameters():
         p.add_(0.2 * torch.randn_like(p))
@@ -488,7 +495,7 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
             if not learnt[i + 2]:
                 continue
             known, hits = features[:, :i + 1], []
-            for n in range(i + 1, i + 6):   # n pairs are known; the last output is the next feature, which guesses t_{n+1}
+            for n in range(i + 1, i + 6):   # n pairs are known; the last output is the next feature, which says t_{n+1}
                 known = torch.cat((known, head(tokens[:, 1:n + 1], known, torch.arange(n))[:, -1:]), dim=1)
                 hits.append(int(head.draft_logits(known[0, -1]).argmax() + 10 == tokens[0, n + 1]))
             right = [a + b for a, b in zip(right, hits)]
@@ -499,7 +506,8 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
     assert entry["eval_agreement"] == pytest.approx(alone.same.item() / entry["eval_positions"])
     assert entry["eval_n_alpha"] == pytest.approx([r / n_position for r in right], abs=1e-4)
     assert entry["eval_chain_length"] == pytest.approx(1 + leading / n_position)
-    assert entry["eval_top1"] == pytest.approx(right[0] / n_position) and entry["eval_top1"] <= entry["eval_top2"] <= entry["eval_top3"]
+    assert entry["eval_top1"] == pytest.approx(right[0] / n_position)
+    assert entry["eval_top1"] <= entry["eval_top2"] <= entry["eval_top3"]
 
 
 class Largest(TorchDispatchMode):
@@ -529,7 +537,7 @@ def test_an_evaluation_needs_no_larger_tensors_than_a_training_step(model, check
     with Largest() as evaluation:
         blocks = draft_ranks(head, batch.tokens[0], batch.features[0], 5)
     assert max(rows) * len(draft_vocab or model.output.weight) <= 10 ** 5
-    assert evaluation.size <= 1.01 * training.size      # of 499 pairs, where there are 498 whose next token is there too
+    assert evaluation.size <= 1.01 * training.size      # 499 pairs; training has the 498 whose next token is known
     monkeypatch.setattr(train_loss, "MASK_AT_ONCE", 10 ** 9)
     monkeypatch.setitem(train_loss.LOGITS_AT_ONCE, "cpu", 10 ** 9)
     with Largest() as at_once:
@@ -560,11 +568,12 @@ def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forks
         process.join(120)
         assert process.exitcode == status, errors.read_text()
 
+    saved_at = lambda: (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
     undisturbed = start(whole)
     for life in range(11):
-        before = (out / "checkpoint.pt").stat().st_mtime_ns if life else 0
+        before = saved_at()
         run = start(out, "--save-minutes", 0, "--resume")   # with nothing there yet, --resume begins
-        while run.is_alive() and not ((out / "checkpoint.pt").exists() and (out / "checkpoint.pt").stat().st_mtime_ns > before):
+        while run.is_alive() and saved_at() <= before:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.1))
         assert run.is_alive(), errors.read_text()   # it would have finished: more epochs needed
@@ -604,7 +613,7 @@ def test_what_was_learnt_is_saved_before_an_evaluation_which_a_resume_makes_up_f
     assert status == 2 and state_of(out)["step"] == state_of(whole)["step"], err
     status, err, _ = train(*options, "--resume")
     assert status == 0, err
-    drop_speed = lambda out: [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in log_of(out, "step")]
+    drop_speed = lambda out: [entry | {"tokens_per_second": None} for entry in log_of(out, "step")]
     assert drop_speed(out) == drop_speed(whole)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     status, err, out = train(*options, "--resume", "--eval-every", 0, out="without")
@@ -615,7 +624,8 @@ def test_what_was_learnt_is_saved_before_an_evaluation_which_a_resume_makes_up_f
 def other_target(checkpoint, folder, kind):
     """A folder of the same names, and but for int8 of the same sizes, whose features are others."""
     if kind == "int8":
-        assert quantize.main(quantize.parse_args(["--checkpoint", str(checkpoint), "--mode", "int8", "--out", str(folder)])) == 0
+        argv = ["--checkpoint", str(checkpoint), "--mode", "int8", "--out", str(folder)]
+        assert quantize.main(quantize.parse_args(argv)) == 0
         return folder
     shutil.copytree(checkpoint, folder)
     weights = read_safetensors(folder / "model.safetensors")
@@ -641,8 +651,9 @@ def content_of(folder):
 def others(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("others")
     (folder / "shout.jinja").write_text(TEMPLATE.replace("m.content", "m.content | upper"))
-    return {kind: other_target(checkpoint, folder / kind.replace(" ", "-"), kind)
-            for kind in ("a copy", "a merged LoRA", "one embedding", "another RoPE base", "int8")} | {"template": folder / "shout.jinja"}
+    kinds = "a copy", "a merged LoRA", "one embedding", "another RoPE base", "int8"
+    targets = {kind: other_target(checkpoint, folder / kind.replace(" ", "-"), kind) for kind in kinds}
+    return targets | {"template": folder / "shout.jinja"}
 
 
 def test_a_resume_and_a_cache_belong_to_their_target_template_and_data(train, others, tmp_path):
@@ -651,7 +662,8 @@ def test_a_resume_and_a_cache_belong_to_their_target_template_and_data(train, ot
     status, err, out = train(*options)
     assert status == 0, err
     kept, features = content_of(out), content_of(cache)
-    targets = [(("--checkpoint", others[kind]), [str(others[kind])]) for kind in others if kind not in ("a copy", "template")]
+    targets = [(("--checkpoint", other), [str(other)]) for kind, other in others.items()
+               if kind not in ("a copy", "template")]
     template = ("--chat-template", others["template"]), ["chat template"]
     for more, names in (*targets, template):
         for again in (("--resume",), ("--out", tmp_path / "new")):
@@ -660,7 +672,7 @@ def test_a_resume_and_a_cache_belong_to_their_target_template_and_data(train, ot
     status, err, _ = train(*options, "--dtype", "bfloat16", "--out", tmp_path / "new")
     assert status == 2 and "float32" in one_error_line(err) and "bfloat16" in err
     assert content_of(out) == kept and content_of(cache) == features and not (tmp_path / "new").exists()
-    status, err, _ = train(*options, "--checkpoint", others["a copy"], "--resume")      # times differ, and the folder's name
+    status, err, _ = train(*options, "--checkpoint", others["a copy"], "--resume")      # times and folder's name differ
     assert status == 0 and content_of(cache) == features, err
     status, err, _ = train(*options, "--checkpoint", others["a copy"], out="new")
     assert status == 0 and content_of(cache) == features, err
@@ -671,7 +683,7 @@ def test_a_resume_and_a_cache_belong_to_their_target_template_and_data(train, ot
 
 @pytest.mark.parametrize("template", [TEMPLATE, "{{ strftime_now('%d %b %Y') }}" + TEMPLATE], ids=["no date", "date"])
 def test_a_training_has_one_date(train, tmp_path, monkeypatch, template):
-    """What is stopped and goes on the next day ends in the same bits, and features cached on one day serve on another."""
+    """A training that goes on the next day ends in the same bits. Features cached on one day serve on another."""
     (tmp_path / "dated.jinja").write_text(template)
 
     def on(day):
@@ -695,7 +707,8 @@ def test_a_training_has_one_date(train, tmp_path, monkeypatch, template):
     if template == TEMPLATE:
         return
     _, _, other = train(*options, out="other")
-    assert (other / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()     # the date is learnt
+    # the date is part of the text
+    assert (other / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
     assert train(*options, "--cache-features", tmp_path / "cache", out="one")[0] == 0
     on(28)
     status, err, two = train(*options, "--cache-features", tmp_path / "cache", out="two")
@@ -707,24 +720,27 @@ def test_a_training_has_one_date(train, tmp_path, monkeypatch, template):
 
 def test_a_training_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_path, monkeypatch):
     assert train("--epochs", 1)[0] == 0
-    written = {file.name: file.read_bytes() for file in (tmp_path / "head").iterdir()}
+    bytes_of = lambda folder: {file.name: file.read_bytes() for file in folder.iterdir()}
+    written = bytes_of(tmp_path / "head")
     changes = {"lr": (1, "3e-05", "1.0"), "epochs": (2,), "noise": (0.2, "0.1"), "seed": (1, "0"), "levels": (2, "1"),
-               "cls-weight": (1, "0.1"), "clip": (1, "0.5"), "warmup": (3, "None"), "batch-size": (4,), "accumulate": (2, "1"),
-               "max-length": (100,), "draft-vocab": (20,), "eval-dialogues": (0,), "dtype": ("bfloat16", "float32")}
+               "cls-weight": (1, "0.1"), "clip": (1, "0.5"), "warmup": (3, "None"), "batch-size": (4,),
+               "accumulate": (2, "1"), "max-length": (100,), "draft-vocab": (20,), "eval-dialogues": (0,),
+               "dtype": ("bfloat16", "float32")}
     for options, names in (((), ["--resume", "--out"]), (("--resume", "--no-bias"), ["bias", "True", "False"]),
                            (("--resume", "--cache-features", tmp_path / "cache"), ["--cache-features"]),
                            *((("--resume", f"--{key}", now), [key.replace("-", "_"), str(now), *was])
                              for key, (now, *was) in changes.items())):
         status, err, _ = train("--epochs", 1, *options)
         assert status == 2 and all(name in one_error_line(err) for name in names), err
-    for name, value, names in (("get_num_threads", lambda: 5, ["1 threads", "OMP_NUM_THREADS=1"]), ("__version__", "2.0", [torch.__version__, "2.0"])):
+    for name, value, names in (("get_num_threads", lambda: 5, ["1 threads", "OMP_NUM_THREADS=1"]),
+                               ("__version__", "2.0", [torch.__version__, "2.0"])):
         with monkeypatch.context() as patch:
             patch.setattr(torch, name, value)
             status, err, _ = train("--epochs", 1, "--resume")
         assert status == 2 and all(name in one_error_line(err) for name in names), err
     status, err, _ = train("--epochs", 1, "--resume", data=write_data(tmp_path / "other.jsonl", 60, seed=5))
     assert status == 2 and "data" in one_error_line(err)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "head").iterdir()} == written and not (tmp_path / "cache").exists()
+    assert bytes_of(tmp_path / "head") == written and not (tmp_path / "cache").exists()
     state = state_of(tmp_path / "head")
     torch.save(state | {"settings": {"lr": "3e-05"}}, tmp_path / "head/checkpoint.pt")
     assert "earlier version" in one_error_line(train("--epochs", 1, "--resume")[1])
@@ -756,7 +772,8 @@ def test_what_is_not_finite_never_enters_the_weights(train, checkpoint, tmp_path
             backward(ctx, *grads)[0] * math.inf, None, None, None)))
         names = ["norm of the gradient", *names]
     elif kind == "weights":
-        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [p.data.fill_(math.nan) for p in self.param_groups[0]["params"]])
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [
+            p.data.fill_(math.nan) for p in self.param_groups[0]["params"]])
         names = ["weights are not finite after step 1"]
     else:
         _, _, first = train("--epochs", 1, "--batch-size", 1000, out="first")
@@ -783,10 +800,10 @@ def test_a_sharded_layer_is_whole_while_it_runs_and_a_part_otherwise(tmp_path, m
     folder, _ = tiny(kind, tmp_path, hidden_size=64, intermediate_size=64)
     load = lambda: Transformer.from_pretrained(folder, device="cpu", dtype=torch.float32)
     whole, ranks, kept = load(), [load(), load()], []
-    for rank, model in enumerate((whole, *ranks)):
+    for model in (whole, *ranks):
         if format is not None:
             quantize_in_place(model, format)
-    held = lambda model: sum(t.numel() * t.element_size() for t in (*model.layers.parameters(), *model.layers.buffers()))
+    held = lambda model: sum(t.nbytes for t in (*model.layers.parameters(), *model.layers.buffers()))
     before = held(ranks[0])
     kept = [shard_layers(model, torch.device("cpu"), rank, 2) for rank, model in enumerate(ranks)]
     parts = [sum(piece.mine.untyped_storage().nbytes() for piece in pieces) for pieces in kept]
@@ -828,8 +845,8 @@ def test_two_processes_have_the_gradients_of_one(checkpoint, data, tmp_path, tra
     status, err, one = train(*settings, "--batch-size", 1000, "--max-length", 200, out="one")
     assert status == 0, err
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          ROOT / "train_head.py", *command(checkpoint, data, tmp_path / "two", *settings, "--max-length", 200,
-                                                           *options)],
+                          ROOT / "train_head.py",
+                          *command(checkpoint, data, tmp_path / "two", *settings, "--max-length", 200, *options)],
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     ours, theirs = state_of(tmp_path / "two"), state_of(one)
@@ -879,12 +896,14 @@ def test_bad_lines_are_counted_reported_once_and_left_out(train, tmp_path):
     assert status == 0, err
     reports = [line for line in err.splitlines() if line.startswith(str(file))]
     assert len(reports) == 1
-    assert "2 dialogues" in reports[0] and "4 broken lines" in reports[0] and "2 without an assistant turn" in reports[0]
+    assert "2 dialogues" in reports[0] and "4 broken lines" in reports[0]
+    assert "2 without an assistant turn" in reports[0]
     assert "1 with no answer within the length" in reports[0]
 
 
-@pytest.mark.parametrize("text, names", [("", ["no dialogue"]), ("{broken\n", ["no dialogue", "1 broken lines"]),
-                                         ('{"messages": [{"role": "user", "content": "hi"}]}\n', ["1 without an assistant turn"])],
+@pytest.mark.parametrize("text, names", [
+    ("", ["no dialogue"]), ("{broken\n", ["no dialogue", "1 broken lines"]),
+    ('{"messages": [{"role": "user", "content": "hi"}]}\n', ["1 without an assistant turn"])],
                          ids=["empty", "all broken", "no answer"])
 def test_data_without_a_dialogue_is_refused(train, tmp_path, text, names):
     file = tmp_path / "bad.jsonl"
@@ -895,8 +914,10 @@ def test_data_without_a_dialogue_is_refused(train, tmp_path, text, names):
 
 
 def test_a_missing_file_and_bad_options_are_refused_in_one_line(train, tmp_path):
-    for options, names in ((("--epochs", 0), ["--epochs"]), (("--lr", 0), ["--lr"]), (("--batch-size", "x"), ["--batch-size"]),
-                           (("--shard-target",), ["--shard-target", "torchrun"]), (("--init", tmp_path / "none"), ["none"])):
+    for options, names in ((("--epochs", 0), ["--epochs"]), (("--lr", 0), ["--lr"]),
+                           (("--batch-size", "x"), ["--batch-size"]),
+                           (("--shard-target",), ["--shard-target", "torchrun"]),
+                           (("--init", tmp_path / "none"), ["none"])):
         status, err, _ = train(*options)
         assert status == 2 and all(name in one_error_line(err) for name in names), err
     status, err, _ = train(data=tmp_path / "missing.jsonl")
@@ -910,7 +931,8 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoint, data):
 
 def test_a_dialogue_longer_than_the_length_is_cut_and_counted(checkpoint, tmp_path, capsys):
     file = tmp_path / "long.jsonl"
-    file.write_text(json.dumps({"messages": [DIALOGUE[0], {"role": "assistant", "content": "the dogs sleep " * 50}]}) + "\n" + GOOD)
+    answer = {"role": "assistant", "content": "the dogs sleep " * 50}
+    file.write_text(json.dumps({"messages": [DIALOGUE[0], answer]}) + "\n" + GOOD)
     long, short = read_dialogues(file, Tokenizer.from_pretrained(checkpoint), 10 ** 6, 40)
     assert len(long.tokens) == 40 and long.loss_mask.any() and len(short.tokens) <= 40
     assert "cut at 40 tokens" in capsys.readouterr().err
@@ -937,7 +959,7 @@ def test_cached_features_train_to_the_same_bits_and_a_cut_cache_is_completed(tra
     cache = tmp_path / "cache"
     status, err, cached = train("--epochs", 2, "--cache-features", cache, out="cached")
     assert status == 0 and "GB" in err, err
-    plain, again = read_safetensors(tmp_path / "plain" / "model.safetensors"), read_safetensors(cached / "model.safetensors")
+    plain, again = (read_safetensors(out / "model.safetensors") for out in (tmp_path / "plain", cached))
     for key in plain:       # rows of other batches: equal but for rounding
         assert_close(again[key], plain[key], 2e-2)
     shards = sorted(cache.glob("*.safetensors"))
@@ -949,5 +971,6 @@ def test_cached_features_train_to_the_same_bits_and_a_cut_cache_is_completed(tra
     assert status == 0, err
     assert shards[1].read_bytes() == content and shards[0].stat().st_mtime_ns == old
     assert (resumed / "model.safetensors").read_bytes() == (cached / "model.safetensors").read_bytes()
-    status, err, _ = train("--cache-features", cache, data=write_data(tmp_path / "other.jsonl", 60, seed=5), out="other")
+    other = write_data(tmp_path / "other.jsonl", 60, seed=5)
+    status, err, _ = train("--cache-features", cache, data=other, out="other")
     assert status == 2 and str(cache) in one_error_line(err)

@@ -58,7 +58,8 @@ def read(tokenizers, tmp_path):
         dialogues = read_dialogues(file, tokenizers[template], 10 ** 6, max_length, report.append)
         token = tokenizers["plain"]._backend._tokenizer.id_to_token
         show = lambda ids: "".join(map(token, ids)).replace("\u0120", " ").replace("\u010a", "\n")
-        return [(show(d.tokens.tolist()), show(d.tokens[d.loss_mask].tolist())) for d in dialogues], report[0], dialogues
+        texts = [(show(d.tokens.tolist()), show(d.tokens[d.loss_mask].tolist())) for d in dialogues]
+        return texts, report[0], dialogues
 
     return read
 
@@ -99,7 +100,8 @@ def test_a_template_that_words_earlier_turns_anew_gives_an_example_for_each_answ
     answers = "jumps", "sleeps", "it is lazy", "jumps"
     assert [said for _, said in texts] == [empty + answer + "<|end|>" for answer in answers]
     assert texts[2][0] == (
-        "<|system|>\nBe brief.<|end|>\n<|user|>\nthe fox<|end|>\n<|assistant|>\njumps<|end|>\n<|user|>\nand then<|end|>\n"
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nthe fox<|end|>\n<|assistant|>\njumps<|end|>\n"
+        "<|user|>\nand then<|end|>\n"
         f"<|assistant|>\nsleeps<|end|>\n<|user|>\nwhy<|end|>\n<|assistant|>\n{empty}it is lazy<|end|>")
     assert "2 dialogues (4 examples), " in report and "left out" not in report
     texts, report, _ = read([entry])
@@ -170,8 +172,8 @@ def test_encoding_piece_by_piece_gives_what_encoding_the_whole_gives(tokenizers,
     texts = "the fox", " jumps\n", "\n\nand then ", "the dogs  sleep", "x", "caf\u00e9 <|end|> quick"
     chat = chat_of({"messages": turns(*texts)})
     tok = tokenizers[template]
-    whole = encode_answers(tok, chat, [1, 3, 5], 512, piecewise=False)
-    assert encode_answers(tok, chat, [1, 3, 5], 512, piecewise=True) in (whole, None)
+    whole = encode_answers(tok, chat, [1, 3, 5], 512, False, {})
+    assert encode_answers(tok, chat, [1, 3, 5], 512, True, {}) == whole
 
 
 def test_work_grows_with_the_length_of_a_dialogue_and_not_with_its_square(tokenizers, monkeypatch):
@@ -217,7 +219,8 @@ def test_what_the_template_leaves_out_is_never_learnt_as_if_it_were_not_there(re
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
     nothing = {"role": "assistant", "content": "a", "tool_calls": None, "reasoning_content": ""}
     _, report, dialogues = read([good, {"messages": [q, THOUGHT]}, good | {"tools": TOOLS}, {"messages": [q, call]},
-                                 good | {"tools": "{"}, {"messages": [q, {"role": "assistant", "thinking": "hm", "content": "a"}]},
+                                 good | {"tools": "{"},
+                                 {"messages": [q, {"role": "assistant", "thinking": "hm", "content": "a"}]},
                                  {"messages": [q, nothing], "tools": []}])
     assert [d.line for d in dialogues] == [1, 7] and "2 dialogues, " in report
     for name in ("2 with reasoning that the chat template leaves out (line 2; line 6)",
@@ -276,7 +279,8 @@ def test_what_is_left_out_is_counted_under_its_name_with_its_lines(read):
     assert [d.line for d in dialogues] == [1, 12]
     for name in ("2 not valid text (line 2: not UTF-8: byte 46 does not fit; "
                  "line 3: half a character (a lone surrogate))",
-                 "6 broken lines (line 4: not JSON", 'line 6: no list of "messages" or "conversations"; line 7: ', ", ...)",
+                 "6 broken lines (line 4: not JSON", ", ...)",
+                 'line 6: no list of "messages" or "conversations"; line 7: ',
                  "1 with an unknown speaker (line 5: 'wizard')", "1 with parts that are not text (line 9: image_url)"):
         assert name in report, report
     two = {"messages": [{"role": "user", "content": "q"}, *turns("q", "a")]}

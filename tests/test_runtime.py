@@ -1,4 +1,9 @@
-"""A step replayed from its trace does what the step itself does, for any number of cache slots."""
+"""runtime.py: a step replayed from its trace does what the step itself does, for any number of cache slots.
+
+    python -m pytest tests/test_runtime.py -q
+
+What a captured CUDA graph does is in tests/test_gpu.py. What it asks of a step is seen here without a GPU.
+"""
 import itertools
 from dataclasses import replace
 
@@ -8,18 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sampling as sampling_file
+from benchmarks.shapes import TINY
+from decoder import Decoder, PlainStep, setup_caches
 from draft_tree import DynamicTree, StaticTree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
-from decoder import Decoder, PlainStep, setup_caches
 from generate import generate
-from model import Transformer
-from runtime import pack_for_cpu
-from sampling import Sampling, logits_to_probs
 from linears import Format, QuantLinear, quantize_in_place
-from runtime import tune
+from model import Transformer
 from reference import naive_decode, tiny, tokens_of
-from benchmarks.shapes import TINY
+from runtime import pack_for_cpu, tune
+from sampling import Sampling, logits_to_probs
 from test_eagle_lossless import head_of
 
 TREES = {"plain": None, "chain": StaticTree.chain(3), "paper": StaticTree.paper(), "dynamic": DynamicTree(3, 3, 8)}
@@ -69,7 +73,8 @@ def test_traced_draws_follow_the_seed_and_are_not_the_same_every_time(tree, tmp_
     eager, traced, other = (answers(model, head, tree, prompts, traced=traced, sampling=warm, seed=seed).tokens
                             for traced, seed in ((False, 1), (True, 1), (True, 2)))
     assert eager == traced != other
-    assert len({tuple(answers(model, head, tree, prompts, traced=True, sampling=warm).tokens[0]) for _ in range(3)}) == 3
+    unseeded = [answers(model, head, tree, prompts, traced=True, sampling=warm).tokens[0] for _ in range(3)]
+    assert len(set(map(tuple, unseeded))) == 3
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.9, 1 - 1e-6])
@@ -86,7 +91,7 @@ def test_top_p_by_the_likeliest_few_equals_a_full_sort(top_p, monkeypatch):
     for name, logits in cases.items():
         ours = logits_to_probs(logits, 1.0, None, top_p)
         with monkeypatch.context() as patch:
-            patch.setattr(sampling_file, "nucleus_by_the_likeliest", sampling_file.nucleus)
+            patch.setattr(sampling_file, "nucleus_from_likeliest", sampling_file.nucleus)
             expected = logits_to_probs(logits, 1.0, None, top_p)
         for found in (ours, traced(logits)):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=name)
@@ -141,8 +146,10 @@ def test_short_answers_are_not_worth_a_trace(tmp_path, monkeypatch):
 
 
 class OnDevice(TorchDispatchMode):
-    """Fails where an operator touches a tensor of the host: a graph cannot hold such a copy. Single numbers are arguments
-    of kernels."""
+    """Fails where an operator touches a tensor of the host: a graph cannot hold such a copy.
+
+    Single numbers may be on the host: they are arguments of kernels.
+    """
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
