@@ -273,7 +273,7 @@ class ShardedLogits:
     def device(self) -> torch.device:
         return self.part.device
 
-    def __getitem__(self, rows) -> "ShardedLogits":
+    def __getitem__(self, rows: Any) -> "ShardedLogits":
         """Indexes the leading axes, not the vocabulary."""
         return replace(self, part=self.part[rows])
 
