@@ -166,7 +166,7 @@ class Decoder:
     and head have when it is made (`setup_caches` makes both), even if they are given other caches later.
     Raises ValueError for caches that are missing, too small or not alike, and for options out of range.
     """
-    TRACE_FROM = 64     # new tokens from which a trace, which takes a quarter of a second, pays
+    TRACE_FROM: int = 64    # new tokens from which a trace, which takes a quarter of a second, pays
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
                  head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):

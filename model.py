@@ -278,7 +278,7 @@ class MoEFeedForward(nn.Module):
     run every expert over all rows, so that it is read once and no shape depends on the routing. For a long prefill,
     where arithmetic costs most: run each expert over the rows that chose it.
     """
-    PREFILL_ROWS = 128  # more tokens of one sequence than any tree of drafts has
+    PREFILL_ROWS: int = 128  # more tokens of one sequence than any tree of drafts has
 
     def __init__(self, config: ModelArgs):
         super().__init__()

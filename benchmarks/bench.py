@@ -20,9 +20,8 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +83,8 @@ def check(args: argparse.Namespace) -> None:
     if max(args.slots) > longest:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
     if args.prompt_tokens + args.new_tokens > longest:
-        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the model's "
-                         f"context of {longest} tokens")
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are beyond the "
+                         f"model's context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
     for tree in args.trees:
@@ -123,17 +122,18 @@ def measure_target(args: argparse.Namespace) -> dict:
     model = load(args)
     make_fast(model, model.layers, args)
     load_seconds = clock(device) - begin
-    trees = {name: load_tree(name) for name in args.trees}
-    room = max((tree.n_room for tree in trees.values()), default=0)
+    room = max((load_tree(name).n_room for name in args.trees), default=0)
     setup_caches(model, max(*args.slots, LONG_PROMPT, args.prompt_tokens + args.new_tokens + room))
-    head = load_head(args, model) if args.trees else None
-
     twin = meta_model(model.config, args.dtype, quantised(args))
     parts = list(target_parts(model, twin, args))
-    for tree, n_used in itertools.product(trees, args.slots):
-        parts += eagle_parts(model, head, twin, tree, n_used, args)
+    head = load_head(args, model) if args.trees else None
+    if head is not None:
+        for tree, n_used in itertools.product(args.trees, args.slots):
+            parts += eagle_parts(model, head, twin, tree, n_used, args)
     steps = time_parts(parts, [model, *([head] if head else [])], args, bandwidth)
-    plain = measure_host_gap(model, None, twin, None, args)
+    n_used = args.slots[0]
+    plain_step = Part("target pass", 1, n_used, 0, target_pass(model, 1, n_used))
+    plain = measure_host_gap(Decoder(model, 1, compile=args.compile), plain_step, args)
     sweep = step_bytes(twin, 1, 0) / bandwidth["bytes_per_second"]
     decode, simulated = measure_generations(model, head, sweep, args)
     report = {
@@ -142,15 +142,15 @@ def measure_target(args: argparse.Namespace) -> dict:
         "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
-        "prefill": measure_prefill(model, args), "decode": decode,
-        "plain": plain, "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in trees],
+        "prefill": measure_prefill(model, args), "decode": decode, "plain": plain,
+        "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in args.trees if head],
         "simulated": simulated,
     }
     print_target(report)
     return report
 
 
-def make_fast(model: torch.nn.Module, layers: list[torch.nn.Module], args: argparse.Namespace) -> None:
+def make_fast(model: torch.nn.Module, layers: Iterable[torch.nn.Module], args: argparse.Namespace) -> None:
     """As generate.py runs it on this device."""
     if args.compile:
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
@@ -163,7 +163,7 @@ class Part(NamedTuple):
     """Something to time: a step over static inputs, and the bytes that it has to read."""
     name: str
     n_row: int
-    n_used: int | None      # None where the cache is not looked at
+    n_used: int | None          # cache slots; None where it reads no cache
     n_byte: int
     step: Callable[[], object]  # returns what it computes
 
@@ -173,8 +173,8 @@ def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace
     for n_used, n_row in itertools.product(args.slots, args.rows):
         yield Part("target pass", n_row, n_used, step_bytes(twin, n_row, bucket(n_used, allocated)),
                    target_pass(model, n_row, n_used))
-        yield Part("attention alone", n_row, n_used, step_bytes(twin, 0, bucket(n_used, allocated)) - step_bytes(twin, 0, 0),
-                   attention(model, n_row, n_used))
+        cache = step_bytes(twin, 0, bucket(n_used, allocated)) - step_bytes(twin, 0, 0)
+        yield Part("attention alone", n_row, n_used, cache, attention(model, n_row, n_used))
     for n_row in args.rows:
         features = torch.randn(1, n_row, model.config.dim, device=args.device, dtype=args.dtype)
         yield Part("LM head", n_row, None, lm_head_bytes(twin), lambda features=features: model.output(features))
@@ -201,12 +201,12 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], tor
 
 def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], list[torch.Tensor]]:
     """What all layers do over the cache, laid out as model.Attention does it: no product with a weight."""
-    c, device = model.config, model.inv_freq.device
-    n_slot, group = bucket(n_used, model.kv_cache.shape[4]), c.n_head // c.n_kv_head
-    q = torch.randn(1, c.n_kv_head, group * n_row, c.head_dim, device=device, dtype=model.kv_cache.dtype)  # [1, K, G*T, D]
-    bias = attention_bias(causal_mask(torch.arange(n_used - n_row, n_used, device=device)[None], n_slot), group, q.dtype)
-
-    return lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for k, v in model.kv_cache[:, :, :, :, :n_slot]]
+    c, cache = model.config, model.kv_cache
+    n_slot, group = bucket(n_used, cache.shape[4]), c.n_head // c.n_kv_head
+    pos = torch.arange(n_used - n_row, n_used, device=cache.device)[None]
+    q = torch.randn(1, c.n_kv_head, group * n_row, c.head_dim, device=cache.device, dtype=cache.dtype)  # [1, K, G*T, D]
+    bias = attention_bias(causal_mask(pos, n_slot), group, q.dtype)
+    return lambda: [F.scaled_dot_product_attention(q, k, v, attn_mask=bias) for k, v in cache[:, :, :, :, :n_slot]]
 
 
 def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
@@ -221,7 +221,7 @@ def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
 
 def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int,
                 args: argparse.Namespace) -> Iterator[Part]:
-    """The stages of one EAGLE step and the whole of it, over a context of n_used slots, the tree's among them."""
+    """The stages of one EAGLE step, and the whole step, over a context of n_used slots with the tree's among them."""
     tree, size = load_tree(name), model.norm.weight.element_size()
     step = EagleStep(model, head, tree, 1)
     n_slot = bucket(n_used, model.kv_cache.shape[4])
@@ -230,7 +230,7 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     hidden = step.ingest(n_slot)
     draft = step.grow(hidden, n_slot)
     logits, features = step.verify(draft, n_slot)
-    # twin counts the target; a packed head has no parameters left to count
+    # The twin counts the target's bytes. The head's are computed: a packed head has no parameters left to count.
     c = head.config
     layer = c.dim * (1 + 2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
     lm_head = lm_head_bytes(twin) * (c.vocab_size if head.draft_ids is None else len(head.draft_ids)) // c.vocab_size
@@ -263,8 +263,8 @@ def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], torch.
 def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
     """Bytes that a pass over n_row tokens of one sequence has to read, looking at n_slot cache slots.
 
-    All weights once, the LM head among them, of the embedding table n_row rows, of a layer's experts as many as can
-    be routed to, and the cache. `model` may be on the meta device.
+    These are the cache and all weights once, the LM head among them, but only n_row rows of the embedding table and
+    as many experts as n_row tokens can be routed to. `model` may be on the meta device.
     """
     c, size = model.config, model.norm.weight.element_size()
     weights = sum(t.nbytes for part in (model.layers, model.norm, model.output) for t in part.state_dict().values())
@@ -274,7 +274,8 @@ def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
     return weights - unread + size * (n_row * c.dim + cache)
 
 
-def time_parts(parts: list[Part], modules: list[torch.nn.Module], args: argparse.Namespace, bandwidth: dict) -> list[dict]:
+def time_parts(parts: list[Part], modules: list[torch.nn.Module], args: argparse.Namespace,
+               bandwidth: dict) -> list[dict]:
     """One row of the report for each part; parts take turns."""
     runs, warmup = {}, []
     for i, part in enumerate(tqdm(parts, "compile, warm up", leave=False, disable=None)):
@@ -296,7 +297,7 @@ def time_parts(parts: list[Part], modules: list[torch.nn.Module], args: argparse
     return rows
 
 
-def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[torch.nn.Module]) -> Callable[[], None]:
+def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[torch.nn.Module]) -> Callable[[], object]:
     """`step` as Decoder runs it: its captured graph on a GPU, its trace on a CPU, compiled by calling it."""
     if args.compile and args.device.type == "cuda":
         return capture(step).replay
@@ -327,14 +328,15 @@ def measure_prefill(model: Transformer, args: argparse.Namespace) -> dict:
 
 def measure_generations(model: Transformer, head: EagleHead | None, sweep: float,
                         args: argparse.Namespace) -> tuple[dict, list[dict]]:
-    """Greedy decoding end to end, with the host's part of each step: plainly, and by each tree with accepted lengths
-    replayed. ROUNDS generations of each over the same prompt take turns, after one that warms up.
+    """Greedy decoding end to end, plainly and by each tree with accepted lengths replayed: the host's part is included.
+    ROUNDS generations of each over the same prompt take turns, after one that warms up.
 
     sweep: seconds to read all weights once. Returns the report's "decode" and "simulated".
     """
     prompt = random_tokens(model, args.prompt_tokens)
     decoders = {"plain": Decoder(model, 1, compile=args.compile)}
     for name, lengths in zip(args.trees, args.lengths):
+        assert head is not None
         decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
     results = {name: [] for name in decoders}
     for _ in tqdm(range(ROUNDS + 1), "decode", leave=False, disable=None):
@@ -347,32 +349,27 @@ def measure_generations(model: Transformer, head: EagleHead | None, sweep: float
     for (name, (_, *runs)), spec in zip(results.items(), args.simulate_accept):
         steps = [n for run in runs for n in run.accept_lengths[0]]
         pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
-        rows.append({"arm": name, "simulated": True, "simulate_accept": spec, "mean_accept_length": statistics.mean(steps),
-                     **speeds(runs, sweep), **spread(pairs, "speedup")})
+        rows.append({"arm": name, "simulated": True, "simulate_accept": spec,
+                     "mean_accept_length": statistics.mean(steps), **speeds(runs, sweep), **spread(pairs, "speedup")})
     return decode, rows
 
 
 def speeds(results: list[Generation], sweep: float) -> dict:
-    """Tokens a second, and in the time that one sweep of the memory over the target's weights takes: 1 is the plain optimum."""
+    """Tokens a second, and tokens in the time that reading the target's weights once takes: plainly at most 1."""
     speed = spread([result.tokens_per_second for result in results], "tokens_per_second")
     return speed | {"tokens_per_sweep": sweep * speed["tokens_per_second_median"]}
 
 
-def measure_host_gap(model: Transformer, head: EagleHead | None, twin: Transformer, name: str | None,
-                     args: argparse.Namespace) -> dict:
-    """Decoding end to end, plain or by tree `name`, in turn with its step alone over as many slots: what it takes more
-    is the host's."""
-    n_used, tree = args.slots[0], name and load_tree(name)
+def measure_host_gap(decoder: Decoder, part: Part, args: argparse.Namespace) -> dict:
+    """Decoding end to end, in turn with its step alone over as many slots: the difference is the host's time."""
+    n_used, tree = args.slots[0], decoder.eagle and decoder.eagle.tree
     room = tree.n_room if tree else 1
     n_new = min(STEPS, n_used - room - 1)
-    prompt = random_tokens(model, n_used - room - n_new)
-    decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    prompt = random_tokens(decoder.model, n_used - room - n_new)
     decoder.TRACE_FROM = 1      # as in a longer answer
-    *_, part = eagle_parts(model, head, twin, name, n_used, args) if tree else [
-        Part("target pass", 1, n_used, 0, target_pass(model, 1, n_used))]
-    step = ready(part.step, args, [model, *([head] if head else [])])
+    step = ready(part.step, args, [decoder.model, *([decoder.head] if decoder.head else [])])
     alone, wall = [], []
-    for _ in tqdm(range(ROUNDS + 1), name or "plain", leave=False, disable=None):
+    for _ in tqdm(range(ROUNDS + 1), part.name, leave=False, disable=None):
         result = decoder.generate([prompt], n_new)
         wall.append(result.timings["decode_seconds"] / result.target_passes)
         alone.append(statistics.median(elapsed(step, args.device) for _ in range(n_new)))
@@ -383,11 +380,14 @@ def measure_host_gap(model: Transformer, head: EagleHead | None, twin: Transform
 
 def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: str, args: argparse.Namespace,
                   steps: list[dict], plain: dict) -> dict:
-    """EAGLE's step as the host sees it, what of it neither model takes, and what its parts promise."""
-    row = {"tree": name} | measure_host_gap(model, head, twin, name, args)
+    """EAGLE's step as the host sees it, the share of it outside target and head, and its time over a plain step's."""
+    tree = load_tree(name)
+    decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    *_, whole = eagle_parts(model, head, twin, name, args.slots[0], args)
+    row = {"tree": name} | measure_host_gap(decoder, whole, args)
     ms = {part["part"].removeprefix(f"{name}: "): part["ms_median"] for part in steps
           if part["part"].startswith(f"{name}: ") and part["used_slots"] == row["used_slots"]}
-    models = (ms["ingest"] + ms["draft LM head"] + (load_tree(name).depth - 1) * ms["one draft level"] + ms["verify"])
+    models = ms["ingest"] + ms["draft LM head"] + (tree.depth - 1) * ms["one draft level"] + ms["verify"]
     return row | {"outside_models_share": 1 - models / row["ms_wall_per_step"],
                   "relative_to_plain_step": row["ms_whole_step"] / plain["ms_whole_step"]}
 
@@ -407,15 +407,16 @@ def print_target(report: dict) -> None:
     print(f"\nprefill {prefilled['tokens_per_second']:.1f} tokens/s ({prefilled['tokens']} tokens), "
           f"decode {decoded['tokens_per_second_median']:.1f} tokens/s ({decoded['new_tokens']} tokens after "
           f"{decoded['prompt_tokens']}; {1e3 / decoded['tokens_per_second_median']:.3f} ms each; "
-          f"{decoded['tokens_per_sweep']:.2f} in the time of a sweep over the weights)\n")
-    print_table([f"step at {report['plain']['used_slots']} slots", "ms on the device", "ms with the host", "host gap ms",
-                 "x plain", "% outside the models"],
+          f"{decoded['tokens_per_sweep']:.2f} in the time of reading the weights once)\n")
+    print_table([f"step at {report['plain']['used_slots']} slots", "ms on the device", "ms with the host",
+                 "host gap ms", "x plain", "% outside the models"],
                 [[row.get("tree", "plain"), row["ms_whole_step"], row["ms_wall_per_step"], row["ms_host_gap"],
                   row.get("relative_to_plain_step"), row["outside_models_share"] * 100 if "tree" in row else None]
                  for row in [report["plain"], *report["eagle"]]])
     if report["simulated"]:
         print()
-        print_table(["whole generations", "tokens per pass", "per sweep", "tokens/s median", "min", "max", "speedup", "min", "max"],
+        print_table(["whole generations", "tokens per pass", "per sweep", "tokens/s median", "min", "max",
+                     "speedup", "min", "max"],
                     [[f"{row['arm']}, accepted lengths SIMULATED" if row["simulated"] else row["arm"],
                       row.get("mean_accept_length"), row["tokens_per_sweep"],
                       *(row[f"{name}_{which}"] if f"{name}_{which}" in row else None
@@ -434,8 +435,9 @@ def compare_peer(args: argparse.Namespace) -> dict:
     model, n_new, produced = load(args), args.new_tokens, {}
     if not args.compile:
         pack_for_cpu(model)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint(args.checkpoint), dtype=args.dtype)
-    theirs = theirs.to(args.device).eval()
+    folder = resolve_checkpoint(args.checkpoint)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
+    theirs.to(args.device).eval()
     prompt = random_tokens(model, args.prompt_tokens)
     ids = torch.tensor([prompt], device=args.device)
 
@@ -476,7 +478,7 @@ def load(args: argparse.Namespace) -> Transformer:
         return Transformer.from_pretrained(args.checkpoint, args.device, args.dtype)
     model = random_model(args.config, args.device, args.dtype)
     if args.mode:
-        quantize_in_place(model, Format.from_settings(quantised(args), "--mode"))
+        quantize_in_place(model, Format.from_settings(quantised(args) or {}, "--mode"))
         tune(model)
     return model
 
@@ -507,22 +509,23 @@ def random_tokens(model: Transformer, n: int) -> list[int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description="How fast is the target here, and how near the memory's speed?")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
     model.add_argument("--shape", choices=[*SHAPES, "tiny"], help="random weights of a published shape")
     parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
     parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
                         help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
-    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step or peer")
+    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N",
+                        help="timed runs of each step or peer")
     parser.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
     parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
                         help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
     parser.add_argument("--simulate-accept", nargs="+", default=[], metavar="FILE|TAU",
-                        help="time whole generations with these accepted lengths: their mean, or the JSON of a real run; "
-                        "one for all --trees or one for each")
+                        help="time whole generations with these accepted lengths: their mean, or the JSON of a real "
+                        "run; one for all --trees or one for each")
     parser.add_argument("--mode", choices=("int8", "int4"), help="with --shape: round the target's weights to nearest")
-    parser.add_argument("--group-size", type=number(int, 1), metavar="N", help="columns of an int4 scale (default: 128)")
+    parser.add_argument("--group-size", type=number(int, 1), metavar="N", help="columns of an int4 scale (128)")
     parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens the head drafts (default: all)")
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")

@@ -14,7 +14,6 @@ import argparse
 import json
 import shlex
 import sys
-from pathlib import Path
 
 import torch
 
@@ -67,9 +66,9 @@ def measure(args: argparse.Namespace, imported: float) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(description=__doc__.split(":")[0])
+    parser = Parser(description="How long a fresh process takes to its first token.")
     parser.add_argument("--shape", choices=[*SHAPES, "tiny"], required=True, help="random weights of a published shape")
-    parser.add_argument("--tree", help="decode by EAGLE with this tree: static, chain:4, dynamic, ... (default: plainly)")
+    parser.add_argument("--tree", help="decode by EAGLE with this tree: static, chain:4, dynamic, ... (default: plain)")
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=128, metavar="N")
     parser.add_argument("--new-tokens", type=number(int, 1), default=256, metavar="N")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X")

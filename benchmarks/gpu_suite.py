@@ -1,12 +1,12 @@
 """Everything that needs a GPU, one part after another: bash benchmarks/gpu_suite.sh
 
-    bash benchmarks/gpu_suite.sh --json gpu-suite.json                           # tests, speeds, cold starts on random weights
-    bash benchmarks/gpu_suite.sh --checkpoint checkpoints/SmolLM2-135M-Instruct  # the demo model from end to end too
+    bash benchmarks/gpu_suite.sh --json gpu-suite.json               # tests, speeds, cold starts on random weights
+    bash benchmarks/gpu_suite.sh --checkpoint checkpoints/SmolLM2-135M-Instruct     # the demo model end to end too
     bash benchmarks/gpu_suite.sh --parts tests cold --budget 120
-    bash benchmarks/gpu_suite.sh --device cpu --shapes tiny --repeats 1          # a dry run where there is no GPU
+    bash benchmarks/gpu_suite.sh --device cpu --shapes tiny --repeats 1             # a dry run without a GPU
 
-A part that fails does not keep the others from running; what does not fit in the budget is stopped, or skipped. Ends with
-a table of the main figures beside what they were designed for, and writes one JSON object with the reports of all parts.
+A part that fails does not keep the others from running; what does not fit in the budget is stopped or skipped. At the
+end come a table of the main figures beside their goals, and one JSON object with the reports of all parts.
 Exit status: 0; 1 when a part failed; 2 with one line for what the user can mend; 130 on Ctrl-C.
 """
 import argparse
@@ -24,17 +24,16 @@ from typing import NamedTuple
 
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
 import root  # noqa: F401
-from console import Parser, command, number, pick_device, say, write_atomically
-from checkpoint import read_json
 from benchmarks.shapes import SHAPES
-from benchmarks.timing import environment, print_table
+from benchmarks.timing import REPO, environment, print_table
+from checkpoint import read_json
+from console import Parser, check_writable, command, number, pick_device, say, write_atomically
 
 ACCEPT_LENGTHS = {"llama-2-7b": ("3.62", "4.70")}   # MT-bench at temperature 0, static tree [EAGLE], dynamic [EAGLE-2]
-LAYER_GRAPHS = 4                                    # one row, a block of rows, the head's, with varying sizes marked as such
-SHORTEST = 20                                       # seconds: nothing is begun with less left
-BENCH = 240                                         # at most: one that is stopped leaves no report
+LAYER_GRAPHS = 4    # compiled graphs: one row and a block of rows, of the target and of the head
+SHORTEST = 20       # seconds: no part begins with less left
+BENCH = 240         # seconds for a run of bench.py, which leaves no report when it is stopped
 
 
 class Part(NamedTuple):
@@ -46,23 +45,23 @@ class Part(NamedTuple):
 
 
 def all_parts(args: argparse.Namespace) -> Iterator[Part]:
-    """The most telling first: what does not fit in the budget is left out from the end."""
+    """The most telling first: the budget cuts from the end."""
     device, (shape, *shapes) = ["--device", args.device], args.shapes
     tests = ["tests/test_gpu.py", "tests/test_quantize.py", "-k", "test_gpu or (triton and cuda)"]
-    # -v: of a part that is stopped, what has passed until then is on the screen.
+    # -v shows what has passed, should the part be stopped.
     yield Part("tests", "tests", ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests], 210)
     yield bench_part(shape, args)
     # The first finds nothing compiled, the second what the first left behind.
     cold = ["benchmarks/cold_start.py", "--shape", shape, "--tree", "static", *device]
     for start in "cold start", "second start":
         yield Part(f"{shape}, {start}", "cold", cold, 90, cache=True)
-    # Acceptance takes many more operators there: beside the second start's, this is what a step of them costs.
+    # Acceptance takes many more operators at a temperature: the second start's steps tell what they cost.
     yield Part(f"{shape}, at temperature 1", "sampled", [*cold, "--temperature", "1"], 90, cache=True)
     if args.checkpoint:
         generate = ["generate.py", "--checkpoint", args.checkpoint, "--max-new-tokens", "256", *device]
         yield Part("demo, plain", "demo", generate, 60)
         yield Part("demo, EAGLE", "demo", [*generate, "--eagle", *([args.eagle] if args.eagle else [])], 60)
-    for mode, group_size in (("int4", 128), ("int8", None), ("int4", 32)):     # 128: what others measure; 32: our default
+    for mode, group_size in (("int4", 128), ("int8", None), ("int4", 32)):  # 128: as others measure; 32: our default
         yield bench_part(shape, args, mode, group_size)
     for other in shapes:
         yield bench_part(other, args)
@@ -105,12 +104,11 @@ def check(args: argparse.Namespace) -> None:
     if args.json is None:
         args.json = REPO / "build/gpu-suite.json"
         args.json.parent.mkdir(exist_ok=True)
-    if args.json.is_dir() or not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: not a file in an existing folder")
+    check_writable("--json", args.json)
 
 
 def run_parts(parts: list[Part], args: argparse.Namespace, report: dict) -> list[dict]:
-    """The parts' rows of the report, which is written anew after each."""
+    """A row of the report for each part. The report is written after every part."""
     end, rows = time.monotonic() + args.budget, []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for n, part in enumerate(parts):
@@ -126,7 +124,7 @@ def run_parts(parts: list[Part], args: argparse.Namespace, report: dict) -> list
 
 
 def run_part(part: Part, limit: float, folder: Path, title: str) -> dict:
-    """Run a part in a process group of its own, so that the compiler's workers end with it."""
+    """Run a part in a process group of its own: a part that is stopped takes the compiler's workers with it."""
     file = folder / "report.json"
     file.unlink(missing_ok=True)
     argv = part.argv if part.kind == "tests" else [*part.argv, "--json", str(file)]
@@ -156,7 +154,8 @@ def run_part(part: Part, limit: float, folder: Path, title: str) -> dict:
 def print_summary(rows: list[dict]) -> None:
     print()
     print_table(["part", "status", "seconds"], [[row["part"], row["status"], row["seconds"]] for row in rows])
-    found = [[row["part"], *figure] for row in rows if row.get("report") for figure in figures(row["kind"], row["report"])]
+    found = [[row["part"], *figure] for row in rows if row.get("report")
+             for figure in figures(row["kind"], row["report"])]
     if found:
         print()
         print_table(["part", "figure", "value", "unit", "goal", ""], found)
@@ -190,7 +189,8 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
             tree = row["tree"]
             level = next(step for step in report["steps"]
                          if (step["part"], step["used_slots"]) == (f"{tree}: one draft level", n_used))
-            yield at_most(f"{tree}: draft level / plain step", level["relative_to_one_row"], 1.1 * level["bytes"] / one["bytes"])
+            yield at_most(f"{tree}: draft level / plain step", level["relative_to_one_row"],
+                          1.1 * level["bytes"] / one["bytes"])
             yield at_most(f"{tree}: outside the models", 100 * row["outside_models_share"], 5, "%")
         for row in report["simulated"][1:]:
             name = f"{row['arm']}: SIMULATED at {row['mean_accept_length']:.2f} tokens/pass"
@@ -200,9 +200,9 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(description=__doc__.split(":")[0])
-    parser.add_argument("--parts", nargs="+", choices=(kinds := ("tests", "bench", "cold", "sampled", "quantised", "demo", "eager")),
-                        default=kinds)
+    kinds = ("tests", "bench", "cold", "sampled", "quantised", "demo", "eager")
+    parser = Parser(description="Everything that needs a GPU, one part after another.")
+    parser.add_argument("--parts", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "tiny"], default=["llama-2-7b", "llama-3-8b"])
     parser.add_argument("--checkpoint", metavar="FOLDER", help="a model to answer a prompt with, plainly and by EAGLE")
     parser.add_argument("--eagle", metavar="FOLDER", help="its head (default: the one that ships for it)")

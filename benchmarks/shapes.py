@@ -37,7 +37,7 @@ SHAPES = {  # from the published config.json files; Vicuna-7B and 13B are LLaMA'
 }
 TINY = shape(64, 2, 8, 8, 128, 256, 4096)     # for dry runs of the scripts
 
-# Where a published head's layer is not simply a dense one of its target, fc with a bias: from the heads' config.json files.
+# Where a published head is other than a dense layer of its target's shape and an fc with a bias: from its config.json.
 HEADS = {
     "llama-3-8b": {"bias": False}, "llama-3-70b": {"bias": False},
     "vicuna-33b": {"n_kv_head": 13}, "mixtral-8x7b": {"n_kv_head": 32},
@@ -64,8 +64,8 @@ def random_model(config: ModelArgs, device: torch.device, dtype: torch.dtype) ->
 
 
 def head_shape(target: ModelArgs, name: str | None = None) -> tuple[ModelArgs, bool]:
-    """Config and bias of the head published for the target of this name, or else of one dense layer of the target's own shape."""
-    others = {"bias": True} | HEADS.get(name, {})
+    """Config and bias of the head published for this target; without a known name, one dense layer of its shape."""
+    others = {"bias": True} | HEADS.get(name or "", {})
     bias = others.pop("bias")
     return replace(target, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None, **others), bias
 

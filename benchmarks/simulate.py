@@ -1,23 +1,25 @@
-"""Accepted lengths as given, on whatever weights: EAGLE's whole decoding timed without a trained head.
+"""EAGLE's whole decoding timed without a trained head: the accepted lengths are given.
 
     lengths = accept_lengths("3.62", most=6)        # a mean, or a file of generate.py --json or evaluate.py
     decoder = simulated_decoder(model, head, tree, lengths)
 
-The step runs in full: it drafts, verifies, accepts and commits. Only the number of drafts that count as accepted is
-not the walk's, but the next of a list on the device. The tokens mean nothing; the time is the one that a head with
-these accepted lengths would take. Whoever reports it says that it is simulated.
+The step runs in full: it drafts, verifies, accepts and commits. Only the number of accepted drafts is taken from a list
+on the device. The tokens mean nothing; the time is that of a head with these accepted lengths. A report of such times
+has to say that they are simulated.
 """
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from decoder import Decoder, PlainStep
 from draft_tree import Draft, Tree
 from eagle_head import EagleHead
 from eagle_step import Accepted, EagleStep
-from decoder import Decoder, PlainStep
 from model import Transformer
 from sampling import Sampling
 
@@ -35,7 +37,8 @@ def accept_lengths(spec: str, most: int) -> list[int]:
         lengths = read_lengths(Path(spec))
     else:
         if not 1 <= mean <= most:
-            raise ValueError(f"an accepted length of {spec} is not within 1 and {most}, what a step of this tree can produce")
+            raise ValueError(f"an accepted length of {spec} is not within 1 and {most}, what a step of this tree can "
+                             "produce")
         low = min(int(mean), most - 1)
         n_high = round(1000 * (mean - low))
         lengths = [low] * (1000 - n_high) + [low + 1] * n_high
@@ -47,7 +50,7 @@ def accept_lengths(spec: str, most: int) -> list[int]:
 
 
 def read_lengths(file: Path) -> list[int]:
-    """All "accept_lengths" of a JSON file, or one of JSON lines, however deep they lie in it."""
+    """All "accept_lengths" of a file of JSON or of JSON lines."""
     if not file.is_file():
         raise FileNotFoundError(f"--simulate-accept {file}: neither a number nor a file")
     try:
@@ -66,8 +69,8 @@ def read_lengths(file: Path) -> list[int]:
     return lengths
 
 
-def find_lengths(content, inside: bool = False):
-    """The leaves of whatever lies under a key "accept_lengths"."""
+def find_lengths(content: Any, inside: bool = False) -> Iterator[Any]:
+    """All values under a key "accept_lengths", however deep."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield from find_lengths(value, inside or key == "accept_lengths")
@@ -97,7 +100,8 @@ class SimulatedStep(EagleStep):
         return accepted._replace(n_accepted=n_accepted)
 
 
-def simulated_decoder(model: Transformer, head: EagleHead, tree: Tree, lengths: list[int], compile: bool = False) -> Decoder:
+def simulated_decoder(model: Transformer, head: EagleHead, tree: Tree, lengths: list[int],
+                      compile: bool = False) -> Decoder:
     """A Decoder for one row whose EAGLE steps produce `lengths` tokens, in turn."""
     decoder = Decoder(model, 1, compile=compile, head=head, tree=tree)
     decoder.eagle = SimulatedStep(model, head, tree, 1, lengths)

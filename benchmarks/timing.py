@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ def restoring(step: EagleStep, run: Callable[[], object]) -> Callable[[], list]:
     return lambda: [run(), step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
 
 
-def elapsed(run: Callable[[], None], device: torch.device) -> float:
+def elapsed(run: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()
         run()
@@ -104,7 +104,7 @@ def environment(device: torch.device, command: str) -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a clone, or no git
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "commit": commit,
         "device": str(device), "device_name": device_name(device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(),
     }
@@ -126,13 +126,13 @@ def settle_run_options(args: argparse.Namespace) -> None:
 
 def print_table(header: list[str], rows: list[list]) -> None:
     """Text to the left, numbers to the right, three decimals below ten."""
-    def text(value) -> str:
+    def text(value: object) -> str:
         if isinstance(value, float):
             return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
         return "-" if value is None else str(value)
 
     cells = [header, *([text(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    left = [isinstance(value, str) for value in rows[0]]
+    adjust = [str.ljust if isinstance(value, str) else str.rjust for value in rows[0]]
     for row in cells:
-        print("  ".join(cell.ljust(w) if l else cell.rjust(w) for cell, w, l in zip(row, widths, left)).rstrip())
+        print("  ".join(to_width(cell, width) for to_width, cell, width in zip(adjust, row, widths)).rstrip())

@@ -1,17 +1,14 @@
 """Answer a set of questions plainly and with EAGLE, in turn, and report speed, accepted length and agreement.
 
     python scripts/evaluate.py --questions mt_bench --checkpoint lmsys/vicuna-7b-v1.3 --eagle FOLDER
-    python scripts/evaluate.py --questions questions.jsonl --limit 10 --out results/demo     # the demo model, its head
-    python scripts/evaluate.py ... --tree chain:4 static dynamic     # an arm for each tree
-    python scripts/evaluate.py ... --also FOLDER-int8 FOLDER-int4    # the same model quantised, in turn with the rest
-    python scripts/evaluate.py ... --temperature 1 --seed 0
-    python scripts/evaluate.py ... --peers --gguf model.gguf         # transformers, its prompt lookup, llama.cpp too
+    python scripts/evaluate.py --questions mt_bench --limit 10 --tree chain:4 static --peers    # the demo model
+    torchrun --nproc-per-node 4 scripts/evaluate.py ...     # a target of several GPUs; rank 0 writes
 
-    torchrun --nproc-per-node 4 scripts/evaluate.py ...              # a target of several GPUs; rank 0 writes
+docs/evaluation.md has more commands and says what the figures mean.
 
 As the papers measure (EAGLE, arXiv 2401.15077, section 4): batch 1, chat template, every turn. An arm is a way to
-decode. All arms take turns at every question, so that a drifting clock or a busy neighbour hits all alike. The turns after
-the first continue plain decoding's answer, whatever the arm, so that all arms meet the same prompts.
+decode. All arms take turns at every question, so that a drifting clock or a busy neighbour hits all alike. The turns
+after the first continue plain decoding's answer, whatever the arm, so that all arms meet the same prompts.
 
 --out gets answers/ARM.jsonl, FastChat's answer lines with what was measured beside each turn, run.json, and from them
 scripts/report.py's report.json, report.md and report.png. The same command goes on after an interruption, and gives the
@@ -27,6 +24,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
     every = tp.on_rank_0(lambda: read_questions(args.questions))
     trees, args.tree = args.tree, None
     model, head, tokenizer, run = cli.load(args)
+    assert head is not None     # --eagle has a default
     n_slot = min(args.max_seq_length, model.config.block_size)
     target, name = Path(args.checkpoint).name, Path(args.questions).stem
     args.out = args.out or Path("results") / f"{target}-{name}-T{args.temperature:g}"
@@ -132,7 +131,8 @@ def leave_out(questions: list[dict], system: str | None, tokenizer: Tokenizer,
     return kept, left_out
 
 
-def answer_all(questions: list[dict], done: set, run: dict, args: argparse.Namespace, ask) -> None:
+def answer_all(questions: list[dict], done: set, run: dict, args: argparse.Namespace,
+               ask: Callable[[dict], dict[str, dict]]) -> None:
     """Ask what has not been answered yet; write each question's answers as they come."""
     todo = [question for question in questions if question["question_id"] not in done]
     totals = {name: [0, 0.0] for name in run["arms"]}
@@ -180,7 +180,7 @@ class Arm:
                 pass
         for length in answer.accept_lengths:
             drafts = self.tree is not None and begin - 1 + self.tree.n_room <= decoder.n_slot
-            n_row = self.tree.n_node if drafts else 1
+            n_row = self.tree.n_node if self.tree is not None and drafts else 1
             rows = text[begin - 1:begin - 1 + n_row]
             ids = torch.tensor([rows + rows[-1:] * (n_row - len(rows))], device=model.inv_freq.device)
             pos = torch.arange(begin - 1, begin - 1 + n_row, device=ids.device)[None]
@@ -192,9 +192,9 @@ class Arm:
         raise AssertionError(f"token {n} of an answer of {sum(answer.accept_lengths)}")
 
 
-def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead, tokenizer: Tokenizer, trees: list[str],
-             n_slot: int) -> dict[str, Arm]:
-    """Plain decoding, and EAGLE with each tree, over the same weights and caches. "tuned": the tree beside the head."""
+def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
+             trees: list[str], n_slot: int) -> dict[str, Arm]:
+    """Plain decoding, and EAGLE with each tree ("tuned": the one beside the head), over the same weights and caches."""
     setup_caches(model, head, 1, n_slot)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     decoders = {"plain": Decoder(model, 1, sampling, compile=args.compile)}

@@ -1,12 +1,15 @@
 """Other decoders on the same prompts: transformers, its prompt lookup, and llama.cpp where they are installed.
 
-Each is a function (prompt ids, n) -> `Answer` of exactly n new tokens, decoded greedily, stop tokens or not, so that it does
-the work that plain decoding did. The clock runs from a peer's first token to its last: prefill is outside, as in ours.
+    peers, absent = find_peers(folder, torch.device("cpu"), torch.bfloat16, n_slot=512, gguf=None)
+    answer = peers["transformers"](prompt, 64)
+
+A peer is a function (prompt ids, n) -> `Answer` of exactly n new tokens. It decodes greedily and past stop tokens, so
+that it does the work that plain decoding did. The clock runs from its first token to its last, without the prefill.
 """
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,22 +55,23 @@ def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    # Not the checkpoint's: penalties, banned or forced tokens, beams would make it another task. It names no stop tokens either.
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(device).eval()
+    # The checkpoint's own could name penalties, forced tokens, beams or stop tokens, which would make it another task.
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
     class Watch(transformers.StoppingCriteria):
-        """Is asked after each pass; notes when, and how many tokens there are."""
+        """Notes after each pass how many tokens there are, and when."""
 
         def __init__(self):
             self.seen: list[tuple[int, float]] = []
 
-        def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
             self.seen.append((input_ids.shape[1], clock(device)))
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     class Finite(transformers.LogitsProcessor):
-        """Changes nothing; holds, on the device, whether all logits have been finite."""
+        """Changes nothing; keeps on the device whether all logits were finite."""
 
         def __init__(self):
             self.holds = torch.ones((), dtype=torch.bool, device=device)
@@ -81,8 +85,8 @@ def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, stopping_criteria=[watch],
                                 logits_processor=[finite], **options)
         if not finite.holds:
-            raise ValueError(f"transformers' logits are not finite in {str(dtype).removeprefix('torch.')}: leave --peers out, "
-                             "or try another --dtype")
+            raise ValueError(f"transformers' logits are not finite in {str(dtype).removeprefix('torch.')}: "
+                             "leave --peers out, or try another --dtype")
         lengths = [len(prompt), *(length for length, _ in watch.seen)]
         return Answer(output[0, len(prompt):].tolist(), len(output[0]) - lengths[1], watch.seen[0][1] - start,
                       watch.seen[-1][1] - watch.seen[0][1], [b - a for a, b in zip(lengths, lengths[1:])])

@@ -5,6 +5,7 @@
 """
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from console import read_records
 
@@ -58,8 +59,8 @@ def fetch(name: str, repository: str, path: str) -> Path:
                                 'lines {"question_id", "category", "turns": [...]} instead') from None
 
 
-def rows_of(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line, row)"""
+def rows_of(file: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a file of JSON lines or a parquet file."""
     if file.suffix != ".parquet":
         yield from read_records(file)
         return

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import root  # noqa: F401
 from console import Parser, command, say, whole_or_nothing, write_atomically
@@ -359,7 +360,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 # Pictures
 
 
-def empty_figure(width: float, height: float):
+def empty_figure(width: float, height: float) -> Any:
     """A figure of matplotlib, or None where it is not installed."""
     try:
         import matplotlib
@@ -378,10 +379,10 @@ def draw_report(report: dict, file: Path) -> None:
     from matplotlib import colormaps
     overall, groups = report["overall"], {"all": report["overall"], **report["categories"]}
     drafting = [arm for arm in overall if "acceptance_by_depth" in overall[arm]]
-    colours = itertools.cycle(colormaps["tab10" if len(overall) <= 10 else "tab20"].colors)
+    palette = colormaps["tab10" if len(overall) <= 10 else "tab20"]
     (speeds, ratios), (depths, steps) = figure.subplots(2, 2)
-    for (arm, f), colour in zip(overall.items(), colours):
-        style, width = {"label": arm, "color": colour}, 0.8 / len(overall)
+    for n, (arm, f) in enumerate(overall.items()):
+        style, width = {"label": arm, "color": palette(n % palette.N)}, 0.8 / len(overall)
         at = [x + middle([*overall], arm) * width for x in range(len(groups))]
         speeds.bar(at, [g[arm]["tokens_per_second"] for g in groups.values()], width, **style)
         if arm != "plain":
@@ -421,9 +422,8 @@ def middle(names: list[str], name: str) -> float:
 def draw_waterfall(reports: list[dict], file: Path) -> None:
     """Tokens/s of every arm of the reports, from the slowest to the fastest."""
     several = len({r["checkpoint"] for r in reports}) > 1
-    bars = [(f["tokens_per_second"], f.get("mean_accept_length"), arm + f", {Path(r['checkpoint']).name}" * several)
-            for r in reports for arm, f in r["overall"].items()]
-    bars.sort(key=lambda bar: bar[0])
+    arms = [(arm + f", {Path(r['checkpoint']).name}" * several, f) for r in reports for arm, f in r["overall"].items()]
+    bars = sorted(((f["tokens_per_second"], f.get("mean_accept_length"), name) for name, f in arms), key=lambda b: b[0])
     if (figure := empty_figure(9, 1 + 0.4 * len(bars))) is None:
         return
     axes = figure.subplots()
@@ -439,7 +439,7 @@ def draw_waterfall(reports: list[dict], file: Path) -> None:
     save(figure, file)
 
 
-def save(figure, file: Path, bottom: float = 0.0) -> None:
+def save(figure: Any, file: Path, bottom: float = 0.0) -> None:
     """bottom: share of the height that is left free for a legend."""
     figure.tight_layout(rect=(0, bottom, 1, 1))
     with whole_or_nothing(file, ".part.png") as part:

@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> None:
         check_writable("--out", args.out)
     questions = tp.on_rank_0(lambda: read_questions(args.questions))
     model, head, tokenizer, _ = cli.load(args)
+    assert head is not None     # --eagle has a default
     texts = [question["turns"][0] for question in questions]
     prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
     with torch.inference_mode():
@@ -122,7 +123,8 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
     n_slot = used + max(*rows, deep.tree.n_room)
     setup_caches(model, head, 1, n_slot)
     prompt = list(range(1, used + 1))
-    deep.prefill([prompt]), flat.prefill([prompt])
+    for step in (deep, flat):
+        step.prefill([prompt])
     view = bucket(n_slot, n_slot)
 
     def target(n: int) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""benchmarks/bench.py and what it stands on: the published shapes, the bytes of a step, replayed accepted lengths, whole runs."""
+"""benchmarks/bench.py and what it uses: published shapes, a step's bytes, replayed accepted lengths, whole runs."""
 import json
 
 import pytest
@@ -85,7 +85,8 @@ def test_step_reads_the_experts_its_rows_can_be_routed_to(tmp_path):
     folder, _ = tiny("mixtral", tmp_path)
     model = Transformer.from_pretrained(folder, dtype=torch.float32)
     c = model.config
-    experts = 4 * sum(layer.feed_forward.w13.weight.numel() + layer.feed_forward.w2.weight.numel() for layer in model.layers)
+    experts = 4 * sum(weights.weight.numel() for layer in model.layers
+                      for weights in (layer.feed_forward.w13, layer.feed_forward.w2))
     rest = 4 * sum(p.numel() for p in model.parameters()) - experts - 4 * model.tok_embeddings.weight.numel()
     for n_row, share in (1, 2 / 8), (3, 6 / 8), (4, 1), (26, 1):
         assert bench.step_bytes(model, n_row, 0) == rest + share * experts + 4 * n_row * c.dim
@@ -100,7 +101,8 @@ def test_what_is_compared_takes_turns():
 
 def test_bench_of_a_checkpoint_writes_its_report(tmp_path, short):
     folder, _ = tiny("gqa", tmp_path / "model", max_position_embeddings=256)
-    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 128, 250, "--new-tokens", 4, file=tmp_path / "report.json")
+    report = run("--checkpoint", folder, "--rows", 1, 4, "--slots", 128, 250, "--new-tokens", 4,
+                 file=tmp_path / "report.json")
     assert {"parameters", "bandwidth", "load_seconds", "first_step_seconds", "compile_seconds", "steps", "prefill",
             "decode", "plain"} <= report.keys()
     for part in "target pass", "attention alone":
@@ -108,7 +110,7 @@ def test_bench_of_a_checkpoint_writes_its_report(tmp_path, short):
             == [(1, 128), (4, 128), (1, 250), (4, 250)]
     assert [(row["rows"], row["used_slots"], row["bytes"]) for row in report["steps"] if row["part"] == "LM head"] \
         == [(1, None, 2 * 96 * 64), (4, None, 2 * 96 * 64)]
-    assert report["steps"][1]["bytes"] == 2 * 2 * 2 * 2 * 8 * 128     # layers, keys and values, heads, head dim, slots in bf16
+    assert report["steps"][1]["bytes"] == 2 * 2 * 2 * 2 * 8 * 128     # bf16, layers, keys and values, heads, dim, slots
     bandwidth = report["bandwidth"]
     assert bandwidth["yardstick"] == "read"
     assert bandwidth["bytes_per_second"] == bandwidth["read_bytes_per_second"] > 1e8
@@ -129,8 +131,8 @@ def test_the_eagle_step_is_timed_by_parts_and_as_a_whole(tmp_path, short, monkey
     folder, _ = tiny("gqa", tmp_path / "model", max_position_embeddings=256)
     for module in bench, timing:
         monkeypatch.setattr(module, "elapsed", lambda run, device: (run(), 0.25)[1])     # seconds
-    report = run("--checkpoint", folder, "--rows", 1, "--slots", 64, "--trees", "chain:2", "static", "--draft-vocab", 32,
-                 "--new-tokens", 4, file=tmp_path / "report.json")
+    report = run("--checkpoint", folder, "--rows", 1, "--slots", 64, "--trees", "chain:2", "static",
+                 "--draft-vocab", 32, "--new-tokens", 4, file=tmp_path / "report.json")
     parts = ["ingest", "grow", "verify", "accept + commit", "draft LM head", "one draft level", "whole step"]
     assert [row["part"] for row in report["steps"]] == ["target pass", "attention alone", "LM head", *(
         f"{tree}: {part}" for tree in ("chain:2", "static") for part in parts)]
@@ -151,7 +153,8 @@ def test_quantised_random_weights_are_timed_and_counted_as_they_are_stored(tmp_p
     plain = run(*options, file=tmp_path / "plain.json")
     linears = 2 * (3 * 64 * 64 + 64 * 64 + 3 * 64 * 128)        # of two layers: wqkv, wo, w13 and w2
     for mode, bits, group_bytes in (("int8", 8, 2), ("int4", 4, 4)):
-        report = run(*options, "--mode", mode, *(["--group-size", 64] if mode == "int4" else []), file=tmp_path / "report.json")
+        sizes = ["--group-size", 64] if mode == "int4" else []
+        report = run(*options, "--mode", mode, *sizes, file=tmp_path / "report.json")
         groups = 2 * (3 * 64 + 64 + 2 * 128 + 64 * (1 if mode == "int8" else 2))
         saved = linears * (2 - bits / 8) - groups * group_bytes
         assert report["mode"] == mode and report["parameters"] == plain["parameters"]
@@ -168,7 +171,8 @@ def test_a_quantised_lm_head_is_counted_as_it_is_stored():
 def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
     tiny_moe = shapes.shape(32, 2, 4, 2, 56, 96, 128, model_type="mixtral", n_expert=8, n_expert_active=2)
     monkeypatch.setattr(bench, "TINY", tiny_moe)
-    report = run("--shape", "tiny", "--rows", 1, 16, "--dtype", "float32", "--new-tokens", 4, file=tmp_path / "report.json")
+    report = run("--shape", "tiny", "--rows", 1, 16, "--dtype", "float32", "--new-tokens", 4,
+                 file=tmp_path / "report.json")
     assert report["random_weights"] and report["model"] == "tiny"
     passes = [row for row in report["steps"] if row["part"] == "target pass"]
     assert [row["used_slots"] for row in passes] == [128, 128]  # of the default ones, those in its context
@@ -246,8 +250,9 @@ def test_the_lengths_of_a_run_are_replayed_as_often_as_they_came(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "neither JSON nor JSON lines"), ("{}", "no lists of positive integers"), ('{"accept_lengths": [[0]]}', "positive"),
-    ('{"accept_lengths": [[1, 1]]}', "decoded plainly"), ('{"accept_lengths": [[2, 7]]}', "steps of 7 tokens"),
+    ("{", "neither JSON nor JSON lines"), ("{}", "no lists of positive integers"),
+    ('{"accept_lengths": [[0]]}', "positive"), ('{"accept_lengths": [[1, 1]]}', "decoded plainly"),
+    ('{"accept_lengths": [[2, 7]]}', "steps of 7 tokens"),
     ('{"accept_lengths": ["3"]}', "positive")])
 def test_a_file_without_accepted_lengths_is_refused(tmp_path, text, message):
     file = tmp_path / "run.json"
@@ -265,7 +270,8 @@ def test_a_simulated_step_runs_in_full_and_produces_the_lengths_given(tree, monk
     lengths = [3, 1, 5, 2]
     decoder = simulate.simulated_decoder(model, head, tree, lengths)
     passes, forward = [], Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda self, *args: passes.append(args[0].shape[1]) or forward(self, *args))
+    monkeypatch.setattr(Transformer, "forward", lambda self, *args: passes.append(args[0].shape[1])
+                        or forward(self, *args))
     first = decoder.generate([[1, 2, 3]], 13)
     assert first.accept_lengths == [[3, 1, 5, 2, 3]] and len(first.tokens[0]) == 13
     assert passes == [tree.n_node] * 6      # one to warm up, which took no turn
@@ -275,8 +281,8 @@ def test_a_simulated_step_runs_in_full_and_produces_the_lengths_given(tree, monk
 
 
 def test_simulated_generations_alternate_with_plain_ones_and_say_so(tmp_path, short, capsys):
-    report = run("--shape", "tiny", "--rows", 1, "--slots", 128, "--trees", "chain:2", "static", "--simulate-accept", "2.5",
-                 "--new-tokens", 24, file=tmp_path / "report.json")
+    report = run("--shape", "tiny", "--rows", 1, "--slots", 128, "--trees", "chain:2", "static",
+                 "--simulate-accept", "2.5", "--new-tokens", 24, file=tmp_path / "report.json")
     plain, *trees = report["simulated"]
     assert (plain["arm"], plain["simulated"]) == ("plain", False)
     assert [(row["arm"], row["simulated"], row["simulate_accept"]) for row in trees] \

@@ -30,7 +30,8 @@ def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
     file = tmp_path / "suite.json"
     run = subprocess.run(
         ["bash", REPO / "benchmarks/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny", "--repeats", "1",
-         "--parts", "bench", "cold", "eager", "--json", file], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+         "--parts", "bench", "cold", "eager", "--json", file],
+        capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
     assert run.returncode == 0, run.stderr
     report = json.loads(file.read_text())
     assert [row["part"] for row in report["parts"]] == ["tiny", "tiny, cold start", "tiny, second start", "tiny, eager"]
@@ -39,7 +40,8 @@ def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
     assert {row["tree"] for row in bench["eagle"]} == {"static", "dynamic"} and bench["random_weights"]
     assert 0 < cold["import_seconds"] < cold["first_token_seconds"] < cold["whole_answer_seconds"]
     assert cold["ms_per_step"] > 0 and cold["compiled_graphs"] == 0
-    for text in ("static: outside the models", "first token", "compiled graphs", "a step at temperature 0", "plain decoding", "goal"):
+    for text in ("static: outside the models", "first token", "compiled graphs", "a step at temperature 0",
+                 "plain decoding", "goal"):
         assert text in run.stdout
 
 
@@ -54,8 +56,8 @@ def test_a_part_that_fails_is_said_and_the_others_run(tmp_path, monkeypatch, cap
 
 def test_a_part_that_takes_too_long_is_stopped_with_all_it_started(tmp_path, monkeypatch):
     child = tmp_path / "child"
-    code = (f"import subprocess, time; p = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(p.pid)); "
-            "time.sleep(60)")
+    code = ("import subprocess, time; p = subprocess.Popen(['sleep', '60']); "
+            f"open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)")
     status, rows = suite(tmp_path, monkeypatch, [python("slow", code, limit=1), python("good", "pass")])
     assert status == 1 and rows["slow"]["status"] == "stopped" and rows["good"]["status"] == "passed"
     state = Path(f"/proc/{child.read_text()}/stat")
@@ -109,7 +111,8 @@ def test_no_gpu_is_one_line_and_status_2(capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--eagle", "heads"], "--eagle needs --checkpoint"), (["--checkpoint", "no/such"], "--checkpoint no/such: no such folder"),
+    (["--eagle", "heads"], "--eagle needs --checkpoint"),
+    (["--checkpoint", "no/such"], "--checkpoint no/such: no such folder"),
     (["--json", "/no/such/x.json"], "not a file in an existing folder"), (["--device", "abacus"], "--device abacus"),
     (["--shapes", "llama-9"], "llama-9"), (["--parts", "all"], "all"), (["--budget", "0"], "'0'")])
 def test_a_users_mistake_is_one_line_and_status_2(argv, message, capsys):

@@ -58,8 +58,10 @@ def test_best_nodes_are_worth_as_much_as_any_connected_tree():
         StaticTree.from_paths([path for _, path in found])  # connected, or this raises
 
 
-@pytest.mark.parametrize("paths", [[[0], [0, 0]], [[r] for r in range(30)] + [[r, s] for r in range(3) for s in range(30)]],
-                         ids=["chain", "wide"])
+WIDE = [[r] for r in range(30)] + [[r, s] for r in range(3) for s in range(30)]
+
+
+@pytest.mark.parametrize("paths", [[[0], [0, 0]], WIDE], ids=["chain", "wide"])
 def test_steps_foreseen_from_ranks_are_those_that_decoding_takes(pair, paths):
     model, head = pair
     prompt, tree = torch.randint(0, model.config.vocab_size, (9,)).tolist(), StaticTree.from_paths(paths)
@@ -109,8 +111,10 @@ def test_a_tree_of_one_node_is_found_and_bad_input_is_refused_before_the_work(tm
     checkpoint = write_checkpoint(tmp_path / "target")
     model = Transformer.from_pretrained(checkpoint)
     folder = write_head(EagleHead(replace(model.config, n_layer=1), model), tmp_path / "head")
-    options = ["--checkpoint", str(checkpoint), "--eagle", str(folder), "--max-new-tokens", "16", "--max-depth", "2", "--repeats", "3"]
-    for name, text in (("none", ""), ("number", '{"turns": [5]}'), ("broken", "{"), ("half", '{"turns": ["\\ud83d"]}'), ("list", "[7]")):
+    options = ["--checkpoint", str(checkpoint), "--eagle", str(folder), "--max-new-tokens", "16", "--max-depth", "2",
+               "--repeats", "3"]
+    for name, text in (("none", ""), ("number", '{"turns": [5]}'), ("broken", "{"),
+                       ("half", '{"turns": ["\\ud83d"]}'), ("list", "[7]")):
         file = tmp_path / name
         file.write_text(text)
         assert tune_tree.main(tune_tree.parse_args([*options, "--questions", str(file)])) == 2
@@ -146,10 +150,11 @@ def test_draft_vocabulary_holds_the_commonest_tokens_first(tmp_path, demo_folder
     tok = Tokenizer.from_pretrained(demo_folder)
     data = tmp_path / "data.jsonl"
     question = {"role": "user", "content": "dog dog dog dog dog dog dog"}       # what only the user says does not count
-    data.write_text("\n".join(json.dumps({"id": "dog_17", "messages": [question, {"role": "assistant", "content": text}]})
-                              for text in ("so the the the cat", "so the cat")))
+    answers = ({"role": "assistant", "content": text} for text in ("so the the the cat", "so the cat"))
+    data.write_text("\n".join(json.dumps({"id": "dog_17", "messages": [question, answer]}) for answer in answers))
     out = tmp_path / "draft_vocab.json"
-    args = draft_vocab.parse_args(["--checkpoint", str(demo_folder), "--data", str(data), "--size", "4", "--out", str(out)])
+    args = draft_vocab.parse_args(["--checkpoint", str(demo_folder), "--data", str(data), "--size", "4",
+                                   "--out", str(out)])
     assert draft_vocab.main(args) == 0, capsys.readouterr().err
     ids = json.loads(out.read_text())["ids"]
     assert len(ids) == 4 and set(tok.stop_ids) <= set(ids)
