@@ -15,10 +15,10 @@ llama.py):
 
 A draft_vocab.json beside the head becomes token_map.pt for SGLang's --speculative-token-map.
 
-EAGLE-3 (llama_eagle3.py in both). SGLang reads the authors' keys, and counts captured layers by their outputs: [1, ...].
-It has none of the later norms, so a head with one is refused. vLLM reads what speculators writes: `layers.0.`, LLaMA's
-keys nested in config.json, all flags, and layers counted by their inputs: [2, ...]. A head whose file names no layers
-names none afterwards: both engines have the paper's default.
+EAGLE-3 (llama_eagle3.py in both). SGLang reads the authors' keys, and counts captured layers by their outputs: it says
+[1, ...]. It has none of the later norms, so a head with one is refused. vLLM reads what speculators writes: the prefix
+`layers.0.`, LLaMA's keys nested in config.json, all flags, and layers counted by their inputs: [2, ...]. A head whose
+file names no layers names none afterwards: both engines have the paper's default.
 
 SGLang (0.5.23) refuses a draft whose max_position_embeddings is below its target's context, and vLLM raises the number
 by itself. --context N raises it here. Nothing else depends on it where RoPE is not scaled.
@@ -94,6 +94,8 @@ def with_context(config: dict, n: int) -> dict:
 
 def read_weights(folder: Path, config: dict) -> dict[str, Tensor]:
     """The official keys and their tensors as stored, without the target's embedding. Other keys are refused."""
+    if config.get("eagle_version", 1) not in (1, 2):
+        raise ValueError(f"{folder}: eagle_version {config['eagle_version']!r} is not known")
     c = ModelArgs.from_config(config | {"model_type": "llama", "num_hidden_layers": 1})
     target: Any = None      # only the head's own weights are wanted
     head = EagleHead(replace(c, qkv_bias=bool(config.get("qkv_bias"))), target, bias=config.get("bias", True))
@@ -135,8 +137,10 @@ CONVERT = {"vllm": for_vllm, "sglang": for_sglang}
 def read_eagle3(folder: Path, config: dict) -> tuple[Eagle3Spec, dict[str, Tensor]]:
     """What the head is, and its weights as stored, with `layers.0.` for `midlayer.`. Strict, as in decoding."""
     flat, shapes = official_config(config), stored_shapes(folder)
-    nested = flat.get("eagle_config") if isinstance(flat.get("eagle_config"), dict) else {}
-    t = flat.get("target_hidden_size") or nested.get("target_hidden_size") or flat.get("hidden_size")
+    nested: Any = flat.get("eagle_config")
+    t = flat.get("target_hidden_size") or flat.get("hidden_size")
+    if isinstance(nested, dict):
+        t = flat.get("target_hidden_size") or nested.get("target_hidden_size") or t
     if not isinstance(t, int) or not isinstance(flat.get("vocab_size"), int):
         raise ValueError(f"{folder}: config.json has no whole number under hidden_size or vocab_size")
     # Of the target only its sizes are wanted. How many layers it has is not known here: only the default depends on it.

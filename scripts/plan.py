@@ -11,7 +11,7 @@ Shapes: B batch.
 """
 import argparse
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -130,8 +130,9 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
     shard = Shard(0, world_size)
     with torch.device("meta"):
         target = shard.build_target(config).bfloat16()
-        draft: Any = None if head is None else (
-            shard.build_head(head.config, target, head.bias) if head.spec is None else Eagle3Head(head.spec, target))
+        draft = None
+        if head is not None:
+            draft = Eagle3Head(head.spec, target) if head.spec else shard.build_head(head.config, target, head.bias)
         for module, how in ((target, settings), (draft, head and head.settings)):
             if module is not None and how:
                 install(module, how)
@@ -162,7 +163,7 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
     if head is not None:
         is_whole = head.spec is not None or not divides(head.config, world_size)
         sums = 1 if is_whole else 4     # a whole head exchanges embeddings only
-        if head.spec is None:
+        if head.spec is None or not isinstance(draft, Eagle3Head):
             once, each, tops = 0, head_weights + weight_bytes(target.output), 2
         else:   # fc is read once a step, and the LM head is the head's own, on every rank
             once = weight_bytes(draft.fc)
