@@ -132,7 +132,7 @@ def test_a_quantised_head_is_refused_by_name(target, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(architectures=["LlamaForCausalLMEagle3"]), "fc.weight takes 2 hidden states"),
+    (dict(architectures=["LlamaForCausalLMEagle3"]), "an EAGLE-3 head has no biases"),
     (dict(eagle_version=4), "eagle_version 4 is not known"), (dict(intermediate_size=48), "mlp.")])
 def test_other_heads_are_refused_in_one_line(export, target, tmp_path, capsys, changes, message):
     export("sglang")
