@@ -249,9 +249,8 @@ def compiled(template: str) -> "jinja2.Template":
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols", Generation])
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = tojson
     return environment.from_string(template)

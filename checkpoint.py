@@ -63,10 +63,10 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
 def demo_checkpoint() -> Path:
     """The folder of the demo model, which scripts/download.py fetches on first use.
 
-    Raises FileNotFoundError where that script is not at hand, ValueError with its own line where it fails.
+    Raises FileNotFoundError if that script is missing, and ValueError with the script's error line if it fails.
     """
     script = REPOSITORY / "scripts" / "download.py"
-    if DEMO_FOLDER.is_dir():
+    if (DEMO_FOLDER / "model.safetensors").is_file():
         return DEMO_FOLDER
     if not script.exists():
         raise FileNotFoundError("name a --checkpoint: scripts/download.py, which fetches the demo model, is not here")
@@ -84,7 +84,7 @@ def demo_checkpoint() -> Path:
 
 
 def quantize_settings(folder: Path) -> dict:
-    """What quantize.json says; empty where there is none."""
+    """The content of quantize.json; {} for a checkpoint without one."""
     return read_json(folder / "quantize.json", absent={})
 
 
@@ -95,10 +95,10 @@ Part = Callable[[str, list[int]], tuple[slice, ...]]
 @torch.no_grad()
 def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, Tensor] | None = None,
                  part: Part | None = None, rename: Callable[[str], str] = str) -> None:
-    """Copy every tensor of a checkpoint to its place. Strict: all keys, all shapes, nothing left over, nothing twice.
+    """Copy every tensor of a checkpoint to its place. Strict: every key once, every shape, nothing left over.
 
     targets   key -> the tensor to fill
-    optional  keys that a file may also hold, with their shapes; their values are not read
+    optional  key -> a tensor of the shape that a file may also hold under this key; it is not filled
     part      the slice of each stored tensor to read (default: all of it)
     rename    the file's key -> the key used here
     """
@@ -106,7 +106,7 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
     renamed_part = part and (lambda key, shape: part(rename(key), shape))
     for key, tensor, file in iterate_weights(folder, part=renamed_part):
         key = rename(key)
-        if key.endswith("rotary_emb.inv_freq"):  # old conversions saved RoPE's constants
+        if key.endswith("rotary_emb.inv_freq"):  # RoPE's constants, which old converters stored
             continue
         target = targets.get(key, optional.get(key))
         if target is None:
@@ -117,7 +117,7 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
             if key not in missing:
                 raise ValueError(f"{file}: {key} is there a second time, under another name or in another shard")
             target.copy_(tensor)
-            missing.discard(key)
+            missing.remove(key)
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(targets)} weights are missing, first {min(missing)!r}")
 
@@ -145,7 +145,7 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The file of weights, or the index of its shards. Of several the one that transformers would take."""
+    """The file of weights, or the index of its shards. If there are several, the one that transformers takes."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return next((folder / name for name in names if (folder / name).exists()), None)
 
@@ -171,7 +171,7 @@ def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) ->
                 raise RuntimeError("it does not hold a dictionary of tensors")
             for key in filter(wanted, content):
                 yield key, content[key] if part is None else content[key][part(key, list(content[key].shape))], file
-    except pickle.UnpicklingError:  # torch's own words advise to let the file run code
+    except pickle.UnpicklingError:  # torch's message advises to let the file run code
         raise ValueError(f"{file} is corrupt, or holds more than tensors, which could run code: not read") from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{file} is corrupt, truncated or not a weights file: {_one_line(error)}") from None
@@ -220,7 +220,7 @@ def read_ids(file: Path) -> list:
 
 
 def refuse_lfs_pointer(file: Path) -> None:
-    """Raise ValueError for the three lines of text that git leaves in the place of a large file without LFS."""
+    """Raise ValueError for a Git LFS pointer: three lines of text that git puts in place of a large file."""
     with open(file, "rb") as content:
         if content.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
             raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")

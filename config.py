@@ -33,7 +33,7 @@ class ModelArgs:
     def from_config(cls, config: dict) -> "ModelArgs":
         """Read the dictionary of a config.json, of transformers 4 or 5.
 
-        Raises ValueError naming the key and the value of whatever this file does not implement.
+        Raises ValueError that names the key and the value of what model.py does not implement.
         """
         model_type = config.get("model_type")
         if model_type not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
@@ -83,7 +83,7 @@ class ModelArgs:
 
 
 def _whole_numbers(config: dict) -> dict:
-    """Those sizes that config.json writes as floats (some converters write 32000.0), as integers."""
+    """The sizes that config.json holds as floats (some converters write 32000.0), as integers."""
     whole = {}
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
                 "vocab_size", "intermediate_size", "max_position_embeddings", "max_sequence_length", "sliding_window",
@@ -96,7 +96,7 @@ def _whole_numbers(config: dict) -> dict:
     return whole
 
 
-# transformers' defaults of max_position_embeddings, for a config.json that does not say.
+# transformers' defaults of max_position_embeddings, for a config.json without that key.
 POSITIONS = {"llama": 2048, "mistral": 131072, "mixtral": 131072, "qwen2": 32768, "qwen3": 32768}
 
 
@@ -105,10 +105,10 @@ def _context(config: dict) -> int:
     rope = _rope_parameters(config)
     positions = config.get("max_position_embeddings", POSITIONS[config["model_type"]])
     if _rope_type(config) == "dynamic":
-        # Scaling changes the base past these positions: the angle of a token would depend on the length, and keys
-        # already in a cache would be wrong.
+        # Beyond these positions dynamic scaling changes RoPE's base with the length, and the keys already in a cache
+        # would be wrong.
         return positions
-    # Vicuna-16k states the length it was trained for too.
+    # Vicuna-16k has the length that it was trained for here.
     stated = config.get("max_sequence_length") or 0
     if rope.get("rope_type") != "linear":
         return max(positions, stated)
@@ -116,20 +116,21 @@ def _context(config: dict) -> int:
 
 
 def _sliding_window(config: dict) -> int | None:
-    """The attention window, or None where every layer sees everything."""
+    """The attention window, or None if all layers have full attention."""
     model_type = config["model_type"]
     window = config.get("sliding_window", None if model_type == "mixtral" else 4096)
     if model_type in ("mistral", "mixtral"):
         return window
     if model_type not in ("qwen2", "qwen3") or not config.get("use_sliding_window"):
         return None
-    full = config.get("max_window_layers", 28)  # the first layers, so many, see everything
+    full = config.get("max_window_layers", 28)  # the number of first layers with full attention
     kinds = config.get("layer_types")
     windowed = "sliding_attention" in kinds if kinds else full < config["num_hidden_layers"]
     return window if windowed else None
 
 
 def _rope_settings(config: dict) -> dict:
+    """config.json's own dictionary: rope_scaling of transformers 4, rope_parameters of transformers 5."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: rope_scaling {rope!r} is not an object")
@@ -142,14 +143,13 @@ def _rope_type(config: dict) -> str:
 
 
 def _rope_parameters(config: dict) -> dict:
-    """RoPE settings of either generation of config.json: {"rope_theta"} alone, or with "rope_type" and its keys."""
+    """RoPE's settings in one form, checked: {"rope_theta"} alone, or with "rope_type" and the keys of that type."""
     rope_type = _rope_type(config)
     rope = {key: value for key, value in _rope_settings(config).items() if key not in ("type", "rope_type")}
     rope.setdefault("rope_theta", config.get("rope_theta") or (1e6 if config["model_type"] == "mixtral" else 1e4))
     if rope_type == "llama3":
-        before = config.get("original_max_position_embeddings")
-        before = before or rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-        rope["original_max_position_embeddings"] = before
+        key = "original_max_position_embeddings"
+        rope[key] = config.get(key) or rope.get(key) or config.get("max_position_embeddings")
     if rope_type not in ("default", "linear", "dynamic", "llama3"):
         raise ValueError(f"config.json: rope_type {rope_type!r} is not supported (linear, dynamic and llama3 are)")
     needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",

@@ -20,9 +20,12 @@ import torch
 
 
 def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], Callable[[argparse.Namespace], int]]:
-    """A decorator of main(args), which may return an exit status: 0 where it returns none; 2 with one line for what the
-    user can mend; 130 on Ctrl-C, with the line `stopped`; 141 where the reader of our output has left, as `head` does.
-    Under torchrun only a main that works `in_ranks` is called: others would all do the same work on the same files."""
+    """A decorator of main(args) that makes it return an exit status: main's own, or 0 if it returns none.
+
+    2 after one line on stderr, for what the user can mend. 130 on Ctrl-C, after the line `stopped`. 141 if the reader
+    of our output has left, as `head` does. Under torchrun a main that does not work `in_ranks` is refused: every
+    process would do the same work on the same files.
+    """
     from safetensors import SafetensorError
 
     def decorate(main: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int]:
@@ -33,12 +36,12 @@ def command(stopped: str = "", in_ranks: bool = False) -> Callable[[Callable], C
                     say(f"error: {Path(sys.argv[0]).name} runs in one process: start it without torchrun")
                 return 2
             try:
-                show_what_can_be_shown()
+                replace_unprintable()
                 return main(args) or 0
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141
-            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:     # the last: a full disk
+            except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:     # last: a disk is full
                 say(f"error: {' '.join(str(error).split())}")
                 return 2
             except (RuntimeError, subprocess.CalledProcessError) as error:
@@ -58,15 +61,15 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def show_what_can_be_shown() -> None:
-    """A character that the output's encoding lacks is written as "?" from now on, instead of ending the program."""
+def replace_unprintable() -> None:
+    """From now on write "?" for a character that the output's encoding lacks, instead of ending the program."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 
 def remedy(error: Exception) -> str | None:
-    """One line for those errors of Python's and torch's own kinds that the user can mend."""
+    """What the user can do about an error of Python's or torch's own kinds, in one line. None for all other errors."""
     text = f"{type(error).__name__}: {error}"
     if "allocate memory" in text:
         return "out of memory: shorter contexts, smaller batches and narrower dtypes take less"
@@ -81,7 +84,7 @@ def remedy(error: Exception) -> str | None:
 
 
 def say(line: str) -> None:
-    if sys.stderr is not None:      # closed from the start
+    if sys.stderr is not None:      # None if it was closed at the start
         print(line, file=sys.stderr, flush=True)
 
 
@@ -93,13 +96,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
-    """An argparse type that names the range it accepts."""
+    """An argparse type: a number from low to high, or above low if open_low. Its error names that range."""
     def parse(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if value == float("inf"):
-                raise ValueError
-            if (low < value if open_low else low <= value) and value <= high:
+            is_above = low < value if open_low else low <= value
+            if is_above and value <= high and value != float("inf"):
                 return value
         above = f"above {low}" if open_low else f"of {low} or more"
         raise argparse.ArgumentTypeError(f"{text!r} is not a number {above}"
@@ -116,16 +118,16 @@ def json_object(text: str) -> dict:
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
-    """How dialogues become text: what Tokenizer.from_pretrained takes of the same names."""
+    """How dialogues become text. Tokenizer.from_pretrained has arguments of the same names."""
     parser.add_argument("--chat-template", help="vicuna, llama2, mixtral or a jinja file, instead of the checkpoint's")
     parser.add_argument("--template-args", type=json_object, metavar="JSON",
                         help="more variables for the chat template, such as '{\"enable_thinking\": false}'")
 
 
 def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
-    """Raise ValueError, before the work is done, where its result could not be written.
+    """Raise ValueError unless `path` can be written: before the work is done whose result it is for.
 
-    path: a file in a folder that exists, or with is_folder a folder, which may be missing as its parents may.
+    path is a file in an existing folder; with is_folder, a folder that may be missing, and its parents too.
     """
     full = path.absolute()
     if not is_folder and (full.exists() and not full.is_file() or not full.parent.is_dir()):
@@ -136,14 +138,14 @@ def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Beside it, then renamed: it is there whole or not at all. Raises OSError naming the file."""
+    """Write a text file that is never seen half written. Raises OSError that names it."""
     with whole_or_nothing(file, ".part") as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def whole_or_nothing(file: Path, suffix: str) -> Iterator[Path]:
-    """A path beside `file` to write to, renamed to it at the end; whatever goes wrong, nothing is left of it."""
+    """Yields a path beside `file` to write to. At the end it is renamed to `file`; after an error it is removed."""
     part = file.with_name(file.name + suffix)
     try:
         yield part
@@ -166,11 +168,11 @@ def read_text(file: Path) -> str:
 
 
 def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> Iterator[tuple[int, object]]:
-    """(line, value) of a file of JSON lines, or (place, value) of a file that is one JSON array; both count from 1.
+    """Yields (line, value) of a file of JSON lines, or (place, value) of a file that is one JSON array, from 1 on.
 
-    Lines end at a line feed and nowhere else: U+2028 and the like may stand inside a string. bad(line, why) hears of
-    each line that is not JSON, not UTF-8 or holds half a character (a lone surrogate); without it they raise a
-    ValueError that names file and line.
+    Only a line feed ends a line: U+2028 and the like may stand inside a string. bad(line, why) is called for each line
+    that is not JSON, not UTF-8 or holds half a character (a lone surrogate). Without `bad` such a line raises
+    ValueError that names the file and the line.
     """
     def refuse(line: int, why: str) -> None:
         raise ValueError(f"{file}, line {line}: {why}")
@@ -205,7 +207,7 @@ def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> I
 
 
 def parse_json(text: bytes, bad: Callable[[str], None]) -> Any:
-    """The value, or None once bad(why) has been told."""
+    """The value. If there is none, calls bad(why) and returns None."""
     try:
         return json.loads(text.decode())
     except UnicodeDecodeError as error:
@@ -226,6 +228,7 @@ def is_text(value: object) -> bool:
 
 
 def pick_device(name: str | None) -> torch.device:
+    """The device of --device. Raises ValueError with torch's reason for one that cannot hold a tensor."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -234,13 +237,14 @@ def pick_device(name: str | None) -> torch.device:
             raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and graphs belong to the current device
+            torch.cuda.set_device(device)   # streams and graphs are made on the current device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
 
 
 def device_name(device: torch.device) -> str:
+    """The model of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):

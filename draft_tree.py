@@ -24,12 +24,12 @@ from checkpoint import refuse_lfs_pointer
 from config import ModelArgs
 from eagle_head import EagleHead
 from model import rope_cos_sin
-from sampling import Sampling, logits_to_probs
+from sampling import Sampling, logits_to_probs, race
 
 
 class Draft(NamedTuple):
-    """A tree of drafts. Node 0 is the root, the last token already decided. Nodes are ordered by depth, so a parent
-    precedes its children."""
+    """A tree of drafts. Node 0 is the root: the last token that is decided. Nodes are ordered by depth, so a parent
+    stands before its children."""
     tokens: Tensor          # [B, N] target ids
     parents: Tensor         # [B, N] node index; the root is its own parent
     depths: Tensor          # [B, N], 0 for the root
@@ -100,14 +100,9 @@ class StaticTree:
         return self.depth == self.n_node - 1
 
     def without_gaps(self) -> "StaticTree":
-        """The same tree with children ranked 0, 1, 2, ...: drawn tokens have an order, and none may be skipped."""
+        """The same tree with children ranked 0, 1, 2, ...: drawn tokens have an order, and none of them is skipped."""
         order = [self.parents[1:n].count(parent) for n, parent in enumerate(self.parents) if n > 0]
         return replace(self, ranks=(0, *order))
-
-    @property
-    def n_expand(self) -> int:
-        """E: nodes below the root that have children."""
-        return len(set(self.parents[1:]) - {0})
 
     @property
     def n_room(self) -> int:
@@ -117,8 +112,8 @@ class StaticTree:
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2's tree [2, section 4]: each level expands its n_child likeliest nodes by the product of draft
-    probabilities along their path, and the n_node likeliest of all, the root included, are verified."""
+    """EAGLE-2's tree [2, section 4]. A node is as likely as the product of draft probabilities along its path. Each
+    level expands its n_child likeliest nodes. The n_node likeliest of all, root included, are verified."""
     depth: int = 6
     n_child: int = 10
     n_node: int = 60
@@ -132,6 +127,7 @@ class DynamicTree:
 
     @property
     def n_expand(self) -> int:
+        """E: nodes below the root that are expanded."""
         return self.n_child * (self.depth - 1)
 
     @property
@@ -168,7 +164,7 @@ def load_tree(spec: str) -> Tree:
 # Drafting
 
 
-Index = Tensor | slice      # a slice where the rows lie side by side: a view, no copy
+Index = Tensor | slice      # a slice if the rows lie side by side: that takes a view, not a copy
 
 
 class Level(NamedTuple):
@@ -195,7 +191,7 @@ class StaticPlan(NamedTuple):
     expanded_row: Tensor    # [N] row of each node among the expanded ones; 0 for leaves
     is_leaf: Tensor     # [N] bool
     children: Tensor    # [E + 1, R] nodes, the first one again where there are fewer
-    is_child: Tensor    # [E + 1, R] bool: not such a filler
+    is_child: Tensor    # [E + 1, R] bool: False for these repetitions
     child_slot: Tensor  # [N] place of each node in `children`, flattened; 0 for the root
 
 
@@ -242,7 +238,7 @@ def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[Tens
 
 def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor,
                  sampling: Sampling | None = None) -> Draft:
-    """Grow the tree level by level. Children are the likeliest tokens, or with `sampling` drawn without replacement.
+    """Grow the tree level by level. Children are the likeliest tokens; with `sampling`, draws without replacement.
 
     root [B, 1] is the token at position pos [B, 1]; hidden [B, 1, dim] is the head's output for it.
     """
@@ -264,23 +260,22 @@ def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor
 
 
 def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
-    """[..., Vd] -> draft ids [..., R] in order, and the distribution they were drawn from [..., Vd].
+    """[..., Vd] -> draft ids [..., R] in order, and the distribution that they were drawn from, [..., Vd].
 
-    Without `sampling` the likeliest tokens. With it the order in which exponential clocks ring, which is sampling
-    without replacement, as multi-round speculative sampling needs it.
+    Without `sampling` the likeliest tokens, and no distribution. With it draws without replacement, as multi-round
+    speculative sampling needs them.
     """
     if sampling is None:
         return logits.topk(n_child, dim=-1).indices, None
     probs = logits_to_probs(logits, *sampling)
-    clocks = torch.empty_like(probs).exponential_().clamp_min_(1e-30)
-    return (probs / clocks).topk(n_child, dim=-1).indices, probs
+    return race(probs).topk(n_child, dim=-1).indices, probs
 
 
 class DynamicPlan(NamedTuple):
     """What all trees of a DynamicTree have in common, as tensors on the device.
 
     *Candidates* are all drafted nodes, numbered in the order of drafting; the root is 0. *Expanded* are the root and
-    the R best of each level. Candidates come in groups of R: the children of one expanded node, likeliest first.
+    the R best of each level. Candidates are in groups of R: the children of one expanded node, likeliest first.
     """
     tree: DynamicTree
     row: Tensor         # [B, 1] 0, 1, ...
@@ -316,7 +311,7 @@ def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tens
     columns = shown_columns(pos, n_slot, plan.before)
     cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
     scores = plan.root_scores[:, :1]            # [B, n] of the expanded nodes, log probability of their paths
-    seen = plan.before.expand(B, -1, -1)        # by the expanded nodes, of one another
+    seen = plan.before.expand(B, -1, -1)        # what the expanded nodes see of one another
     tokens, all_scores, expanded = [root], [plan.root_scores[:, 1:]], [plan.order[:, :1].expand(B, -1)]
     for depth in range(1, tree.depth + 1):
         logits = head.draft_logits(hidden)                                              # [B, n, Vd], n = 1 then R
@@ -357,8 +352,8 @@ def ancestor_mask(parents: Tensor, depth: int) -> Tensor:
     return seen.scatter(2, lineage(parents, depth, order), True)
 
 
-# A block of nodes is written into the cache from one slot on. What its nodes see is kept as an additive bias with a
-# column for all slots before the block, a column for each slot of the block, and a column for all slots after it.
+# A block of nodes lies side by side in the cache. What a node sees is an additive bias with one column for all slots
+# before the block, one for each slot of the block, and one for all slots after it.
 
 
 def visible(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -368,7 +363,7 @@ def visible(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def shown_columns(base: Tensor, n_slot: int, seen: Tensor) -> Tensor:
-    """[B, S]: the column of seen [..., M + 2] that holds for each slot, of a block written from slot base [B, 1] on."""
+    """[B, S]: for each slot its column in seen [..., M + 2], for a block that begins at slot base [B, 1]."""
     return (torch.arange(1, n_slot + 1, device=base.device) - base).clamp(0, seen.shape[-1] - 1)
 
 

@@ -23,7 +23,7 @@ from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
 
 
 class Accepted(NamedTuple):
-    path: Tensor        # [B, D + 1] nodes: the root, the accepted ones; beyond them each entry is its own index
+    path: Tensor        # [B, D + 1] nodes: the root and the accepted ones; after them each entry is its own index
     n_accepted: Tensor  # [B, 1] drafts accepted
     bonus: Tensor       # [B, 1] the target's own token after the last accepted one
 
@@ -34,7 +34,7 @@ def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan) 
         token = next_tokens(logits, Sampling())
         path, n_accepted, last = walk(draft, draft.tokens != token.gather(1, draft.parents), plan)
         return Accepted(path, n_accepted, token.gather(1, last))
-    # Only nodes with children are looked at: 11 of the paper's 26. All of them would take a CPU 1% of a step more.
+    # Only nodes with children need a token: 11 of the paper's 26. All 26 would take a CPU 1% of a step more.
     token = next_tokens(logits[:, plan.expanded], Sampling())
     is_wrong = draft.tokens != token.gather(1, plan.expanded_row[draft.parents])
     path, n_accepted, last = walk(draft, is_wrong, plan)
@@ -44,14 +44,14 @@ def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan) 
 def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, sampling: Sampling) -> Accepted:
     """Draw the target's token at every node and step into the child that carries it. logits [B, N, V].
 
-    Every token of the result is the target's draw from its own distribution, so the output is lossless. One uniform
-    number a node decides which child the draw is, if any. The token itself is drawn at the last node only, from those
-    that are no child's.
+    Every token of the result is a draw from the target's own distribution, so the output is lossless. One uniform
+    number a node decides which child is drawn, if any. The token itself is drawn at the last node only, from the tokens
+    that none of its children has.
     """
     tokens, parents = draft.tokens, draft.parents
     probs = logits_to_probs(logits, *sampling)                                          # [B, N, V]
     mass = probs[plan.row, parents, tokens]                                             # [B, N] of each node's token
-    # In the unit interval the siblings' masses lie side by side; the rest belongs to all other tokens.
+    # The masses of siblings lie side by side in the unit interval. The rest of it belongs to all other tokens.
     is_no_older_sibling = (parents[:, :, None] != parents[:, None]) | plan.is_later
     begin = mass[:, None].masked_fill(is_no_older_sibling, 0).sum(-1)
     draw = torch.rand_like(mass).gather(1, parents)
@@ -77,7 +77,7 @@ def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sam
     Q = head.to_target_probs(draft.probs.nan_to_num(0.0))
     x = draft.tokens[:, plan.children]                                                  # [B, E + 1, R]
     P_x, Q_x = P.gather(2, x), Q.gather(2, x) * plan.is_child
-    # Q(x) = 0 is no draw: the draft's distribution had fewer tokens than the node has children.
+    # Q(x) = 0: not a draw. The draft's distribution had fewer tokens than the node has children.
     is_drawn = Q_x > 0
     s = Q.scatter(2, x, 0.0).sum(-1, keepdim=True) + Q_x.flip(-1).cumsum(-1).flip(-1)   # before each round
     weight = is_drawn / s.clamp_min(1e-30)
@@ -103,10 +103,10 @@ def draw_rest(rest: Tensor, p: Tensor) -> Tensor:
 
 
 def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Go down over nodes that are not wrong: path [B, D + 1], n_accepted [B, 1] (see Accepted), last node [B, 1].
+    """From the root, step into the child that is not wrong until there is none.
 
     is_wrong [B, N] judges each node as a child of its parent; the root's entry is ignored. At most one of several
-    siblings is right.
+    siblings is right. Returns path [B, D + 1] and n_accepted [B, 1] (see Accepted), and the last node [B, 1].
     """
     N, end = is_wrong.shape[1], plan.tree.depth + 1
     above = draft.ancestors                                                             # [B, N, N]
@@ -132,9 +132,9 @@ class EagleStep:
 
     def __init__(self, model: Transformer, head: EagleHead, tree: Tree, batch_size: int,
                  sampling: Sampling = Sampling(), draw_drafts: bool | None = None):
-        """draw_drafts: draw children from the draft's distribution and verify them by multi-round speculative sampling;
-        else they are its likeliest tokens. Default: draw where it is possible (static trees at a temperature), because
-        more drafts are accepted that way (dev/log.md)."""
+        """draw_drafts: draw children from the draft's distribution and verify them by multi-round speculative sampling.
+        Without it they are the likeliest tokens. Default: draw where that is possible (static trees at a temperature),
+        because more drafts are accepted (dev/log.md)."""
         sampling.check()
         if not isinstance(tree, StaticTree | DynamicTree):
             raise ValueError(f"tree {tree!r} is no tree: load_tree makes one of a name or a file")
@@ -168,7 +168,7 @@ class EagleStep:
     def prefill(self, prompts: list[list[int]], n_cached: int = 0) -> None:
         """Fill both caches with the prompts. Their last tokens are the roots of the first step.
 
-        The first n_cached tokens are in both caches. The last one's feature is not kept, so it is computed again.
+        The first n_cached tokens are in both caches. The feature of the last of them is not, so it is computed again.
         """
         self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
         self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
@@ -185,7 +185,7 @@ class EagleStep:
 
     def __call__(self, n_slot: int) -> None:
         """One target pass. It reads n_slot slots of the caches: at least pos + tree.n_room of every row."""
-        # A finished row goes on at a place where the tree still fits.
+        # A finished row may be at the end of the cache. It goes on where the tree still fits.
         self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.tree.n_room)
         draft = self.grow(self.ingest(n_slot), n_slot)
         logits, features = self.verify(draft, n_slot)
@@ -228,7 +228,7 @@ class EagleStep:
         self.produced[:, :1].masked_fill_(accepted.bonus < 0, NOT_FINITE)
         self.pair_features.copy_(features[self.plan.row, accepted.path])
         self.n_pair.copy_(accepted.n_accepted + 1)
-        # A row that ends on the last slot would have its root past it. The row has finished: any slot will do.
+        # The root of a row that fills the cache would be past its end. That row has finished: any slot will do.
         self.pos.add_(self.n_pair).clamp_(max=self.model.kv_cache.shape[4] - 1)
         self.tokens.copy_(bonus)
 

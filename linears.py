@@ -32,12 +32,12 @@ from checkpoint import quantize_settings
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
 GROUP_SIZES = (32, 64, 128)
 LINEARS = ("wqkv", "wo", "w13", "w2", "fc")     # names of the modules that are quantised; routers (`gate`) are not
-ROWS = (1, 2, 4, 8, 16, 32, 64)                 # kernels are chosen for these numbers of rows, and up to them
+ROWS = (1, 2, 4, 8, 16, 32, 64)                 # a kernel is chosen for up to each of these numbers of rows
 
 
 class Format(NamedTuple):
     mode: str
-    group_size: int | None = None   # None: the whole row, which is what int8 has
+    group_size: int | None = None   # columns; None is the whole row, as int8 always has
 
     @classmethod
     def from_settings(cls, settings: dict, file: Path | str = "quantize.json") -> "Format":
@@ -53,10 +53,11 @@ class Format(NamedTuple):
         return cls(mode, group_size)
 
     def of_lm_head(self, mode: str) -> "Format":
+        """The format of an LM head in this mode, in a model whose layers have the format `self`."""
         return Format(mode, None if mode == "int8" else self.group_size or GROUP_SIZES[0])
 
     def n_group(self, in_features: int) -> int:
-        """Groups of a row. Raises ValueError when they do not fill it."""
+        """Groups of a row. Raises ValueError if they do not fill it."""
         group_size = self.group_size or in_features
         if in_features % group_size:
             fits = [size for size in GROUP_SIZES if in_features % size == 0]
@@ -65,17 +66,17 @@ class Format(NamedTuple):
         return in_features // group_size
 
 
-# Numbers
+# Rounding, storage and products
 
 
 def fit_grid(groups: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """groups [..., g] fp32 -> scale, zero [...], rounded to values of bfloat16."""
     if mode == "int8":
-        scale, zero = groups.abs().amax(-1) / 127, None
+        scale = groups.abs().amax(-1) / 127
     else:
         low, high = groups.amin(-1), groups.amax(-1)
         scale = (high - low) / 15
-    scale = scale.clamp_min(1e-30).bfloat16().float()   # a group of equal weights has no width
+    scale = scale.clamp_min(1e-30).bfloat16().float()   # 0 for a group of equal weights
     zero = torch.zeros_like(scale) if mode == "int8" else (low + 8 * scale).bfloat16().float()
     return scale, zero
 
@@ -115,13 +116,14 @@ def dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
 
 
 def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """x [M, K] by a weight as stored -> [M, N]."""
     return F.linear(x, dequantize(q, scales, zeros))
 
 
 def row_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """`dense_product` of one row x [1, K], written so that inductor makes one reduction and no dequantised weight.
 
-    Even and odd columns of int4 are summed apart: of stacked ones, inductor would write all N x K products in fp32.
+    Even and odd columns of int4 are summed apart. If they were stacked, inductor would write N x K products in fp32.
     """
     if zeros is None:
         return dense_product(x, q, scales, zeros)
@@ -135,13 +137,13 @@ def row_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> T
 @functools.cache
 def reduction() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
     """`row_product`, compiled."""
-    # All shapes of a model and its head are compilations of one function.
+    # Each shape of weight in a model and its head is one more compilation of this function.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     return torch.compile(row_product, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
 class PackedLinear(nn.Module):
-    """bf16 linear whose weight oneDNN has reordered once, instead of at every call: 1.6x a plain linear at one row."""
+    """A bf16 linear. oneDNN reorders its weight once, not at every call: 1.6 times as fast as nn.Linear at one row."""
     packed: Tensor
 
     def __init__(self, linear: nn.Linear):
@@ -156,7 +158,7 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():  # the tracer cannot record the empty list, which has no type
+        if torch.jit.is_tracing():  # the tracer cannot record the empty list: it has no type
             return _scripted_linear()(x, self.packed, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
@@ -171,7 +173,7 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E linears without bias of one shape, in 16 or 32 bits: weight [E, N, K]."""
+    """E linears of one shape without bias, in 16 or 32 bits: weight [E, N, K]."""
     routes_on_host = False
 
     def __init__(self, n_expert: int, in_features: int, out_features: int):
@@ -194,11 +196,11 @@ class Experts(nn.Module):
 class QuantLinear(nn.Module):
     """A linear, or a stack of n_expert of them, over quantised weights.
 
-    All kernels read the same q, scales and zeros. "dense" is a product with the dequantised weight. A GPU has also
-    "reduction" for one row and "triton N S" for blocks of rows (N output rows a program, S splits of the columns), a
-    CPU in bf16 "packed". In fp32 there is only "dense", so that EAGLE and plain decoding agree to the token.
+    All kernels read the same q, scales and zeros. "dense" is a product with the dequantised weight. A GPU also has
+    "reduction" for one row, and "triton N S" for blocks of rows: N output rows a program, S splits of the columns. A
+    CPU in bf16 also has "packed". In fp32 there is only "dense", so that EAGLE and plain decoding agree to the token.
     """
-    q: Tensor               # see the format above; with experts all have E in front
+    q: Tensor               # as in the format above; of experts all four have E in front
     scales: Tensor
     zeros: Tensor | None
     bias: Tensor | None
@@ -215,7 +217,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", torch.empty(*lead, n_group) if halves else None)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
         self.kernels: dict[int, str] = {}       # rows -> the kernel that runtime.tune chose; empty means dense
-        self.layouts = nn.ModuleDict()          # the weight as CPU kernels want it, by kernel and expert
+        self.layouts = nn.ModuleDict()          # the weight in the layouts of CPU kernels, by kernel and expert
 
     @classmethod
     def from_weight(cls, weight: Tensor, format: Format, bias: Tensor | None = None) -> "QuantLinear":
@@ -236,7 +238,7 @@ class QuantLinear(nn.Module):
         return {kind: tensor for kind, tensor in parts.items() if tensor is not None}
 
     def rows(self, index: Tensor) -> "QuantLinear":
-        """The linear of some rows only: an LM head over a draft vocabulary."""
+        """The linear of these rows only: an LM head over a draft vocabulary."""
         with torch.device("meta"):
             linear = QuantLinear(self.in_features, len(index), self.format)
         linear.q, linear.scales = self.q[index], self.scales[index]
@@ -268,7 +270,7 @@ class QuantLinear(nn.Module):
         return *self.q.shape[:-1], self.in_features
 
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
-        """x [..., K] -> [..., N], of one of the experts where there are any."""
+        """x [..., K] -> [..., N]. With experts, by the one that is named."""
         rows = x.numel() // self.in_features
         if rows == 0:   # an expert that no token goes to
             return x.new_empty(*x.shape[:-1], self.out_features)
@@ -284,10 +286,10 @@ class QuantLinear(nn.Module):
             from linears_triton import quant_matmul
             block_n, split_k = map(int, name.split()[1:])
             y = quant_matmul(rows, *self.parts(expert), block_n, split_k).sum(0).to(x.dtype)
-        elif name == "reduction":   # a compiled layer compiles it with all the rest
+        elif name == "reduction":   # inside a compiled layer it is compiled with the layer
             y = (row_product if torch.compiler.is_compiling() else reduction())(rows, *self.parts(expert))
         elif x.is_cuda or (name == "dense" and torch.compiler.is_compiling()):  # inductor fails on a PackedLinear
-            y = dense_product(rows, *self.parts(expert))    # dequantised anew each time
+            y = dense_product(rows, *self.parts(expert))    # dequantised at each call
         else:
             y = self._layout(name, expert)(rows)
         y = y.view(*x.shape[:-1], self.out_features)
@@ -301,7 +303,7 @@ class QuantLinear(nn.Module):
                                           for name in names for expert in experts})
 
     def _layout(self, name: str, expert: int | None) -> nn.Module:
-        """The product over the weight as a CPU kernel wants it, made once."""
+        """A module that holds the weight in the layout of a CPU kernel. Made once."""
         key = f"{name} {expert}"
         if key not in self.layouts:
             if name == "packed":
@@ -316,7 +318,7 @@ class QuantLinear(nn.Module):
 
 
 class IntLinear(nn.Module):
-    """torch's product of bf16 rows [M, K] with int8 or int4 weights on a CPU, in the layout that it wants."""
+    """torch's product of bf16 rows [M, K] by int8 or int4 weights on a CPU, over weights in the layout it needs."""
     q: Tensor
     scales: Tensor
 
@@ -340,7 +342,7 @@ class IntLinear(nn.Module):
 def install(model: nn.Module, settings: dict, file: Path | str = "quantize.json") -> None:
     """Replace the linears of a model on the meta device by empty quantised modules.
 
-    settings is the content of a checkpoint's quantize.json. Raises ValueError for a format that is not known here.
+    settings is the content of a checkpoint's quantize.json. Raises ValueError for a format that this file lacks.
     """
     def empty(weight: Tensor, bias: Tensor | None, format: Format) -> QuantLinear:
         return QuantLinear(weight.shape[-1], weight.shape[-2], format, bias is not None,
@@ -356,7 +358,7 @@ def quantize_in_place(model: nn.Module, format: Format, lm_head: str | None = No
 
 def _replace(model: nn.Module, format: Format, lm_head: str | None,
              make: Callable[[Tensor, Tensor | None, Format], QuantLinear]) -> None:
-    for module in model.modules():      # not as a list, which would hold all old weights until the end
+    for module in model.modules():      # not list(...), which would hold all old weights until the end
         for name, child in module.named_children():
             if type(child) is nn.Linear and name in LINEARS:
                 setattr(module, name, make(child.weight, child.bias, format))
@@ -373,7 +375,7 @@ def install_quantized(model: nn.Module, folder: Path) -> None:
 
 
 def stored(linear: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds of a linear or of stacked experts, by the last part of their keys."""
+    """The tensors that a checkpoint holds for a linear or for stacked experts, by the last part of their keys."""
     return linear.stored() if isinstance(linear, QuantLinear) else dict(linear.named_parameters())
 
 

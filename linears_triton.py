@@ -1,8 +1,8 @@
 """A Triton kernel for 2 to 64 rows of 16-bit activations by int8 or int4 weights: the block of a tree of drafts.
 
-All rows are one tile, so that the weights are read once whatever their number; what is read is dequantised in
-registers. The columns are split over `split_k` programs where the rows of the weight alone would not fill the GPU;
-their partial sums are added in a fixed order, so that a step gives the same bits each time.
+All rows of activations are one tile, so that each weight is read once, and dequantised in registers. A weight of few
+rows would not fill the GPU: then its columns are split over `split_k` programs. Their partial sums are added in a fixed
+order, so that a step gives the same bits each time.
 
 Shapes as in linears.py. Runs on a CPU, slowly, under TRITON_INTERPRET=1.
 """
@@ -17,10 +17,10 @@ from torch import Tensor, library
 @triton.jit(do_not_specialize=["M", "split_k"])
 def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, stride_q, n_group, split_k, GROUP: tl.constexpr,
                   IS_INT4: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out [split_k, M, N] fp32. A block spans groups: with so few columns as one has, Triton's dot has been wrong.
+    """out [split_k, M, N] fp32. A block spans several groups: Triton's dot was wrong with the few columns of one group.
 
-    Bytes and groups of a row are arguments, though K tells them: Triton sees that an argument is a multiple of 16, and
-    then reads 16 bytes at a time.
+    stride_q and n_group follow from K, but are arguments: Triton sees that an argument is a multiple of 16, and then
+    reads 16 bytes at a time.
     """
     rows = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -51,7 +51,7 @@ def _quant_matmul(x, q, scales, zeros, out, M, N, K, stride_x, stride_q, n_group
 
 @library.custom_op("eagle::quant_matmul", mutates_args=())
 def quant_matmul(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None, block_n: int, split_k: int) -> Tensor:
-    """x [M, K] of up to 64 rows by a weight as linears.py stores it -> [split_k, M, N] fp32, to be added up."""
+    """x [M, K] of up to 64 rows by a weight as linears.py stores it -> partial sums [split_k, M, N] fp32."""
     M, K = x.shape
     N, n_group = scales.shape
     assert M <= 64 and x.stride(1) == 1, (x.shape, x.stride())
@@ -59,7 +59,8 @@ def quant_matmul(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None, blo
     out = torch.empty(split_k, M, N, dtype=torch.float32, device=x.device)
     _quant_matmul[(triton.cdiv(N, block_n), split_k)](
         x, q, scales, zeros, out, M, N, K, x.stride(0), q.stride(0), n_group, split_k,
-        GROUP=K // n_group if is_int4 else 0, IS_INT4=is_int4, BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
+        GROUP=K // n_group if is_int4 else 0, IS_INT4=is_int4, BLOCK_M=max(16, triton.next_power_of_2(M)),
+        BLOCK_N=block_n, BLOCK_K=128 if is_int4 else 64)
     return out
 
 

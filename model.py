@@ -4,8 +4,8 @@
     model.setup_caches(max_batch_size=1, max_seq_length=1024)
     logits, features = model(tokens, input_pos)
 
-Position and cache slot are arguments of every call and the cache itself knows no length, so forgetting a rejected
-draft costs nothing: its slots are written again. Checkpoints are Hugging Face folders as published, or hub ids.
+Position and cache slot are arguments of every call. The cache itself knows no length, so forgetting a rejected draft
+costs nothing: its slots are written again. Checkpoints are Hugging Face folders as published, or hub ids.
 
 Shapes: B batch, T new tokens, S cache slots, H query heads, K key/value heads, G = H / K, D head dim, E experts,
 V vocabulary.
@@ -27,13 +27,13 @@ from runtime import tune
 
 PREFILL_CHUNK = 512  # prompt tokens a pass
 
-# On Hopper torch prefers cuDNN's attention, which makes a plan for every new length. 0.4 s each has been reported
-# (FunASR#3704), so every prompt would wait for its first token.
+# On Hopper torch prefers cuDNN's attention, which makes a plan for every new length. A plan was reported to take 0.4 s
+# (FunASR#3704): each prompt would wait that long for its first token.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def rope_inv_freq(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
-    """Angle per position of each of the D/2 rotation planes: [D/2] fp32."""
+    """Angle per position of each of the D/2 planes that RoPE rotates: [D/2] fp32."""
     exponent = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device=device).float() / args.head_dim
     inv_freq = 1.0 / args.rope_theta ** exponent
     scaling = args.rope_scaling
@@ -41,7 +41,7 @@ def rope_inv_freq(args: ModelArgs, device: torch.device | str | None = None) -> 
         return inv_freq
     if scaling["rope_type"] == "linear":
         return inv_freq / scaling["factor"]
-    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+    # llama3: long wavelengths are stretched by `factor`, short ones are kept, those between are interpolated.
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -49,14 +49,14 @@ def rope_inv_freq(args: ModelArgs, device: torch.device | str | None = None) -> 
 
 
 class Transformer(nn.Module):
-    """The decoder. Weights are frozen: this project trains heads beside targets, never targets."""
+    """The decoder. Its weights are frozen: this project trains EAGLE heads, never the target model."""
     inv_freq: Tensor    # [D/2], see rope_inv_freq
     kv_cache: Tensor    # see setup_caches; None before it is called
 
     def __init__(self, config: ModelArgs):
         super().__init__()
         self.config = config
-        # On the meta device normal_ and pow would import torch's compiler, which takes a second.
+        # On the meta device `normal_` here, and `pow` in rope_inv_freq, would import torch's compiler: a second.
         embedding = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embedding if embedding.is_meta else embedding.normal_())
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
 
 
 def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
-    """Raise ValueError unless tokens are [B, T] integers that fit into kv_cache [..., B, K, S, D], if there is one."""
+    """Raise ValueError unless tokens are [B, T] integers that fit into kv_cache [..., B, K, S, D] (None: always)."""
     if tokens.dim() != 2 or tokens.dtype not in (torch.long, torch.int):
         raise ValueError(f"tokens are [B, T] int64, not {list(tokens.shape)} {tokens.dtype}")
     if kv_cache is not None and (tokens.shape[0] > kv_cache.shape[-4] or tokens.shape[1] > kv_cache.shape[-2]):
@@ -158,7 +158,7 @@ def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
 
 
 def causal_mask(input_pos: Tensor, n_slot: int | None) -> Tensor:
-    """[B, T] positions -> [B, T, S] bool: slots at or before each position; without a cache, the block's own rows."""
+    """[B, T] positions -> [B, T, S] bool: the slots up to each position. Without a cache S is T, the block itself."""
     slots = input_pos[:, None, :] if n_slot is None else torch.arange(n_slot, device=input_pos.device)
     return slots <= input_pos[:, :, None]
 
@@ -166,7 +166,7 @@ def causal_mask(input_pos: Tensor, n_slot: int | None) -> Tensor:
 def bucket(length: int, n_slot: int) -> int:
     """Cache slots that attention reads for `length` used ones: 128, 192, 256, 384, 512, 768, ... up to n_slot.
 
-    So few sizes that each can have a captured graph, so close that attention follows the used length.
+    The sizes are few, so that each can have a captured graph, and close, so that attention reads little in vain.
     """
     size = 128
     while size < length:
@@ -175,9 +175,9 @@ def bucket(length: int, n_slot: int) -> int:
 
 
 def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """bool [B, T, S] -> additive [B, 1, G*T, S], a row for each query head of a key/value group. Made once a pass.
+    """bool [B, T, S] -> additive [B, 1, G*T, S], the same for the G query heads of a key/value group. Made once a pass.
 
-    A mask of floating point is such a bias already.
+    A mask of floating-point numbers is such a bias already.
     """
     if mask.is_floating_point():
         return mask
@@ -187,7 +187,7 @@ def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 
 def rope_cos_sin(input_pos: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[B, T] positions -> cosines and signed sines [B, T, 1, D] for `apply_rope`."""
-    # Cosine is even and sine odd: with the first half of the frequencies negated, both come out with their signs.
+    # Cosine is even and sine is odd: the first half of the frequencies, negated, gives the signs of apply_rope.
     angle = input_pos[:, :, None, None] * torch.cat((-inv_freq, inv_freq))
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -239,8 +239,8 @@ class Attention(nn.Module):
             k, v = kv.permute(2, 0, 3, 1, 4)                                  # [B, K, T, D]
         else:
             k, v = write_cache(kv_cache, cache_pos, kv, bias.shape[-1])       # [B, K, S, D]
-        # The G query heads that share a key/value head become rows of it: keys and values are read once, and no
-        # kernel has to know about grouped queries.
+        # The G query heads of a key/value head become G*T rows of one head. Keys and values are read once, and no
+        # kernel needs to know about grouped queries.
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)           # [B, K, G*T, D]
         y = y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
@@ -253,7 +253,7 @@ def write_cache(kv_cache: Tensor, cache_pos: Tensor, kv: Tensor, n_slot: int) ->
     Returns a view of the first n_slot slots: [2, B, K, n_slot, D].
     """
     B = kv.shape[0]
-    if B == 1:  # a third of the general form's time on a CPU
+    if B == 1:  # takes a CPU a third of the general form's time
         kv_cache[:, :1].index_copy_(3, cache_pos[0], kv.permute(2, 0, 3, 1, 4))
     else:
         kv_cache[:, torch.arange(B, device=kv.device)[:, None], :, cache_pos] = kv
@@ -274,11 +274,11 @@ class FeedForward(nn.Module):
 class MoEFeedForward(nn.Module):
     """Mixtral: each token goes to its top experts, weighted by a softmax over the chosen ones.
 
-    There are three ways to the same sum. Few rows: gather the weights of the chosen experts. A block of drafts: run
-    every expert over all rows, so that each is read once and no shape depends on the routing. A long prefill, where
-    arithmetic counts: run each expert over the rows that chose it.
+    There are three ways to the same sum. For few rows: gather the weights of the chosen experts. For a block of drafts:
+    run every expert over all rows, so that it is read once and no shape depends on the routing. For a long prefill,
+    where arithmetic costs most: run each expert over the rows that chose it.
     """
-    PREFILL_ROWS = 128  # more tokens of one sequence than any tree of drafts has
+    PREFILL_ROWS: int = 128  # more tokens of one sequence than any tree of drafts has
 
     def __init__(self, config: ModelArgs):
         super().__init__()
@@ -326,8 +326,7 @@ class MoEFeedForward(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    def __init__(self, dim: int, eps: float):
-        super().__init__(dim, eps=eps)
+    """Its weight may be wider than x: it is in fp32 while a head trains in 16 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -367,7 +366,7 @@ def _hf_targets(model: Transformer) -> dict[str, Tensor]:
 
 
 def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tensor]:
-    """`_hf_targets` of one layer, keys relative to it. EAGLE heads hold one layer under the same names."""
+    """`_hf_targets` of one layer, without "model.layers.N.". EAGLE heads hold their layer under the same names."""
     attention, ffn = block.attention, block.feed_forward
     q_rows, kv_rows = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     targets = {"post_attention_layernorm.weight": block.ffn_norm.weight}
@@ -390,5 +389,4 @@ def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tenso
         for kind, tensor in stored(ffn.w13).items():
             targets[f"{prefix}.w1.{kind}"], targets[f"{prefix}.w3.{kind}"] = tensor[e].chunk(2)     # gate, up
         targets |= {f"{prefix}.w2.{kind}": tensor[e] for kind, tensor in stored(ffn.w2).items()}
-    return targets
     return targets

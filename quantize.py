@@ -18,7 +18,6 @@ Shapes: N rows and K columns of a weight, G groups of a row, T tokens.
 import argparse
 import datetime
 import functools
-import hashlib
 import json
 import math
 import re
@@ -41,7 +40,7 @@ from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias
                    rope_cos_sin, rope_inv_freq)
 from tokenizer import Tokenizer
 from train_data import read_dialogues
-from train_features import target_stamp
+from train_features import file_digest, target_stamp, tokens_digest
 
 # The keys of weights that are quantised, and the linear of model.py that each is a part of. Its parts share an input.
 LINEAR = re.compile(r"(?:self_attn\.([qkvo])_proj|mlp\.(gate|up|down)_proj|experts\.(\d+)\.(w[123])|^(fc))\.weight$")
@@ -311,10 +310,8 @@ class Calibration:
         tokenizer = Tokenizer.from_pretrained(folder, chat_template=args.chat_template,
                                               template_args=args.template_args, date=now)
         dialogues = read_dialogues(args.data, tokenizer, config.vocab_size, args.max_length)[:args.dialogues]
-        tokens = hashlib.sha256(json.dumps([dialogue.tokens.tolist() for dialogue in dialogues]).encode())
-        self.described = {"dialogues": len(dialogues), "max_length": args.max_length,
-                          "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
-                          "tokens_sha256": tokens.hexdigest(), "device": args.device.type}
+        self.described = {"dialogues": len(dialogues), "max_length": args.max_length, "sha256": file_digest(args.data),
+                          "tokens_sha256": tokens_digest(dialogues), "device": args.device.type}
         if tokenizer.uses_date:
             self.described["date"] = now.isoformat()
         *_, (_, embedding, _) = iterate_weights(folder, lambda key: key.endswith("embed_tokens.weight"))

@@ -6,9 +6,9 @@
     pack_for_cpu(model)                                 # bf16 weights in the order that oneDNN wants
     tune(model)                                         # the fastest kernel of each quantised linear
 
-A small model spends a fifth to a third of a step in Python (dev/log.md); graphs and traces take it out. Both ask the
-same of a step: its tensors stay where they are, and the host decides nothing by their values. PYTORCH_JIT=0 runs every
-step as it is written, with its prints and breakpoints.
+A small model spends a fifth to a third of a step in Python (dev/log.md). Graphs and traces run the step without Python.
+Both need a step whose tensors stay where they are, and whose code does not branch on their values. PYTORCH_JIT=0 runs
+every traced step in Python, with its prints and breakpoints.
 """
 import contextlib
 import functools
@@ -32,16 +32,16 @@ from checkpoint import read_json
 from console import device_name, say, write_atomically
 from linears import ROWS, PackedLinear, QuantLinear
 
-COLD = 1 << 28  # bytes of weights to read in turn while a kernel is timed, so that no cache holds them
+COLD = 1 << 28  # bytes: while a kernel is timed, weights of this size take turns, so that no cache holds them
 
 
 def capture(step: Callable[[], object], pool: Any = None,
             stream: "torch.cuda.Stream | None" = None) -> "torch.cuda.CUDAGraph":
-    """The kernels of one call as a CUDA graph, after two calls in which the compiler, cuBLAS and SDPA choose kernels.
+    """One call as a CUDA graph. Two calls before let the compiler, cuBLAS and SDPA choose their kernels.
 
     stream  to capture on (default: the stream that torch uses for all captures). Graphs captured on one stream share
-            its cuBLAS workspace, and a graph that is freed may take it away from the others (pytorch#193402). Graphs
-            that are freed at different times need streams of their own.
+            its cuBLAS workspace, and freeing one of them may take it away from the others (pytorch#193402). So graphs
+            that are freed at different times need different streams.
     """
     for _ in range(2):      # on the current stream: cuBLAS keeps up to 32 MiB for each stream it has seen
         step()
@@ -52,14 +52,14 @@ def capture(step: Callable[[], object], pool: Any = None,
 
 
 def can_trace(model: nn.Module) -> bool:
-    """Whether `trace` can record a step of this model: on a CPU, in one process, no branch on values."""
+    """Whether `trace` can record a step of this model: on a CPU, in one process, without branches on values."""
     return (model.inv_freq.device.type == "cpu" and not torch.distributed.is_initialized()
             and not any(getattr(module, "routes_on_host", False) for module in model.modules()))
 
 
 def trace(step: Callable[[int], object], modules: Iterable[nn.Module], tensors: Iterable[Tensor] = (),
           n_slot: int = 128) -> Callable[[int], None]:
-    """Record the operators of one call on a CPU, made with n_slot cache slots. The trace takes any number of them.
+    """Record the operators of one call, step(n_slot), on a CPU. The trace can be called with any number of slots.
 
     modules   their parameters and buffers are the step's weights and caches
     tensors   other tensors that the step reads and writes
@@ -76,7 +76,7 @@ def trace(step: Callable[[int], object], modules: Iterable[nn.Module], tensors: 
 
 
 class Traced(nn.Module):
-    """The module that torch.jit.trace records. It owns all tensors of the step: others would become constants."""
+    """The module that torch.jit.trace records. It owns all tensors of the step, or they would become constants."""
 
     def __init__(self, step: Callable[[Any], object], modules: Iterable[nn.Module], tensors: Iterable[Tensor]):
         super().__init__()
@@ -86,15 +86,15 @@ class Traced(nn.Module):
             self.register_buffer(str(i), tensor)
 
     def forward(self, n_slot: Tensor) -> list[Tensor]:
-        results = tree_leaves(self.step(n_slot))    # returned, or the trace would drop the operators behind them
+        results = tree_leaves(self.step(n_slot))    # returned, or the trace would drop the operators that make them
         return [n_slot + 0, *(result for result in results if isinstance(result, Tensor))]
 
 
 def compile_layers(layers: Iterable[torch.nn.Module]) -> None:
-    """Compile the layers one by one; all share one code. Cold that takes seconds, where the whole model takes a minute.
+    """Compile layer by layer. All layers share one code, so a cold start takes seconds; the whole model takes a minute.
 
-    There are four graphs: one row and a block of rows, of the target's layers and of the head's. For that, the numbers
-    of rows and of cache slots are marked as dynamic before the first call.
+    Four graphs are made: for one row and for a block of rows, of the target's layers and of the head's. To make no
+    more, the numbers of rows and of cache slots are marked as dynamic before the first call.
     """
     torch._dynamo.config.recompile_limit = 32
     for layer in layers:
@@ -117,8 +117,8 @@ def call_with_dynamic_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tu
 
 
 class PackedRMSNorm(nn.Module):
-    """RMSNorm as the layer norm of (x, -x), whose mean is zero: one fused kernel where F.rms_norm runs ten."""
-    weight: Tensor  # the norm's, twice
+    """RMSNorm as the layer norm of (x, -x), whose mean is 0: one fused kernel on a CPU, where F.rms_norm runs ten."""
+    weight: Tensor  # [2 dim] the norm's weight twice
 
     def __init__(self, norm: nn.RMSNorm):
         super().__init__()
@@ -131,7 +131,7 @@ class PackedRMSNorm(nn.Module):
 
 
 def pack_for_cpu(model: nn.Module) -> nn.Module:
-    """Replace every bf16 linear and RMS norm of a model on a CPU by its packed form, if the processor supports bf16."""
+    """Replace each bf16 linear and RMS norm of a model on a CPU by its packed form, if the processor supports bf16."""
     def fits(weight: Tensor) -> bool:
         return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
@@ -148,10 +148,10 @@ def pack_for_cpu(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def tune(model: nn.Module, cache: Path | None = None) -> None:
-    """Choose the fastest kernel of each QuantLinear by measurement, for each number of rows and shape of weight.
+    """Measure the kernels of each QuantLinear and choose the fastest, for each number of rows and shape of weight.
 
-    Results are kept in `cache` (default ~/.cache/eagle-kernels.json) for this device, torch, and Triton or the number
-    of threads: a later run then takes the same kernels and gives the same text. Of several ranks the first writes it.
+    The choice is kept in `cache` (default ~/.cache/eagle-kernels.json), by device and versions (`place`). A later run
+    takes the same kernels, so it gives the same text. Of several ranks the first one writes the file.
     """
     found, peers = {}, defaultdict(list)
     for module in model.modules():
@@ -159,12 +159,12 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
             peers[module.format, module.shape, module.scales.dtype].append(module)
     if not peers:
         return
-    with contextlib.suppress(OSError, ValueError, RuntimeError):    # missing, unreadable, broken, no home: measure anew
+    with contextlib.suppress(OSError, ValueError, RuntimeError):    # no file, unreadable, broken, no home: measure
         cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-kernels.json"
         found = read_json(cache)
     before = dict(found)
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    keys = defaultdict(dict)    # for the modules of a shape: rows -> key in `found`
+    keys = defaultdict(dict)    # for each group of alike modules: rows -> key in `found`
     for peer, modules in tqdm(peers.items(), "choosing kernels", delay=2, leave=False, disable=not is_first or None):
         format, shape, dtype = peer
         for rows in ROWS:
@@ -177,8 +177,8 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
             if found.get(key) not in names:
                 found[key] = fastest(modules, names, rows)
         for module in modules:
-            module.lay_out(set())   # the copies of one shape at a time
-    if torch.distributed.is_initialized():  # all ranks must compute the same bits, so they take rank 0's kernels
+            module.lay_out(set())   # only one shape at a time has extra copies of its weights
+    if torch.distributed.is_initialized():  # all ranks must compute the same bits: they take rank 0's kernels
         chosen = [found]
         torch.distributed.broadcast_object_list(chosen)
         found |= chosen[0]
@@ -193,14 +193,14 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
 
 
 def candidates(module: QuantLinear, rows: int) -> list[str]:
-    """Names of the kernels that can run this module as it is placed."""
+    """Names of the kernels that can run this module on its device, in its dtype."""
     dtype, device = module.scales.dtype, module.q.device.type
     if device == "cuda" and dtype != torch.float32:
         with contextlib.suppress(ImportError):
             import triton  # noqa: F401
             return ["reduction" if rows == 1 else "dense",
                     *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
-    # torch packs int4 rows by sixteens. Its int8 product reads columns by sixteens, and past the end of other widths.
+    # torch packs 16 int4 rows together. Its int8 product reads 16 columns at a time, past the end of other widths.
     by_sixteen = module.in_features if module.format.mode == "int8" else module.out_features
     if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0:
         return ["dense", "packed"]
@@ -217,9 +217,9 @@ def place(module: QuantLinear) -> str:
 
 
 def fastest(modules: list[QuantLinear], names: list[str], rows: int, repeats: int = 3) -> str:
-    """The fastest of these kernels for `rows` rows, over modules of one shape that take turns.
+    """The name of the fastest kernel for this number of rows. The modules, all of one shape, take turns.
 
-    A kernel that does not run here is left out, with a line on stderr. If none runs, it is "dense".
+    A kernel that fails here is left out, with a line on stderr. "dense" if all fail.
     """
     module, is_cuda = modules[0], modules[0].q.is_cuda
     expert = 0 if module.q.dim() == 3 else None
@@ -231,7 +231,7 @@ def fastest(modules: list[QuantLinear], names: list[str], rows: int, repeats: in
         try:
             run()   # compiles, and makes the layouts
             runs[name] = capture(run).replay if is_cuda else run    # device time alone, without launches
-        except Exception as error:      # a compiler's or a driver's, of any class: the other kernels will do
+        except Exception as error:      # of a compiler or a driver, in any class: the other kernels will do
             say(f"kernel {name!r} does not run here ({rows} x {module.shape}): {' '.join(str(error).split())[:200]}")
     times = {name: [] for name in runs}
     for _ in range(repeats + 1):

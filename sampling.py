@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NOT_FINITE = -2      # in the place of a token: its logits hold NaN or infinity
+NOT_FINITE = -2      # returned in place of a token when its logits hold NaN or infinity
 
 
 class Sampling(NamedTuple):
@@ -50,9 +50,9 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None 
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # A CUDA graph or a compiled graph must not branch on values; on a GPU a sort is quick.
-        by_values = probs.is_cpu and not torch.compiler.is_compiling()
-        probs = (nucleus_by_the_likeliest if by_values else nucleus)(probs, top_p)
+        # A CUDA graph or a compiled graph cannot branch on values. On a GPU a sort is quick.
+        may_branch = probs.is_cpu and not torch.compiler.is_compiling()
+        probs = (nucleus_from_likeliest if may_branch else nucleus)(probs, top_p)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
@@ -65,18 +65,18 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 @torch.jit.script_if_tracing
-def nucleus_by_the_likeliest(probs: Tensor, top_p: float) -> Tensor:
-    """`nucleus` to the bit, from the 256 likeliest tokens of each row, more where they do not hold top_p.
+def nucleus_from_likeliest(probs: Tensor, top_p: float) -> Tensor:
+    """`nucleus`, bit for bit, from the 256 likeliest tokens of a row, or from more if these hold less than top_p.
 
-    On a CPU a sort of the whole vocabulary takes 20 times as long. Scripted, so that a trace keeps the branches.
+    A sort of the whole vocabulary takes a CPU 20 times as long. Scripted, so that a trace keeps the branches.
     """
     V, n = probs.shape[-1], 256
     if V <= n:
         return nucleus(probs, top_p)
     rows = probs.reshape(-1, V)
     out, waiting = torch.zeros_like(rows), torch.arange(rows.shape[0])
-    # Equal probabilities: the lower token comes first. fp64 has room to tell them apart by less than 2^-24, the least
-    # difference between two fp32 numbers.
+    # Of equal probabilities the lower token comes first, as in a stable sort. In fp64 these factors tell them apart by
+    # less than 2^-24, the least relative difference between two fp32 numbers.
     order = 1 - torch.arange(V, dtype=torch.double) * 2.0 ** -44
     while n < V and len(waiting) > 0:
         some = rows[waiting]
@@ -84,7 +84,7 @@ def nucleus_by_the_likeliest(probs: Tensor, top_p: float) -> Tensor:
         ordered = some.gather(-1, tokens)
         before = ordered.cumsum(-1) - ordered
         kept = torch.zeros_like(some).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0))
-        holds = before[:, -1] >= top_p + 1e-5       # more than sums in another order may differ by
+        holds = before[:, -1] >= top_p + 1e-5       # sums in another order differ by less than 1e-5
         out[waiting[holds]] = kept[holds]
         waiting = waiting[~holds]
         n = n * 16
@@ -93,19 +93,23 @@ def nucleus_by_the_likeliest(probs: Tensor, top_p: float) -> Tensor:
     return out.view_as(probs)
 
 
-def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token a row, [..., V] -> [...], by a race of exponential clocks: no host synchronisation.
+def race(probs: Tensor) -> Tensor:
+    """[..., V] -> [..., V]: each probability over an exponential clock, without a host synchronisation.
 
-    NOT_FINITE where a row holds NaN.
+    The largest quotient is a draw from probs, the R largest in their order are R draws without replacement.
     """
-    clocks = torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-30)
-    return tokens_of_finite((probs / clocks).max(-1))
+    return probs / torch.empty_like(probs).exponential_().clamp_min_(1e-30)
+
+
+def sample(probs: Tensor) -> Tensor:
+    """Draw one token a row, [..., V] -> [...]. NOT_FINITE for a row that holds NaN."""
+    return tokens_of_finite(race(probs).max(-1))
 
 
 def next_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
     """[..., V] -> [...]: the largest logit at temperature 0, else a draw from torch's own generator.
 
-    NOT_FINITE for a row that holds NaN or +inf, or nothing but -inf; single tokens at -inf are merely impossible.
+    NOT_FINITE for a row that holds NaN or +inf, or nothing but -inf. Single tokens at -inf are never drawn.
     """
     if sampling.temperature == 0:
         return tokens_of_finite(logits.max(-1))  # argmax takes four times as long on a CPU in bf16
@@ -113,5 +117,5 @@ def next_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def tokens_of_finite(largest: "torch.return_types.max") -> Tensor:
-    """The indices of `largest`; NOT_FINITE where the value is infinite or NaN (torch's max is NaN if any value is)."""
+    """Its indices, NOT_FINITE where the maximum is infinite or NaN. torch's max is NaN if any value is."""
     return largest.indices.masked_fill(largest.values - largest.values != 0, NOT_FINITE)

@@ -308,9 +308,8 @@ def insert_tokens(path: Path, declared: "dict[int, tokenizers.AddedToken]") -> "
 
 
 # Splits text as Qwen2's published tokenizer.json does.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.Tokenizer":
@@ -321,9 +320,8 @@ def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.T
 
     files = [folder / "vocab.json", folder / "merges.txt"]
     if not all(file.is_file() for file in files):
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model, or vocab.json with merges.txt"
-        )
+        raise FileNotFoundError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model, "
+                                "or vocab.json with merges.txt")
     by_model = "Qwen2Tokenizer" if config.get("model_type") in ("qwen2", "qwen3") else None
     kind = str(settings.get("tokenizer_class") or by_model).removesuffix("Fast")
     if kind not in ("Qwen2Tokenizer", "GPT2Tokenizer"):

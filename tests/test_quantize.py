@@ -29,7 +29,8 @@ from linears import Format, QuantLinear, dequantize, fit_grid, pack, quantize_in
 from runtime import tune
 from tokenizer import Tokenizer
 from train_data import read_dialogues
-from reference import VOCAB, assert_close, assert_near_greedy, edited_json, naive_decode, tiny, tokens_of, write_checkpoint
+from reference import (VOCAB, assert_close, assert_near_greedy, edited_json, naive_decode, tiny, tokens_of,
+                       write_checkpoint)
 from test_eagle_lossless import PartlyRightHead, head_of
 
 FORMATS = [Format("int8"), Format("int4", 32), Format("int4", 64)]
@@ -56,13 +57,14 @@ def quantized_folder(kind, tmp_path, *options, **overrides):
 
 
 def dense_twin(folder, out):
-    """The 16-bit model with the values of the quantised one: what every product is compared with."""
+    """The 16-bit model with the dequantised values of `out`: the reference for every product."""
     stored = {key: tensor for key, tensor, _ in iterate_weights(out)}
     model = Transformer.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     weights = {key: dequantize(tensor, stored[key[:-6] + "scales"].float(), stored.get(key[:-6] + "zeros"))
                if key[:-6] + "scales" in stored else tensor
                for key, tensor in stored.items() if key.endswith("weight")}
-    model.output.weight = torch.nn.Parameter(model.output.weight.clone(), requires_grad=False)     # a quantised LM head is never tied
+    # A quantised LM head is never tied.
+    model.output.weight = torch.nn.Parameter(model.output.weight.clone(), requires_grad=False)
     targets = _hf_targets(model) | {"lm_head.weight": model.output.weight}
     for key, tensor in weights.items():
         targets[key].copy_(tensor)
@@ -101,8 +103,8 @@ def test_a_constant_group_survives():
     assert torch.equal(dequantize(stored["weight"], stored["scales"].float(), stored["zeros"]), weight)
 
 
-@pytest.mark.parametrize("format, shape", [*itertools.product(FORMATS, [(48, 64), (33, 192), (128, 640)]), (FORMATS[0], (64, 40)),
-                                           (FORMATS[0], (7, 9))], ids=str)
+@pytest.mark.parametrize("format, shape", [*itertools.product(FORMATS, [(48, 64), (33, 192), (128, 640)]),
+                                           (FORMATS[0], (64, 40)), (FORMATS[0], (7, 9))], ids=str)
 def test_products_equal_float64_for_every_number_of_rows(format, shape):
     weight = torch.randn(shape)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
@@ -111,7 +113,7 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
         for rows in ROWS:
             x = torch.randn(1, rows, shape[1], dtype=dtype)
             theirs = x.double() @ exact + linear.bias.double()
-            spaced = torch.cat((x, x), -1)[..., :shape[1]]  # as PackedRMSNorm's rows lie
+            spaced = torch.cat((x, x), -1)[..., :shape[1]]  # not contiguous, as PackedRMSNorm's rows
             for name in runtime.candidates(linear, rows):
                 assert_close(linear.product(name, x).double(), theirs, tolerance)
                 assert_close(linear.product(name, spaced).double(), theirs, tolerance)
@@ -120,11 +122,13 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_triton_kernel_equals_float64_for_every_number_of_rows(device):
     """On a CPU in Triton's interpreter, in a process of its own: Triton reads the variable when it is imported."""
-    pytest.importorskip("triton", minversion="3.7" if device == "cpu" else None)  # 3.6's interpreter fails with numpy 2.4
+    # The interpreter of 3.6 fails with numpy 2.4.
+    pytest.importorskip("triton", minversion="3.7" if device == "cpu" else None)
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"} | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}"}
+    environment |= {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     subprocess.run([sys.executable, "-c", f"from test_quantize import check_triton; check_triton({device!r})"],
                    env=environment, check=True)
 
@@ -134,7 +138,8 @@ def check_triton(device):
     if device == "cpu":
         multiply_bfloat16_in_triton_s_interpreter()
     torch.manual_seed(0)
-    rows = itertools.cycle([1, 2, 3, 15, 16, 17, 31, 33, 60, 63, 64])   # 11 of them: each comes with every block and split
+    # 11 numbers of rows, 12 kernels: over all cases each number comes with each kernel.
+    rows = itertools.cycle([1, 2, 3, 15, 16, 17, 31, 33, 60, 63, 64])
     formats, shapes = [*FORMATS, Format("int4", 128)], [(40, 128), (33, 384), (40, 96), (130, 100)]
     for format, shape, dtype in itertools.product(formats, shapes, (torch.float16, torch.bfloat16)):
         N, K = shape
@@ -142,14 +147,14 @@ def check_triton(device):
             continue
         linear = QuantLinear.from_weight(torch.randn(shape).to(dtype), format).to(device)
         for name, tensor in linear.stored().items():
-            if name != "weight":    # what lies behind them must not be read
+            if name != "weight":    # NaN behind the scales and zeros, which must not be read
                 setattr(linear, name, torch.cat((tensor, torch.full_like(tensor, torch.nan)))[:N])
         exact = dequantize(*linear.parts()).double().T
         for (block_n, split_k), M in zip(itertools.product((32, 64, 128), (1, 2, 4, 8)), rows):
             x = torch.randn(M, 2 * K, device=device).to(dtype)[:, :K]
             sums = quant_matmul(x, *linear.parts(), block_n, split_k)
             assert sums.shape == (split_k, M, N) and sums.dtype == torch.float32
-            truncates = device == "cpu" and dtype == torch.bfloat16     # so does the interpreter, where a GPU rounds
+            truncates = device == "cpu" and dtype == torch.bfloat16     # the interpreter does, where a GPU rounds
             assert_close(sums.sum(0).double(), x.double() @ exact, 1e-2 if truncates else 1e-4)
         ours = linear.product("triton 32 2", x[None])
         assert ours.dtype == dtype
@@ -158,7 +163,7 @@ def check_triton(device):
 
 
 def multiply_bfloat16_in_triton_s_interpreter():
-    """Which else multiplies the bits of bfloat16 as whole numbers (triton issue 11584)."""
+    """Without this, the interpreter multiplies the bits of bfloat16 as whole numbers (triton issue 11584)."""
     from triton import language
     from triton.runtime.interpreter import InterpreterBuilder
     dot = InterpreterBuilder.create_dot
@@ -177,16 +182,18 @@ def test_rows_of_a_linear_are_its_rows():
 
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_compiled_linear_is_one_graph():
-    """By each kernel, and without operators of oneDNN, which inductor knows in graphs of its own making only."""
+    """With each kernel, and without oneDNN's operators, which inductor knows only in graphs that it makes itself."""
     graphs = []
-    for dtype, name in ((torch.float32, "dense"), *((torch.bfloat16, name) for name in ("dense", "packed", "reduction"))):
+    cases = [(torch.float32, "dense"), *((torch.bfloat16, name) for name in ("dense", "packed", "reduction"))]
+    for dtype, name in cases:
         x = torch.randn(1, 1 if name == "reduction" else 3, 64)
         linear = QuantLinear.from_weight(torch.randn(48, 64).to(dtype), Format("int4", 32))
         linear.kernels = dict.fromkeys(linears.ROWS, name)
         eager = "packed" if name == "packed" else "dense"
         linear.lay_out({eager})
         with torch.inference_mode():
-            compiled = torch.compile(linear, fullgraph=True, backend=lambda graph, _: graphs.append(graph.code) or graph)
+            compiled = torch.compile(linear, fullgraph=True,
+                                     backend=lambda graph, _: graphs.append(graph.code) or graph)
             assert_close(compiled(x.to(dtype)), linear.product(eager, x.to(dtype)), 1e-2)
     assert len(graphs) == 4 and not any("mkldnn" in code for code in graphs)
 
@@ -217,7 +224,7 @@ def test_a_block_takes_the_kernel_of_the_next_larger_number_of_rows(monkeypatch)
     monkeypatch.setattr(QuantLinear, "product", lambda self, name, x, expert: name)
     wanted = {1: "1", 2: "2", 3: "4", 5: "8", 8: "8", 9: "16", 26: "32", 33: "64", 60: "64", 65: "64", 512: "64"}
     assert {rows: linear(torch.ones(1, rows, 64)) for rows in wanted} == wanted
-    assert linear(torch.ones(3, 11, 64)) == "64"       # of a batch all rows count
+    assert linear(torch.ones(3, 11, 64)) == "64"       # all rows of a batch count
 
 
 def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
@@ -234,15 +241,16 @@ def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
     tune(again)
     assert len(calls) == 2 * len(linears.ROWS)
     tune(again)
-    assert len(calls) == 2 * len(linears.ROWS)    # whole again
+    assert len(calls) == 2 * len(linears.ROWS)    # the file is valid again
     file.unlink()
     with monkeypatch.context() as rank:
         rank.setattr(torch.distributed, "is_initialized", lambda: True)
         rank.setattr(torch.distributed, "get_rank", lambda: 1)
-        rank.setattr(torch.distributed, "broadcast_object_list", lambda chosen: chosen[0].update(dict.fromkeys(chosen[0], "dense")))
+        rank.setattr(torch.distributed, "broadcast_object_list",
+                     lambda chosen: chosen[0].update(dict.fromkeys(chosen[0], "dense")))
         tune(again)
-    assert not file.exists() and set(again.kernels.values()) == {"dense"}      # as rank 0 has found
-    file.mkdir()    # not to be read
+    assert not file.exists() and set(again.kernels.values()) == {"dense"}      # what rank 0 found
+    file.mkdir()    # a folder cannot be read
     tune(again)
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")     # no home
     tune(again)
@@ -272,7 +280,7 @@ def correlated(K, n=512):
 
 
 def test_gptq_equals_the_written_out_algorithm_in_float64():
-    x, weight = correlated(192), torch.randn(12, 192, dtype=torch.double)   # more columns than a block has
+    x, weight = correlated(192), torch.randn(12, 192, dtype=torch.double)   # more columns than a block of gptq
     hessian = x.T @ x
     stored = quantize.gptq(weight, hessian, Format("int4", 32), damping=0.0)
     ours = dequantize(stored["weight"], stored["scales"].double(), stored["zeros"])
@@ -292,7 +300,7 @@ def test_gptq_has_a_smaller_output_error_than_rounding(format, act_order):
 
 def test_gptq_damps_more_where_a_hessian_needs_it_and_refuses_one_that_nothing_helps():
     weight, format = torch.randn(8, 32), Format("int4", 32)
-    for lowest in (-0.05, -0.5):    # of eigenvalues that are 1 otherwise: below the damping of 0.01, and of 0.1
+    for lowest in (-0.05, -0.5):    # one eigenvalue, the others are 1: 0.01 of damping is too little, for -0.5 0.1 too
         v = torch.nn.functional.normalize(torch.randn(32), dim=0)
         stored = quantize.gptq(weight, torch.eye(32) - (1 - lowest) * v[:, None] * v, format)
         assert_close(dequantize(stored["weight"], stored["scales"].float(), stored["zeros"]), weight, 0.5)
@@ -310,7 +318,7 @@ def test_a_folder_loads_as_the_values_it_stores(kind, options, tmp_path):
     folder, out = quantized_folder(kind, tmp_path, *options)
     model, twin = Transformer.from_pretrained(out, dtype=torch.float32), dense_twin(folder, out)
     assert isinstance(model.output, QuantLinear) == ("--lm-head" in options)
-    for n in (1, 3, 24, 140):   # experts are run in another way for each
+    for n in (1, 3, 24, 140):   # each number runs experts in another way
         tokens = torch.tensor([tokens_of(n)])
         assert_close(model(tokens, torch.arange(n))[0], twin(tokens, torch.arange(n))[0], 1e-5)
     stored = {key: tensor for key, tensor, _ in iterate_weights(out)}
@@ -324,10 +332,10 @@ def test_quantised_experts_are_near_the_16_bit_ones(mode, bound, tmp_path):
     folder, out = quantized_folder("mixtral", tmp_path, "--mode", mode)
     for dtype, rounding in ((torch.float32, 0), (torch.bfloat16, 0.02)):
         ours, exact = (Transformer.from_pretrained(f, dtype=dtype).layers[0].feed_forward for f in (out, folder))
-        for n in (1, 3, 24, 140):   # of one expert's rows or none, by the packed kernels or the dense product
+        for n in (1, 3, 24, 140):   # one expert gets all rows or none; packed kernels or the dense product
             x = torch.randn(1, n, 64).to(dtype)
             difference = (ours(x) - exact(x)).float().norm(dim=-1) / exact(x).float().norm(dim=-1)
-            assert difference.max() < bound + rounding  # the router has its 16 bits: the same experts are chosen
+            assert difference.max() < bound + rounding  # routers keep 16 bits, so the same experts are chosen
 
 
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "mixtral"])
@@ -349,11 +357,12 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
     exact = Transformer.from_pretrained(folder, dtype=torch.float32)(tokens, pos)[0]
     for method, options in (("rtn", ()), ("gptq", ("--data", data))):
         out = tmp_path / method
-        assert run("--checkpoint", folder, "--out", out, "--mode", "int4", "--method", method, "--device", "cpu", *options) == 0
+        options += ("--mode", "int4", "--method", method, "--device", "cpu")
+        assert run("--checkpoint", folder, "--out", out, *options) == 0
         ours = Transformer.from_pretrained(out, dtype=torch.float32)(tokens, pos)[0]
         errors[method] = (ours - exact).norm().item()
     assert errors["gptq"] < errors["rtn"]
-    if kind == "mixtral":   # routers by which the last four experts are never among the first two
+    if kind == "mixtral":   # routers that never choose the last four experts
         weights = load_file(folder / "model.safetensors")
         for key in weights:
             if key.endswith("block_sparse_moe.gate.weight"):
@@ -366,7 +375,8 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
         assert "no token reached" not in capsys.readouterr().err
 
 
-def test_calibration_sums_over_all_dialogues_through_the_quantised_layers_before_and_by_the_routers_choice(sound, tmp_path, monkeypatch):
+def test_calibration_sums_over_all_dialogues_through_the_quantised_layers_before_and_by_the_routers_choice(
+        sound, tmp_path, monkeypatch):
     tokens_from, data = sound
     folder, out = tmp_path / "mixtral", tmp_path / "q"
     config = json.loads((tokens_from / "config.json").read_text())
@@ -383,7 +393,8 @@ def test_calibration_sums_over_all_dialogues_through_the_quantised_layers_before
     assert len(dialogues) == 4
     for i, layer in enumerate(model.layers):
         inputs = defaultdict(list)
-        for name, module in (("wqkv", layer.attention.wqkv), ("wo", layer.attention.wo), ("experts", layer.feed_forward)):
+        parts = {"wqkv": layer.attention.wqkv, "wo": layer.attention.wo, "experts": layer.feed_forward}
+        for name, module in parts.items():
             module.register_forward_pre_hook(lambda _, x, name=name: inputs[name].append(x[0].flatten(0, 1)))
         for dialogue in dialogues:
             model(dialogue.tokens[None].long(), torch.arange(len(dialogue.tokens)))
@@ -414,8 +425,8 @@ def sound(tmp_path_factory):
 def write_dialogues(file, n):
     words = "the quick brown fox jumps over a lazy dog and then other dogs sleep for rest of day".split()
     shuffled = lambda: " ".join(words[i] for i in torch.randint(len(words), (12,)).tolist())
-    file.write_text("".join(json.dumps({"messages": [
-        {"role": "user", "content": shuffled()}, {"role": "assistant", "content": shuffled()}]}) + "\n" for _ in range(n)))
+    chats = [[{"role": role, "content": shuffled()} for role in ("user", "assistant")] for _ in range(n)]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     return file
 
 
@@ -432,12 +443,18 @@ GPTQ = ("--mode", "int4", "--method", "gptq", "--data")
 
 
 @pytest.mark.parametrize("key, value, options", [
-    ("model.layers.1.mlp.up_proj.weight", "nan", ("--mode", "int8")), ("model.layers.0.self_attn.q_proj.weight", "inf", ("--mode", "int4")),
-    ("model.layers.1.mlp.down_proj.weight", "3e38", ("--mode", "int4")), ("model.layers.1.mlp.up_proj.weight", "nan", GPTQ),
-    ("model.embed_tokens.weight", "nan", GPTQ), ("model.norm.weight", "-inf", ("--mode", "int8")),
-    ("lm_head.weight", "-inf", ("--mode", "int8", "--lm-head", "int8")), ("model.layers.0.mlp.down_proj.weight", "-3e38", GPTQ),
-    ("fc.weight", "nan", ("--mode", "int8")), ("layers.0.post_attention_layernorm.weight", "inf", ("--mode", "int4"))])
-def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_written(sound, key, value, options, tmp_path, capsys):
+    ("model.layers.1.mlp.up_proj.weight", "nan", ("--mode", "int8")),
+    ("model.layers.0.self_attn.q_proj.weight", "inf", ("--mode", "int4")),
+    ("model.layers.1.mlp.down_proj.weight", "3e38", ("--mode", "int4")),
+    ("model.layers.1.mlp.up_proj.weight", "nan", GPTQ),
+    ("model.embed_tokens.weight", "nan", GPTQ),
+    ("model.norm.weight", "-inf", ("--mode", "int8")),
+    ("lm_head.weight", "-inf", ("--mode", "int8", "--lm-head", "int8")),
+    ("model.layers.0.mlp.down_proj.weight", "-3e38", GPTQ),
+    ("fc.weight", "nan", ("--mode", "int8")),
+    ("layers.0.post_attention_layernorm.weight", "inf", ("--mode", "int4"))])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_written(
+        sound, key, value, options, tmp_path, capsys):
     folder, data = sound
     if not key.startswith(("model", "lm_head")):
         folder = random_head(tmp_path / "head", Transformer.from_pretrained(folder))
@@ -456,14 +473,15 @@ def test_a_loaded_weight_that_is_not_finite_is_refused():
             quantize_in_place(head, format)
 
 
-@pytest.mark.parametrize("dtype, advice", [("float16", "try --dtype bfloat16 or float32"), ("float32", "its weights are broken")])
+@pytest.mark.parametrize("dtype, advice", [("float16", "try --dtype bfloat16 or float32"),
+                                           ("float32", "its weights are broken")])
 def test_a_perplexity_that_is_not_finite_is_refused(sound, dtype, advice, tmp_path, capsys):
     """In fp16 the logits overflow; in fp32 they do not, but the perplexity is e to the power of thousands."""
     grow = lambda weights: weights["model.norm.weight"].mul_(1e6)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog.")
-    argv = ("--checkpoint", spoiled(sound[0], tmp_path / "m", grow), "--eval", text, "--dtype", dtype, "--device", "cpu")
-    assert run(*argv) == 2
+    folder = spoiled(sound[0], tmp_path / "m", grow)
+    assert run("--checkpoint", folder, "--eval", text, "--dtype", dtype, "--device", "cpu") == 2
     out, err = capsys.readouterr()
     assert out == "" and err == f"error: the perplexity is not finite in {dtype}: {advice}\n"
 
@@ -484,7 +502,7 @@ def test_gptq_rounds_to_nearest_what_gets_nothing_but_zeros(sound, tmp_path, cap
     folder, data = sound
 
     def silence(weights):
-        weights["model.layers.0.input_layernorm.weight"].zero_()     # so values, and wo's inputs, are zero too
+        weights["model.layers.0.input_layernorm.weight"].zero_()    # so wo's inputs are zero too
         weights["model.layers.1.mlp.gate_proj.weight"].zero_()
     folder = spoiled(folder, tmp_path / "m", silence)
     assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *GPTQ, data) == 0
@@ -521,14 +539,16 @@ def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch,
         Transformer.from_pretrained(part)
     assert again("int8") == 2 and "other settings" in capsys.readouterr().err
     source = folder / "model.safetensors"
-    time = source.stat().st_mtime_ns
-    os.utime(source, ns=(time, time + 1))
+    content, times = source.read_bytes(), (source.stat().st_atime_ns, source.stat().st_mtime_ns)
+    source.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(source, ns=times)      # name, size and time are as before
     assert again() == 2 and "other weights" in capsys.readouterr().err
-    os.utime(source, ns=(time, time))
+    source.write_bytes(content)     # only the time differs now, as in a copy: the run goes on
     with monkeypatch.context() as patch:
         patch.setattr(quantize, "save_file", partial(raise_, SafetensorError("I/O error: No space left on device")))
         assert again() == 2 and capsys.readouterr().err.endswith("error: I/O error: No space left on device\n")
-    for stop in ("model.safetensors.index.json", "quantize.json", "config.json"):
+    for name in ("model.safetensors.index.json", "quantize.json", "config.json"):
+        stop = name
         assert again() == 130 and not out.exists()
     stop = None
     with monkeypatch.context() as patch:
@@ -536,13 +556,15 @@ def test_an_interrupted_run_is_never_loadable_and_goes_on(tmp_path, monkeypatch,
         assert again() == 130 and not out.exists()
     assert again() == 0 and not part.exists() and not (out / "settings.json").exists()
     shards = [name for name in written if name.endswith(".part")]
-    assert sorted(shards) == sorted([*(file.stem + ".part" for file in whole.glob("*.safetensors")), "model-layer-002.part"])
+    once_each = [file.stem + ".part" for file in whole.glob("*.safetensors")]
+    assert sorted(shards) == sorted([*once_each, "model-layer-002.part"])
     for file in whole.glob("*.safetensors"):
         ours, theirs = load_file(out / file.name), load_file(file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_resumed_calibration_keeps_its_date_and_is_bound_to_its_tokens_and_config(sound, tmp_path, monkeypatch, capsys):
+def test_a_resumed_calibration_keeps_its_date_and_is_bound_to_its_tokens_and_config(
+        sound, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(sound[0], tmp_path / "m")
     with edited_json(folder / "tokenizer_config.json") as config:
         config["chat_template"] = "{{ strftime_now('%d') }}{{ greeting }}" + config["chat_template"]
@@ -584,7 +606,8 @@ def raise_(error, *args, **options):
     (("--mode", "int8", "--group-size", "32"), "--group-size is for int4"),
     (("--mode", "int4", "--method", "gptq"), "needs --data"),
     (("--mode", "int4", "--method", "gptq", "--data", "nowhere"), "no such file"),
-    (("--mode", "int4", "--group-size", "128", "--method", "gptq", "--data", __file__), "group size 128 does not divide"),
+    (("--mode", "int4", "--group-size", "128", "--method", "gptq", "--data", __file__),
+     "group size 128 does not divide"),
     (("--mode", "int4", "--method", "gptq", "--data", __file__), "tokenizer"),
     (("--mode", "int4", "--template-args", '{"greeting": "Hi"}'), "for --method gptq"),
 ])
@@ -605,7 +628,8 @@ def test_a_quantised_folder_is_refused_and_so_is_an_existing_one(tmp_path, capsy
 
 @pytest.mark.parametrize("change, message", [
     ({"mode": "int3"}, "mode 'int3'"), ({"mode": "int4", "group_size": 48}, "group_size 48"),
-    ({"mode": "int4", "group_size": 32}, "quantize.json|shape"), ({"lm_head": "int2"}, "lm_head 'int2'"), (None, "unexpected key")])
+    ({"mode": "int4", "group_size": 32}, "quantize.json|shape"), ({"lm_head": "int2"}, "lm_head 'int2'"),
+    (None, "unexpected key")])
 def test_a_quantize_json_that_does_not_fit_is_refused(change, message, tmp_path):
     _, out = quantized_folder("gqa", tmp_path, "--mode", "int8")
     file = out / "quantize.json"
@@ -622,7 +646,8 @@ def test_eval_prints_perplexity_before_and_after(tmp_path, capsys):
     tiny("gqa", folder, **WIDE, vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"])
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    assert run("--checkpoint", folder, "--out", tmp_path / "q", "--mode", "int8", "--eval", text, "--dtype", "float32") == 0
+    options = ("--mode", "int8", "--eval", text, "--dtype", "float32")
+    assert run("--checkpoint", folder, "--out", tmp_path / "q", *options) == 0
     before, after = capsys.readouterr().out.strip().split("\n")
     value = lambda line: float(line.split("perplexity ")[1].split()[0])
     assert "32.00 bits" in before and "8.30 bits" in after and abs(value(after) / value(before) - 1) < 0.1
@@ -647,8 +672,9 @@ def random_head(folder, target):
     """A head of random weights in the official format."""
     c = target.config
     torch.manual_seed(1)
-    args = dict(model_type="llama", hidden_size=c.dim, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
-                vocab_size=c.vocab_size, num_hidden_layers=1, rms_norm_eps=1e-5, max_position_embeddings=256, bias=True)
+    args = dict(model_type="llama", hidden_size=c.dim, intermediate_size=128, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=c.vocab_size, num_hidden_layers=1, rms_norm_eps=1e-5,
+                max_position_embeddings=256, bias=True)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(args))
     shapes = {"fc.weight": (64, 128), "fc.bias": (64,), "layers.0.post_attention_layernorm.weight": (64,),
@@ -663,7 +689,8 @@ def random_head(folder, target):
 @pytest.mark.parametrize("options", [("--mode", "int8", "--lm-head", "int4"), ("--mode", "int4")], ids=str)
 @pytest.mark.parametrize("kind", ["gqa", "mixtral"])
 @pytest.mark.parametrize("draft_vocab", [None, 40])
-def test_greedy_eagle_with_a_quantised_head_equals_plain_decoding_of_the_quantised_target(kind, options, draft_vocab, tmp_path):
+def test_greedy_eagle_with_a_quantised_head_equals_plain_decoding_of_the_quantised_target(
+        kind, options, draft_vocab, tmp_path):
     _, out = quantized_folder(kind, tmp_path, *options)
     model = Transformer.from_pretrained(out, dtype=torch.float32)
     head_out = tmp_path / "head-q"
@@ -707,7 +734,29 @@ def test_quantize_in_place_gives_what_the_folder_gives(tmp_path, monkeypatch):
         patch.setattr(linears, "round_to_nearest",
                       lambda *args: is_there.append(old() is not None) or round_to_nearest(*args))
         quantize_in_place(model, Format("int4", 32), "int8")
-    assert is_there[0] and not is_there[-1]     # no weight stays until all are rounded
+    assert is_there[0] and not is_there[-1]     # each weight is freed when it is rounded, not at the end
     tokens = torch.tensor([tokens_of(5)])
     theirs = Transformer.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(model(tokens, torch.arange(5))[0], theirs(tokens, torch.arange(5))[0])
+
+
+# The document
+
+
+def test_the_table_of_the_document_has_the_figures_of_the_log_and_of_the_run():
+    root = Path(__file__).parents[1]
+    table, log = table_of(root / "docs/quantisation.md", 6), table_of(root / "dev/log.md", 4)
+    run = table_of(root / "benchmarks/results/cpu-2core-smollm2-peers/report.md", 8)
+    for row, logged, arm in (("bf16", "16 bits", ""), ("int8, LM head int8", "int8, LM head int8", "int8-"),
+                             ("int4 of 32, LM head int8", "int4 of 32", "int4-"),
+                             ("the same by GPTQ", "int4 of 32, GPTQ", None)):
+        megabytes, bits, perplexity, plain, eagle = table[row]
+        assert log[logged] == [perplexity, megabytes, bits]
+        measured = ["", ""] if arm is None else [run[arm + name][0] for name in ("plain", "eagle-tuned")]
+        assert [plain, eagle] == measured
+
+
+def table_of(file, n_column):
+    """{first cell: the other cells} of all table rows with n_column columns, without bold."""
+    rows = [line.replace("**", "").split("|")[1:-1] for line in file.read_text().splitlines() if line.startswith("|")]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows if len(cells) == n_column}

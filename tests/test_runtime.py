@@ -91,7 +91,7 @@ def test_top_p_by_the_likeliest_few_equals_a_full_sort(top_p, monkeypatch):
     for name, logits in cases.items():
         ours = logits_to_probs(logits, 1.0, None, top_p)
         with monkeypatch.context() as patch:
-            patch.setattr(sampling_file, "nucleus_by_the_likeliest", sampling_file.nucleus)
+            patch.setattr(sampling_file, "nucleus_from_likeliest", sampling_file.nucleus)
             expected = logits_to_probs(logits, 1.0, None, top_p)
         for found in (ours, traced(logits)):
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=name)
