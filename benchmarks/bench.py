@@ -102,7 +102,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_memory(args: argparse.Namespace) -> None:
-    """A clear line instead of a process killed by the system."""
+    """Refuse weights that do not fit in memory, for which the system would kill the process."""
     needed = sum(p.numel() for p in meta_model(args.config, args.dtype).parameters()) * args.dtype.itemsize
     if args.device.type == "cuda":
         there = torch.cuda.get_device_properties(args.device).total_memory
@@ -151,9 +151,9 @@ def measure_target(args: argparse.Namespace) -> dict:
 
 
 def make_fast(model: torch.nn.Module, layers: Iterable[torch.nn.Module], args: argparse.Namespace) -> None:
-    """As generate.py runs it on this device."""
+    """Compile or pack as generate.py does on this device."""
     if args.compile:
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # else eager code would be timed silently
         compile_layers(layers)
     else:
         pack_for_cpu(model)
@@ -181,7 +181,7 @@ def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace
 
 
 def lm_head_bytes(twin: Transformer) -> int:
-    """As it is stored, quantised or not."""
+    """Bytes of the LM head as it is stored, quantised or not."""
     return sum(tensor.nbytes for tensor in stored(twin.output).values())
 
 
@@ -200,7 +200,7 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], tor
 
 
 def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], list[torch.Tensor]]:
-    """What all layers do over the cache, laid out as model.Attention does it: no product with a weight."""
+    """The attention of all layers over the cache, laid out as in model.Attention, without products with weights."""
     c, cache = model.config, model.kv_cache
     n_slot, group = bucket(n_used, cache.shape[4]), c.n_head // c.n_kv_head
     pos = torch.arange(n_used - n_row, n_used, device=cache.device)[None]
@@ -308,7 +308,7 @@ def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[to
 
 
 def eagerly(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """As Decoder prefills: prompts come in all lengths, and are not worth compiling for."""
+    """For prefill, which Decoder does not compile either: prompts come in all lengths."""
     return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
@@ -491,7 +491,7 @@ def quantised(args: argparse.Namespace) -> dict | None:
 
 
 def setup_caches(model: Transformer, n_slot: int) -> None:
-    """Filled, not zero: untouched memory reads as one shared page, which stays in the processor's cache."""
+    """Caches full of numbers: untouched memory reads as one shared page, which stays in the processor's cache."""
     model.setup_caches(1, min(n_slot, context(model.config)))
     model.kv_cache.normal_()
 
