@@ -64,7 +64,7 @@ class Shard:
     @classmethod
     def world(cls) -> "Shard":
         """This process in the default process group."""
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
+        return cls(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_group().group_name)
 
     def local(self, config: ModelArgs) -> ModelArgs:
         """The config of one rank's part. vocab_size and dim stay those of the whole model.

@@ -567,7 +567,7 @@ def test_ctrl_c_ends_all_ranks_without_a_traceback(tmp_path):
         time.sleep(0.1)
     agent_children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.killpg(run.pid, signal.SIGINT)           # as a terminal does
-    run.communicate(timeout=30)
+    run.communicate(timeout=10)
     assert run.returncode != 0 and len(logs("stderr")) == 2
     assert [line for text in logs("stderr") for line in text.split("\n") if line][1:] == [], logs("stderr")   # "loaded"
     assert not any(Path(f"/proc/{pid}").exists() for pid in agent_children)
@@ -604,14 +604,19 @@ def interrupted_while_the_other_leaves():
     signal.raise_signal(signal.SIGINT)
 
 
-def interrupted_with_a_handler():
-    """As a training, which has something to save first."""
+def wait_with_handlers(signals=()):
+    """As a training does: it saves before it ends."""
+    noted = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        noted = []
-        signal.signal(number, lambda *_: noted.append("noted"))
+        signal.signal(number, lambda number, _: noted.append(number))
+    for number in signals:
         signal.raise_signal(number)
-        assert noted == ["noted"]
+    assert noted == list(signals)
     return wait()
+
+
+def interrupted_with_handlers():
+    return wait_with_handlers((signal.SIGINT, signal.SIGTERM))
 
 
 class Mishap(NamedTuple):
@@ -631,8 +636,9 @@ LATE = "error: rank 1 does not answer: Timed out waiting ...\n"
 GONE = "error: rank 1 does not answer: ...Connection ... by peer...\n"     # closed, or reset
 MISHAPS = {
     "nothing": Mishap(lambda: print("a word", end="") or wait(), lambda: print("silence") or wait(), [0, 0], ""),
-    "a handler of its own": Mishap(wait, interrupted_with_a_handler, [0, 0], ""),
+    "a handler of its own": Mishap(wait, interrupted_with_handlers, [0, 0], ""),
     "1 is killed": Mishap(wait, kill, [TERM, -9], "", "rank      : 1 ...Signal 9 (SIGKILL) received"),
+    "1 is killed, 0 has a handler": Mishap(wait_with_handlers, kill, [1, -9], GONE),
     "1 is stuck": Mishap(wait, lambda: time.sleep(60), [1, TERM], LATE, timeout=3),
     "1 is stopped": Mishap(wait, lambda: kill(signal.SIGSTOP), [1, -9], LATE, timeout=3, seconds=10 + SHUTDOWN),
     "1 fails": Mishap(wait, lambda: fail("error: out of memory", 2), [TERM, 2], "error: rank 1: out of memory\n",
@@ -642,8 +648,10 @@ MISHAPS = {
     "both fail": Mishap(*2 * [lambda: fail("error: no such file", 2)], [2, TERM], "error: no such file\n"),
     "nobody reads 0": Mishap(lambda: 141, wait, [141, TERM], ""),
     "1 is mistaken": Mishap(wait, mistake, [TERM, 1], "", "rank      : 1 ...AssertionError: a mistake"),
+    "0 is mistaken": Mishap(mistake, wait, [1, TERM], "Traceback...AssertionError: a mistake\n",
+                            "rank      : 0 ...AssertionError: a mistake"),
     "both are mistaken": Mishap(mistake, mistake, [1, TERM], "Traceback...AssertionError: a mistake\n",
-                                "rank      : 0 ...AssertionError: a mistake"),
+                                "rank      : ...AssertionError: a mistake"),
     "one works alone": Mishap(work_alone, work_alone, [0, 0], "", timeout=1, seconds=20),
     # on two machines, where no torchrun sees both
     "Ctrl-C": Mishap(interrupted_while_the_other_leaves, lambda: signal.raise_signal(signal.SIGINT), [130, 130], "",
@@ -661,6 +669,8 @@ def suffer(name, folder, env):
     """A rank."""
     os.setsid()
     os.environ |= env
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # not those of torchrun's part
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
@@ -679,10 +689,10 @@ def suffer(name, folder, env):
 
 
 class Program:
-    """Instead of torchrun's subprocess.Popen: a process of the forkserver, which has imported torch already."""
+    """Instead of subprocess.Popen: a fork of torchrun's part, which has imported torch already."""
 
     def __init__(self, args, env):
-        self.process = multiprocessing.get_context("forkserver").Process(target=suffer, args=(*args[1:], env))
+        self.process = multiprocessing.get_context("fork").Process(target=suffer, args=(*args[1:], env))
         self.process.start()
         self.pid = self.process.pid
 
