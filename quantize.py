@@ -134,10 +134,9 @@ def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: 
         raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
     if out.exists():
         raise ValueError(f"{out} exists: give --out another folder")
-    config = read_json(folder / "config.json")
-    kind = head_kind(config) if is_head(shapes) else None
+    kind = head_kind(read_json(folder / "config.json")) if is_head(shapes) else None
     if kind is None:
-        ModelArgs.from_config(config)
+        ModelArgs.from_config(read_json(folder / "config.json"))
     elif kind == "eagle1" and (args.lm_head or args.method == "gptq"):
         raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: "
                          "no --lm-head, --method rtn")
@@ -146,7 +145,7 @@ def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: 
     for key, shape in shapes.items():
         if linear_of(key):
             format.n_group(shape[-1])
-        elif args.lm_head and key in ("lm_head.weight", "model.embed_tokens.weight"):   # of the same width
+        elif args.lm_head and official_key(key) in ("lm_head.weight", "embed_tokens.weight"):   # of the same width
             format.of_lm_head(args.lm_head).n_group(shape[-1])
 
 
@@ -187,7 +186,8 @@ def quantize_unit(folder: Path, unit: str, format: Format, calibration: "Calibra
     for key in list(tensors):
         done |= quantize_weight(key, tensors.pop(key), format, hessians, args.act_order)
     if args.lm_head and not unit:
-        weight = done.pop("lm_head.weight") if "lm_head.weight" in done else done["model.embed_tokens.weight"]   # tied
+        own = [key for key in done if official_key(key) == "lm_head.weight"]
+        weight = done.pop(own[0]) if own else done["model.embed_tokens.weight"]     # tied
         stored = round_to_nearest(weight, format.of_lm_head(args.lm_head))
         done |= {f"lm_head.{kind}": tensor for kind, tensor in stored.items()}
     return done

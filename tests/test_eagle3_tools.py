@@ -31,9 +31,10 @@ N_LAYER = 8                         # of the target: the default hidden states a
 SPECULATORS = {"speculators_model_type": "eagle3", "norm_before_residual": True}
 
 
-def write_eagle3(folder, target, *, n_draft=VD, n_layer=1, prefix="midlayer.", own_ids=None, dtype=torch.float32,
+def write_eagle3(folder, target, *, n_draft=VD, n_layer=1, prefix="midlayer.", outer="", dtype=torch.float32,
                  **changes):
-    """A random head for a target's config. `changes` of config.json; norms come with their flags."""
+    """A random head for a target's config. `changes` of config.json; norms come with their flags. outer is put before
+    all keys."""
     generator = torch.Generator().manual_seed(3)
     n_head, n_kv, D, t = 4, 2, 16, target.dim
     config = dict(architectures=["LlamaForCausalLMEagle3"], model_type="llama", hidden_size=H, intermediate_size=F,
@@ -64,7 +65,7 @@ def write_eagle3(folder, target, *, n_draft=VD, n_layer=1, prefix="midlayer.", o
         weights["d2t"] = ids - torch.arange(n_draft)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors")
+    save_file({outer + key: weight for key, weight in weights.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -133,7 +134,7 @@ def quantized(folder, out, *options):
 
 
 @pytest.mark.parametrize("mode, lm_head, head_keys", [
-    ("int8", None, {}), ("int4", "int8", dict(n_layer=2)), ("int4", "int4", dict(prefix="model.midlayer.")),
+    ("int8", None, {}), ("int4", "int8", dict(n_layer=2)), ("int4", "int4", dict(outer="model.")),
     ("int8", "int4", dict(prefix="layers.0.", fc_norm=True, norm_before_fc=True, **SPECULATORS))], ids=str)
 def test_a_quantised_head_drafts_as_the_values_that_it_stores(target, tmp_path, mode, lm_head, head_keys):
     folder = write_eagle3(tmp_path / "head", target.config, **head_keys)
@@ -149,10 +150,11 @@ def test_a_quantised_head_drafts_as_the_values_that_it_stores(target, tmp_path, 
     # The same values in 32 bits, by the format's own definition
     shutil.copytree(folder, tmp_path / "dense")
     weights = read_safetensors(folder / "model.safetensors")
-    formats = dict.fromkeys([key for key in weights if key.removesuffix(".weight").endswith(LINEARS)] + ["fc.weight"],
+    outer = head_keys.get("outer", "")
+    formats = dict.fromkeys([key for key in weights if key.removesuffix(".weight").endswith((*LINEARS, "fc"))],
                             Format(mode, None if mode == "int8" else 32))
     if lm_head:
-        formats["lm_head.weight"] = Format(lm_head, None if lm_head == "int8" else 32)
+        formats[f"{outer}lm_head.weight"] = Format(lm_head, None if lm_head == "int8" else 32)
     for key, format in formats.items():
         rounded = round_to_nearest(weights[key], format)
         scales, zeros = rounded["scales"].float(), rounded.get("zeros")
