@@ -375,3 +375,309 @@ def test_18_greedy_generations_have_the_tokens_and_accepted_lengths_of_the_metho
         assert alone.accept_lengths[0] == together.accept_lengths[row] == lengths
     all_lengths = {n for _, lengths in expected for n in lengths}
     assert len(all_lengths) >= 3 and 1 in all_lengths, all_lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dialects
+
+def specforge(**changes):
+    """SpecForge's config.json, which SGLang reads. Its layer ids count outputs."""
+    return head_config(architectures=["LlamaForCausalLMEagle3"], attention_bias=False, attention_dropout=0.0,
+                       max_window_layers=48, rope_scaling=None, sliding_window=None, use_sliding_window=False,
+                       torch_dtype="bfloat16", rope_theta=500.0, eagle_config=dict(
+                           eagle_aux_hidden_state_layer_ids=[1, 3, 4], use_aux_hidden_state=True), **changes)
+
+
+def modelopt(**changes):
+    """What NVIDIA's Model Optimizer exports."""
+    config = specforge(mlp_bias=False, pretraining_tp=1, **changes)
+    config["eagle_config"] |= dict(use_input_layernorm_in_first_layer=True, use_last_layernorm=True,
+                                   use_mtp_layernorm=False, next_layer_regular=True, parallel_draft_step=1,
+                                   parallel_draft_heads_num_layers=1, has_lm_head=True)
+    return config
+
+
+def speculators(layer_keys=(), **changes):
+    """speculators' config.json, which vLLM reads: the layer's keys stand inside, and ids count inputs."""
+    outer = {"architectures", "draft_vocab_size", "torch_dtype", "transformers_version"}
+    config = head_config(architectures=["Eagle3DraftModel"], rope_theta=500.0)
+    inner = {key: value for key, value in config.items() if key not in outer}
+    inner |= dict(attention_bias=False, attention_dropout=0.0, mlp_bias=False, pretraining_tp=1, rope_scaling=None,
+                  **dict(layer_keys))
+    return {key: config[key] for key in outer} | dict(
+        auto_map={"": "eagle3.Eagle3SpeculatorConfig"}, has_no_defaults_at_init=False, tie_word_embeddings=False,
+        base_model_ep_plan=None, embed_requires_grad=False, enable_sp_ulysses=False, target_hidden_size=None,
+        norm_before_residual=False, norm_before_fc=False, fc_norm=False, norm_output=False,
+        eagle_aux_hidden_state_layer_ids=[2, 4, 5], speculators_model_type="eagle3", speculators_version="0.4.0.1",
+        speculators_config={"algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [
+            {"accept_tolerance": 0.0, "proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1}],
+            "verifier": {"name_or_path": "owner/target", "architectures": ["LlamaForCausalLM"]}},
+        transformer_layer_config=inner) | changes
+
+
+def flat(config):
+    """The keys that the method written out reads, wherever a dialect has them."""
+    return config | config.get("transformer_layer_config", {})
+
+
+LAYERS0, PREFIX = ("midlayer.", "layers.0."), ("", "model.")
+# As transformers writes out the whole of a config, not its differences from the defaults.
+WHOLE = dict(_attn_implementation_autoset=True, return_dict=True, output_hidden_states=False, is_decoder=False,
+             torchscript=False, id2label={"0": "LABEL_0"}, cross_attention_hidden_size=None, top_k=50, problem_type=None)
+T3 = dict(theta=500.0)
+# name -> config.json, options of head_weights, renamings of keys, and options of WrittenOut: what the file means
+DIALECTS = {
+    "authors": (head_config(), {}, [], {}),
+    "authors, theta at the top": (head_config(rope_theta=500.0), {}, [], T3),
+    "theta in rope_parameters": (head_config(rope_parameters=dict(rope_type="default", rope_theta=500.0)), {}, [], T3),
+    "theta in rope_scaling": (head_config(rope_scaling=dict(rope_type="default", rope_theta=500.0)), {}, [], T3),
+    "theta null": (dict(head_config(), rope_theta=None), {}, [], {}),
+    "theta in rope_parameters beside rope_scaling": (head_config(
+        rope_parameters=dict(rope_type="default", rope_theta=500.0), rope_scaling=dict(rope_type="default")), {}, [], T3),
+    "ids null": (dict(head_config(), eagle_aux_hidden_state_layer_ids=None), {}, [], {}),
+    "other ids": (head_config(eagle_aux_hidden_state_layer_ids=[2, 3, 8]), {}, [], dict(states=(2, 3, 8))),
+    "specforge": (specforge(), {}, [], T3),
+    "specforge, fc_norm": (specforge(fc_norm=True), dict(more=["fc_norm"]), [], dict(fc_norm=True, **T3)),
+    "specforge, norm_output": (specforge(norm_output=True), {}, [], T3),
+    "specforge, no eagle_config": (specforge() | dict(eagle_config=None), {}, [], T3),
+    "sglang, Qwen3": (specforge(model_type="qwen3", head_dim=12), dict(more=["qk_norm"], head_dim=12), [PREFIX], T3),
+    "modelopt": (modelopt(num_aux_hidden_states=3), {}, [], T3),
+    "AngelSlim": (head_config(architectures=["Eagle3LlamaForCausalLM"], tie_word_embeddings=True, use_mrope=False,
+                              num_hidden_layers=28, rope_theta=500.0), dict(embed=True), [], T3),
+    "speculators": (speculators(), {}, [LAYERS0], T3),
+    "speculators, norm_before_residual": (speculators(norm_before_residual=True), {}, [LAYERS0],
+                                          dict(norm_before_residual=True, **T3)),
+    "speculators, norm_before_fc": (speculators(norm_before_fc=True), dict(more=["norm_before_fc"]), [LAYERS0],
+                                    dict(norm_before_fc=True, **T3)),
+    "speculators, fc_norm": (speculators(fc_norm=True), dict(more=["fc_norm"]), [LAYERS0], dict(fc_norm=True, **T3)),
+    "speculators, norm_output": (speculators(norm_output=True), {}, [LAYERS0], dict(norm_output=True, **T3)),
+    "speculators, all flags of 3.1": (
+        speculators(norm_before_residual=True, fc_norm=True, norm_output=True), dict(more=["fc_norm"], embed=True),
+        [LAYERS0], dict(norm_before_residual=True, fc_norm=True, norm_output=True, **T3)),
+    "speculators, Qwen3, theta inside": (
+        speculators(dict(model_type="qwen3", head_dim=6, rope_theta=None, rope_parameters=dict(
+            rope_type="default", rope_theta=500.0))), dict(more=["qk_norm"], head_dim=6, embed=True), [LAYERS0], T3),
+    "speculators, the whole config inside": (speculators(WHOLE), {}, [LAYERS0, PREFIX], T3),
+    "vLLM": (head_config(architectures=["Eagle3LlamaForCausalLM"], target_hidden_size=T, num_aux_hidden_states=3,
+                         eagle_aux_hidden_state_layer_ids=[2, 4, 5]), {}, [LAYERS0], {}),
+    "narrow, its own embedding": (head_config(hidden_size=24, target_hidden_size=T), dict(embed="own"), [], {}),
+    "wide heads, no head_dim": (head_config(), dict(head_dim=14), [], {}),
+    "an embedding that was trained": (speculators(embed_requires_grad=True), dict(embed="own"), [LAYERS0], T3),
+    "another embedding, not announced": (head_config(), dict(embed="own"), [], {}),
+    "three layers": (speculators(dict(num_hidden_layers=3)), dict(n_layer=3), [LAYERS0], T3),
+    "the final state alone": (specforge() | dict(eagle_config=dict(use_aux_hidden_state=False)), dict(n=1), [],
+                              dict(states=(L,), **T3)),
+    "five states": (head_config(eagle_aux_hidden_state_layer_ids=[2, 3, 4, 5, 7]), dict(n=5), [],
+                    dict(states=(2, 3, 4, 5, 7))),
+    "whole vocabulary": (head_config(draft_vocab_size=V), dict(n_draft=V), [], {}),
+    "whole vocabulary, not announced": (head_config(architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=None),
+                                        dict(n_draft=V), [], {}),
+    "whole vocabulary in another order": (head_config(draft_vocab_size=V), dict(n_draft=V, ids=list(range(V))[::-1]),
+                                          [], {}),
+    "no t2d": (head_config(), dict(t2d=False), [], {}),
+}
+
+
+@pytest.mark.parametrize("config, file, names, meaning", DIALECTS.values(), ids=list(DIALECTS))
+def test_a_head_of_each_dialect_is_what_its_file_means(target, tmp_path, config, file, names, meaning):
+    torch.manual_seed(1)
+    file = dict(file)
+    embed, has_t2d, n_draft = file.pop("embed", False), file.pop("t2d", True), file.get("n_draft", VD)
+    ids = file.pop("ids", None if n_draft == V else IDS)
+    weights = head_weights(flat(config), **file)
+    stored = renamed(weights, *names)
+    if ids is not None:
+        stored |= tables(ids)
+        stored = stored if has_t2d else {key: x for key, x in stored.items() if key != "t2d"}
+    embedding = target.hf.embedding
+    if embed:
+        if embed == "own":
+            embedding = 0.5 * torch.randn(V, flat(config)["hidden_size"])
+        stored["embed_tokens.weight"] = embedding.clone()
+    head = EagleHead.from_pretrained(save(tmp_path / "head", config, stored), target.model)
+    assert isinstance(head, Eagle3Head) and head.kind == "eagle3"
+    written = WrittenOut(flat(config), weights, embedding, ids=ids, **meaning)
+    assert head.capture == written.states and head.spec.args.rope_theta == written.theta
+    compare(target.model, head, written, target.hf, tokens_of(12, seed=2, vocab=V))
+    # It says what it took.
+    line = head.spec.describe()
+    assert "\n" not in line and f"hidden states {', '.join(map(str, written.states))} (" in line
+    source = "config.json" if "theta" in meaning else "the default: config.json has none"
+    assert f"RoPE base {written.theta:g} ({source})" in line
+    assert head.spec.capture_source.startswith("the default") == ("layer_ids': [" not in str(config))
+    for flag in ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output"):
+        assert (flag in line) == (meaning.get(flag, False) or bool(config.get(flag)))
+    assert ("its own embedding" in line) == (embed == "own")
+    result = generate(target.model, PROMPTS[:2], 12, head=head, tree="dynamic:3,4,10")
+    assert result.tokens == [target.hf.greedy(prompt, 12) for prompt in PROMPTS[:2]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused: one line that names key, value and remedy
+
+KEY = "eagle_aux_hidden_state_layer_ids"
+
+
+def changed(config, weights, keys=(), **tensors):
+    """The head with keys of config.json changed, and weights changed, added or (None) taken away."""
+    weights = {key: tensor for key, tensor in (weights | tensors).items() if tensor is not None}
+    return config | dict(keys), weights
+
+
+BAD = {
+    # layers
+    "ids from neither 1 nor 2": (dict({KEY: [0, 3, 4]}), {}, rf"{KEY} \[0, 3, 4\] begins with .*--aux-layers J J J"),
+    "ids of the last layers": (dict({KEY: [6, 7, 8]}), {}, rf"{KEY} \[6, 7, 8\] begins with .*--aux-layers J J J"),
+    "ids inside eagle_config": (dict(eagle_config={KEY: [3, 4, 5]}), {}, rf"{KEY} \[3, 4, 5\] begins with"),
+    "ids no list": (dict({KEY: "1,3,4"}), {}, rf"{KEY} '1,3,4' is no list of layers\. .*--aux-layers J J J"),
+    "ids empty": (dict({KEY: []}), {}, rf"{KEY} \[\] is no list of layers"),
+    "ids no integers": (dict({KEY: [1, 3.5, 4]}), {}, rf"{KEY} \[1, 3.5, 4\] is no list of layers"),
+    "two ids": (dict({KEY: [2, 4]}), {}, rf"takes 3 hidden states, and {KEY} names 2: \[2, 4\]\. .*--aux-layers J J J"),
+    "an id past the target": (dict({KEY: [1, 4, 8]}), {}, r"hidden states \[2, 5, 9\] .* within the target's 8 layers"),
+    "ids under another name": (dict(target_layer_ids=[1, 3, 4]), {}, r"target_layer_ids \[1, 3, 4\] .*--aux-layers J"),
+    "another count of states": (dict(num_aux_hidden_states=4), {}, "num_aux_hidden_states 4, .* takes 3 hidden states"),
+    "the final state announced": (dict(eagle_config=dict(use_aux_hidden_state=False)), {}, "use_aux_hidden_state False"),
+    "two states, not named": ({}, {"fc.weight": torch.ones(T, 2 * T)}, "takes 2 hidden states, .* --aux-layers J J$"),
+    "fc of another width": ({}, {"fc.weight": torch.ones(T, 3 * T + 1)}, "fc.weight takes 97 columns, .* width 32"),
+    # flags and norms
+    "a flag": (dict(use_second_norm=True), {}, "use_second_norm True is not known"),
+    "a true": (dict(quick=True), {}, "quick True is not known"),
+    "a flag inside eagle_config": (dict(eagle_config=dict(return_hidden_post_norm=True)), {}, "return_hidden_post_norm"),
+    "a flag that is no bool": (dict(norm_output="yes"), {}, "norm_output 'yes' is neither true nor false"),
+    "no norm of the embedding": (dict(eagle_config=dict(use_input_layernorm_in_first_layer=False)), {},
+                                 "use_input_layernorm_in_first_layer False is not supported: it is True"),
+    "a norm of MTP": (dict(eagle_config=dict(use_mtp_layernorm=True)), {}, "use_mtp_layernorm True is not supported"),
+    "parallel drafts": (dict(parallel_draft_step=4), {}, "parallel_draft_step 4 is not supported: it is 1"),
+    "P-EAGLE": (dict(parallel_drafting=True), {}, "parallel_drafting True is not known"),
+    "a scaled embedding": (dict(embedding_multiplier=12.0), {}, "embedding_multiplier 12.0 is not known"),
+    "scaled logits": (dict(logit_scale=0.0625), {}, "logit_scale 0.0625 is not supported"),
+    "eagle_config a list": (dict(eagle_config=[1]), {}, r"eagle_config \[1\] is not an object"),
+    "fc_norm without weights": (dict(fc_norm=True), {}, "weights are missing, first 'fc_norm.0.weight'"),
+    "norm_before_fc without one": (dict(norm_before_fc=True), {}, "weights are missing, first 'input_norm.weight'"),
+    "fc_norm false beside weights": (dict(fc_norm=False), {f"fc_norm.{i}.weight": torch.ones(T) for i in range(3)},
+                                     "fc_norm is false, and the weights hold fc_norm.0.weight"),
+    "an unknown norm": ({}, {"midlayer.mlp_norm.weight": torch.ones(T)}, "unexpected key 'layers.0.mlp_norm.weight'"),
+    # layers of the head
+    "a kind of layers": (dict(model_type="gemma3_text"), {}, "model_type 'gemma3_text' is not supported"),
+    "an activation": (dict(hidden_act="gelu"), {}, "hidden_act 'gelu' is not supported"),
+    "a window": (dict(use_sliding_window=True, sliding_window=512), {}, "sliding_window 512 .* --draft-window N"),
+    "a window by layer_types": (dict(layer_types=["sliding_attention"], sliding_window=128), {}, "sliding_window 128"),
+    "attention_bias": (dict(attention_bias=True), {}, "attention_bias True: an EAGLE-3 head has no biases"),
+    "bias": (dict(bias=True), {}, "bias True: an EAGLE-3 head has no biases"),
+    "mlp_bias": (dict(mlp_bias=True), {}, "mlp_bias True: an EAGLE-3 head has no biases"),
+    "a bias": ({}, {"midlayer.self_attn.q_proj.bias": torch.ones(T)}, "unexpected key 'layers.0.self_attn.q_proj.bias'"),
+    "a bias of fc": ({}, {"fc.bias": torch.ones(T)}, "unexpected key 'fc.bias'"),
+    "quantised elsewhere": (dict(quantization_config=dict(bits=4)), {}, "quantization_config .* is not supported"),
+    "heads that do not divide": (dict(num_attention_heads=5), {}, "num_attention_heads 5 does not divide the 32 rows"),
+    "no number of heads": (dict(num_attention_heads=None), {}, "num_attention_heads None does not divide"),
+    "YaRN": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), {}, "rope_type 'yarn' is not supported"),
+    "two RoPE bases": (dict(rope_theta=1e6, rope_parameters=dict(rope_theta=1e4)), {},
+                       "names several RoPE bases: rope_theta 1000000.0, rope_parameters.rope_theta 10000.0"),
+    # weights
+    "no fc": ({}, {"fc.weight": None}, "no weight fc.weight"),
+    "no LM head": ({}, {"lm_head.weight": None}, "no weight lm_head.weight"),
+    "no hidden_norm": ({}, {"midlayer.hidden_norm.weight": None}, "missing, first 'layers.0.hidden_norm.weight'"),
+    "no norm": ({}, {"norm.weight": None}, "1 of 14 weights are missing, first 'norm.weight'"),
+    "half a q/k norm": ({}, {"midlayer.self_attn.q_norm.weight": torch.ones(8)}, "first 'layers.0.self_attn.k_norm"),
+    "a layer left out": ({}, {"layers.2.input_layernorm.weight": torch.ones(T)}, "weights are missing, first 'layers.1"),
+    "an extra weight": ({}, {"mask_hidden": torch.ones(1, T)}, "unexpected key 'mask_hidden'"),
+    "another expert": ({}, {"midlayer.mlp.experts.0.w1.weight": torch.ones(8, T)}, "unexpected key 'layers.0.mlp.exp"),
+    "q_proj one width": ({}, {"midlayer.self_attn.q_proj.weight": torch.ones(T, T)}, r"q_proj.weight has shape \[32, 32\]"),
+    # vocabularies
+    "draft_vocab_size": (dict(draft_vocab_size=32), {}, "draft_vocab_size 32 is not the 24 rows of lm_head.weight"),
+    "no d2t": ({}, {"d2t": None}, "24 rows, the target 40 tokens, and the head has no table d2t"),
+    "d2t too short": ({}, {"d2t": torch.zeros(VD - 1, dtype=torch.long)}, r"d2t has shape \[23\]"),
+    "d2t beyond": ({}, {"d2t": torch.full((VD,), 20)}, "d2t does not name 24 different tokens .* vocabulary of 40"),
+    "d2t below": ({}, {"d2t": torch.full((VD,), -1)}, "d2t does not name 24 different tokens"),
+    "d2t with the ids": ({}, {"d2t": torch.tensor(IDS)}, "d2t does not name 24 different tokens"),
+    "d2t twice the same": ({}, {"d2t": -torch.arange(VD)}, "d2t does not name 24 different tokens"),
+    "t2d of another size": ({}, {"t2d": torch.ones(V + 1, dtype=torch.bool)}, r"t2d has shape \[41\]"),
+    "another vocabulary": (dict(vocab_size=128), {}, "vocab_size is 128 in the head, 40 in the target"),
+    # widths
+    "another target": (dict(target_hidden_size=64), {}, "target_hidden_size is 64 in the head, 32 in the target"),
+    "another width": (dict(hidden_size=48), {}, "hidden_size is 48 in the head, 32 by its weights"),
+    "narrow without embedding": (dict(hidden_size=24), {"fc.weight": torch.ones(24, 3 * T)}, "no embed_tokens.weight of"),
+    "an embedding of another size": ({}, {"embed_tokens.weight": torch.ones(V + 1, T)}, r"embed_tokens.* \[41, 32\]"),
+}
+
+
+@pytest.mark.parametrize("keys, tensors, message", BAD.values(), ids=list(BAD))
+def test_a_file_that_is_not_understood_is_refused_in_one_line(target, fitted, tmp_path, keys, tensors, message):
+    folder = save(tmp_path / "head", *changed(fitted.config, fitted.weights, keys, **tensors))
+    with pytest.raises(ValueError, match=message) as raised:
+        EagleHead.from_pretrained(folder, target.model)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_same_under_speculators_keys(target, fitted, tmp_path):
+    for config, message in (
+            (speculators(dict(use_second_norm=True)), "use_second_norm True"),
+            (speculators(norm_output=1), "norm_output 1 is neither"),
+            (speculators(speculators_model_type="peagle"), "speculators_model_type 'peagle' is not supported"),
+            (speculators(dict(vocab_size=128)), "vocab_size is 128 in the head"),
+            (speculators(**{KEY: [33, 35, 36]}), rf"{KEY} \[33, 35, 36\] begins with neither")):
+        with pytest.raises(ValueError, match=message):
+            EagleHead.from_pretrained(save(tmp_path / "head", config, renamed(fitted.weights, LAYERS0)), target.model)
+
+
+def test_a_weight_twice_a_config_that_says_nothing_and_a_shallow_target(target, fitted, tmp_path):
+    twice = fitted.weights | {"model.fc.weight": fitted.weights["fc.weight"] + 1}
+    with pytest.raises(ValueError, match="fc.weight is there a second time"):
+        EagleHead.from_pretrained(save(tmp_path / "twice", fitted.config, twice), target.model)
+    # config.json says nothing of EAGLE-3: the weights do.
+    config = {key: value for key, value in fitted.config.items() if key != "draft_vocab_size"}
+    assert EagleHead.from_pretrained(save(tmp_path / "bare", config, fitted.weights), target.model).kind == "eagle3"
+    # A target with too few layers for the defaults.
+    folder, _ = tiny("gqa", tmp_path / "shallow", vocab_size=V, hidden_size=T, num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"hidden states \[2, 1, -1\] \(the default\) do not lie within .*--aux-layers"):
+        EagleHead.from_pretrained(fitted.folder, Transformer.from_pretrained(folder, dtype=torch.float32))
+
+
+def test_options_override_the_file(target, fitted, tmp_path):
+    sequence = tokens_of(12, seed=2, vocab=V)
+    for keys in ({}, {KEY: [7, 7, 7]}, dict(target_layer_ids=[1, 2, 3])):
+        folder = save(tmp_path / "head", *changed(fitted.config, fitted.weights, keys))
+        head = EagleHead.from_pretrained(folder, target.model, aux_layers=[0, 3, L], rope_theta=77.0)
+        assert head.capture == (0, 3, L)
+        assert "hidden states 0, 3, 8 (--aux-layers)" in head.spec.describe()
+        assert "RoPE base 77 (--draft-rope-theta)" in head.spec.describe()
+        compare(target.model, head, written_out(target, fitted, states=(0, 3, L), theta=77.0), target.hf, sequence)
+    for wrong, message in (([2, 4], "--aux-layers names 2: .*Name 3 between 0 and 8"), ([0, 1, 9], "--aux-layers")):
+        with pytest.raises(ValueError, match=message):
+            EagleHead.from_pretrained(fitted.folder, target.model, aux_layers=wrong)
+
+
+def test_the_command_line_prints_what_it_took_and_ends_with_2_in_one_line(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "target")
+    model = Transformer.from_pretrained(checkpoint, dtype=torch.float32)
+    c = model.config
+    config = head_config(hidden_size=c.dim, vocab_size=c.vocab_size)
+    torch.manual_seed(0)
+    weights = head_weights(config | dict(num_attention_heads=4))
+    weights["fc.weight"] = 0.1 * torch.randn(c.dim, 3 * c.dim)
+    weights["d2t"] = torch.arange(VD)       # draft id i is token 2i
+    folder = save(tmp_path / "head", config, weights)
+
+    def run(*options):
+        status = cli.main(cli.parse_args([
+            "--checkpoint", str(checkpoint), "--eagle", str(folder), "--prompt", "the dog", "--max-new-tokens", "8",
+            "--dtype", "float32", *options]))
+        return status, capsys.readouterr()
+
+    status, plain = run("--aux-layers", "0", "1", "2", "--draft-rope-theta", "500", "--tree", "chain:2",
+                        "--draft-window", "4")
+    assert status == 0
+    assert ("EAGLE-3 head: hidden states 0, 1, 2 (--aux-layers), norms as in the paper, RoPE base 500 "
+            f"(--draft-rope-theta), draft vocabulary 24 of {c.vocab_size}\n") in plain.err
+    for options, message in (
+            ((), r"hidden states [2, 1, -1] (the default) do not lie within the target's 2 layers. Name the 3"),
+            (("--aux-layers", "1", "2"), "--aux-layers names 2"), (("--aux-layers", "0", "1", "9"), "[0, 1, 9]")):
+        status, out = run(*options)
+        assert status == 2 and message in out.err and out.err.count("\n") == 1 and not out.out
+    (folder / "config.json").write_text("{}")
+    status, out = run("--aux-layers", "0", "1", "2")
+    assert status == 2 and "num_attention_heads None" in out.err and out.err.count("\n") == 1
+    with pytest.raises(ValueError, match="are for EAGLE-3 heads; this is an EAGLE-1 or 2 head"):
+        from test_scripts import write_head as write_eagle1
+        eagle1 = write_eagle1(EagleHead(replace(c, n_layer=1), model), tmp_path / "eagle1")
+        EagleHead.from_pretrained(eagle1, model, aux_layers=[0, 1, 2])
