@@ -508,8 +508,12 @@ def test_a_head_of_each_dialect_is_what_its_file_means(target, tmp_path, config,
     for flag in ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output"):
         assert (flag in line) == (meaning.get(flag, False) or bool(config.get(flag)))
     assert ("its own embedding" in line) == (embed == "own")
-    result = generate(target.model, PROMPTS[:2], 12, head=head, tree="dynamic:3,4,10")
+    tree = DynamicTree(3, 6, 20)
+    result = generate(target.model, PROMPTS[:2], 12, head=head, tree=tree)
     assert result.tokens == [target.hf.greedy(prompt, 12) for prompt in PROMPTS[:2]]
+    if meaning.keys() - {"theta", "norm_before_fc"} or len(written.layers) > 1:
+        lengths = [written.decode(target.hf, prompt, 12, tree)[1] for prompt in PROMPTS[:2]]
+        assert result.accept_lengths == lengths and max(map(max, lengths)) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -681,3 +685,150 @@ def test_the_command_line_prints_what_it_took_and_ends_with_2_in_one_line(tmp_pa
         from test_scripts import write_head as write_eagle1
         eagle1 = write_eagle1(EagleHead(replace(c, n_layer=1), model), tmp_path / "eagle1")
         EagleHead.from_pretrained(eagle1, model, aux_layers=[0, 1, 2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lossless, compiled, traced, in a chat, with a window; and what it costs those who have no head
+
+def test_greedy_tokens_are_plain_decodings_compiled_too(target, head):
+    """A backend that runs the graphs as they are: what is compiled is tested, not the compiler."""
+    plain = [target.hf.greedy(prompt, N_NEW) for prompt in PROMPTS]
+    eager = generate(target.model, PROMPTS, N_NEW, head=head, tree=TREES["static"])
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        compile = torch.nn.Module.compile
+        patch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="eager"))
+        compiled = generate(target.model, PROMPTS, N_NEW, head=head, tree=TREES["static"], compile=True)
+    assert compiled.tokens == eager.tokens == plain and compiled.accept_lengths == eager.accept_lengths
+    for layer in (*target.model.layers, head.layer):
+        layer._compiled_call_impl = None
+    torch._dynamo.reset()
+
+
+@all_trees
+def test_a_traced_step_is_the_step_and_rows_go_on_to_the_last_slot_of_the_cache(target, head, tree):
+    prompt, n_slot = PROMPTS[0], 90
+    setup_caches(target.model, head, 1, n_slot)
+    results = []
+    for traced in (False, True):
+        decoder = Decoder(target.model, 1, head=head, tree=tree)
+        assert decoder.can_trace
+        decoder.can_trace = traced
+        results.append(decoder.generate([prompt], 99))
+        assert set(decoder.traces) == ({True} if traced else set())
+    assert results[0].tokens == results[1].tokens == [target.hf.greedy(prompt, n_slot - len(prompt))]
+    assert results[0].accept_lengths == results[1].accept_lengths and max(results[0].accept_lengths[0]) > 2
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A target and heads of FEW_TOKENS tokens, and the exact distribution of the first three."""
+    from config import ModelArgs
+    with torch.no_grad():
+        torch.manual_seed(5)
+        model = Transformer(ModelArgs(model_type="llama", dim=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8,
+                                      vocab_size=FEW_TOKENS, intermediate_size=8, block_size=64, norm_eps=1e-5,
+                                      rope_theta=100.0))
+        randomise(model, 0.5)
+        heads = []
+        for ids in (None, [0, 2, 5, 7, 9, 12, 14]):
+            spec = Eagle3Spec(replace(model.config, rope_theta=1e4), 8, (0, 1), FEW_TOKENS if ids is None else len(ids),
+                              own_embedding=False)
+            heads.append(Eagle3Head(spec, model))
+            randomise(heads[-1], 0.5)
+            if ids is not None:
+                heads[-1].own_ids = torch.tensor(ids)
+                heads[-1].set_draft_vocab(None)
+        return model, heads, {sampling: exact(model, sampling) for sampling in SAMPLINGS}
+
+
+SAMPLINGS = Sampling(1.0), Sampling(0.7, 5, 0.9)
+WIDE = StaticTree.from_paths([[0], [1], [2], [0, 0]])
+
+
+@pytest.mark.parametrize("sampling, draw_drafts, cases", [
+    (SAMPLINGS[0], True, [(StaticTree.chain(2), 0), (WIDE, 1)]), (SAMPLINGS[1], True, [(WIDE, 0)]),
+    (SAMPLINGS[0], False, [(DynamicTree(2, 2, 4), 1)]), (SAMPLINGS[1], False, [(WIDE, 1)])],
+    ids=["drawn, T 1", "drawn, T 0.7, top-k, top-p", "likeliest, T 1", "likeliest, T 0.7, top-k, top-p"])
+def test_sampled_tokens_have_the_distribution_of_plain_sampling(small, sampling, draw_drafts, cases):
+    model, heads, distribution = small
+    torch.manual_seed(1)
+    for tree, which in cases:
+        counts = first_three(model, heads[which], tree, sampling, draw_drafts, rows=5000, runs=3)
+        assert chi_square_p(counts, distribution[sampling]) > 1e-3, (tree, which)
+
+
+@all_trees
+def test_a_chat_with_kept_caches_goes_on_as_from_a_fresh_prefill(target, head, tree):
+    """Tokens and accepted lengths, which tell whether the head's cache and its last feature are the same."""
+    setup_caches(target.model, head, 1, 150)
+    caches = target.model.kv_cache, head.kv_cache
+    chat, cached, lengths = Decoder(target.model, 1, head=head, tree=tree), [], []
+    for n, drop in enumerate((0, 0, 3, 0)):       # tokens of the cache that the next turn does not share
+        target.model.kv_cache, head.kv_cache = caches
+        cached = cached[:len(cached) - drop]
+        prompt = cached + (PROMPTS[0] if n == 0 else tokens_of(3, seed=n, vocab=V))
+        result = chat.generate([prompt], 14, n_cached=len(cached))
+        again = generate(target.model, [prompt], 14, head=head, tree=tree)
+        assert result.tokens == again.tokens == [target.hf.greedy(prompt, 14)]
+        assert result.accept_lengths == again.accept_lengths, n
+        lengths += result.accept_lengths[0]
+        cached = prompt + result.tokens[0][:-1]
+    assert max(lengths) > 1
+
+
+@pytest.mark.parametrize("tree, window", [("chain", 1), ("chain", 8), ("static", 3), ("dynamic", 3)])
+def test_a_window_is_the_method_with_fewer_rows_seen(target, fitted, head, tree, window):
+    written = written_out(target, fitted, window=window)
+    head.window = window
+    results = [written.decode(target.hf, prompt, 16, TREES[tree]) for prompt in PROMPTS[1:]]
+    ours = generate(target.model, PROMPTS[1:], 16, head=head, tree=TREES[tree])
+    assert ours.accept_lengths == [lengths for _, lengths in results]
+    assert ours.tokens == [tokens[:16] for tokens, _ in results]
+    hiddens, sequence = target.hf.hiddens(PROMPTS[2]), PROMPTS[2]
+    seen, draft_logits = [], head.draft_logits
+    head.draft_logits = lambda hidden: seen.append(draft_logits(hidden)) or seen[-1]
+    drafts = drafted(target.model, head, sequence, StaticTree.chain(4))
+    node, whole = written.start(sequence, hiddens), written_out(target, fitted).start(sequence, hiddens)
+    assert (node.logits - whole.logits).abs().max() > 0.01      # the window matters
+    for level, token in zip(seen, drafts.tokens[0, 1:].tolist()):
+        assert_close(level[0, 0], node.logits.float())
+        node = written.behind(node, token)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_captured_costs_one_concatenation_and_nothing_without_a_head(target):
+    model, tokens, pos = target.model, torch.tensor([PROMPTS[0]]), torch.arange(len(PROMPTS[0]))[None]
+    model.kv_cache = None
+
+    def plain():
+        """The decoder without any thought of a head."""
+        x = model.tok_embeddings(tokens)
+        rope = rope_cos_sin(pos, model.inv_freq, x.dtype)
+        bias = attention_bias(causal_mask(pos, None), 2, x.dtype)
+        for layer in model.layers:
+            x = layer(x, rope, bias, pos, None)
+        return model.output(model.norm(x))
+
+    def operators(call):
+        with Operators() as seen:
+            out = call()
+        return sorted(name for name in seen.names if "expand" not in name), out
+
+    bare, expected = operators(plain)
+    with_none, (logits, features) = operators(lambda: model(tokens, pos))
+    assert with_none == bare and torch.equal(logits, expected) and features.shape[-1] == T
+    with_three, (logits, features) = operators(lambda: model(tokens, pos, capture=DEFAULT))
+    assert with_three == sorted([*bare, "cat.default"]) and torch.equal(logits, expected)
+    assert features.shape[-1] == 3 * T
+    with pytest.raises(ValueError, match=r"capture \(2, 9\) does not lie within 0 and 8"):
+        model(tokens, pos, capture=(2, 9))
