@@ -4,7 +4,6 @@
 
 Shapes: t target width, h head width, n captured hidden states, V vocabulary, Vd draft vocabulary.
 """
-import functools
 import math
 import types
 from dataclasses import replace
@@ -24,7 +23,8 @@ from model import Transformer, attention_bias, causal_mask, rope_cos_sin
 from reference import assert_close, tiny, tokens_of, write_checkpoint
 from sampling import Sampling
 from test_eagle import node_paths, write_head
-from test_eagle_lossless import PROMPT, V as FEW_TOKENS, chi_square_p, exact, first_three, randomise
+from test_eagle_lossless import V as FEW_TOKENS
+from test_eagle_lossless import chi_square_p, exact, first_three, randomise
 
 L, V, VD, T = 8, 40, 24, 32         # of the target and its heads here
 DEFAULT = (2, 4, 5)                 # 2, L // 2, L - 3, as transformers counts hidden states
@@ -108,7 +108,7 @@ class WrittenOut:
     def row(self, token, g, pos, seen):
         normed = self.norm(g, "midlayer.hidden_norm.weight")
         x = torch.cat((self.norm(self.embedding[token], "midlayer.input_layernorm.weight"), normed))
-        residual, rows = normed if self.norm_before_residual else g, []
+        residual, rows, out = normed if self.norm_before_residual else g, [], g
         for i, layer in enumerate(self.layers):
             if i:
                 residual, x = out, self.norm(out, f"{layer}input_layernorm.weight")
@@ -423,7 +423,7 @@ def flat(config):
 LAYERS0, PREFIX = ("midlayer.", "layers.0."), ("", "model.")
 # As transformers writes out the whole of a config, not its differences from the defaults.
 WHOLE = dict(_attn_implementation_autoset=True, return_dict=True, output_hidden_states=False, is_decoder=False,
-             torchscript=False, id2label={"0": "LABEL_0"}, cross_attention_hidden_size=None, top_k=50, problem_type=None)
+             torchscript=False, id2label={"0": "LABEL_0"}, cross_attention_hidden_size=None, top_k=50)
 T3 = dict(theta=500.0)
 # name -> config.json, options of head_weights, renamings of keys, and options of WrittenOut: what the file means
 DIALECTS = {
@@ -433,7 +433,8 @@ DIALECTS = {
     "theta in rope_scaling": (head_config(rope_scaling=dict(rope_type="default", rope_theta=500.0)), {}, [], T3),
     "theta null": (dict(head_config(), rope_theta=None), {}, [], {}),
     "theta in rope_parameters beside rope_scaling": (head_config(
-        rope_parameters=dict(rope_type="default", rope_theta=500.0), rope_scaling=dict(rope_type="default")), {}, [], T3),
+        rope_parameters=dict(rope_type="default", rope_theta=500.0), rope_scaling=dict(rope_type="default")),
+        {}, [], T3),
     "ids null": (dict(head_config(), eagle_aux_hidden_state_layer_ids=None), {}, [], {}),
     "other ids": (head_config(eagle_aux_hidden_state_layer_ids=[2, 3, 8]), {}, [], dict(states=(2, 3, 8))),
     "specforge": (specforge(), {}, [], T3),
@@ -536,17 +537,17 @@ BAD = {
     "ids no list": (dict({KEY: "1,3,4"}), {}, rf"{KEY} '1,3,4' is no list of layers\. .*--aux-layers J J J"),
     "ids empty": (dict({KEY: []}), {}, rf"{KEY} \[\] is no list of layers"),
     "ids no integers": (dict({KEY: [1, 3.5, 4]}), {}, rf"{KEY} \[1, 3.5, 4\] is no list of layers"),
-    "two ids": (dict({KEY: [2, 4]}), {}, rf"takes 3 hidden states, and {KEY} names 2: \[2, 4\]\. .*--aux-layers J J J"),
+    "two ids": (dict({KEY: [2, 4]}), {}, rf"takes 3 hidden states, and {KEY} names 2: \[2, 4\]\. .*--aux-layers J J"),
     "an id past the target": (dict({KEY: [1, 4, 8]}), {}, r"hidden states \[2, 5, 9\] .* within the target's 8 layers"),
     "ids under another name": (dict(target_layer_ids=[1, 3, 4]), {}, r"target_layer_ids \[1, 3, 4\] .*--aux-layers J"),
     "another count of states": (dict(num_aux_hidden_states=4), {}, "num_aux_hidden_states 4, .* takes 3 hidden states"),
-    "the final state announced": (dict(eagle_config=dict(use_aux_hidden_state=False)), {}, "use_aux_hidden_state False"),
+    "the final state announced": (dict(eagle_config=dict(use_aux_hidden_state=False)), {}, "aux_hidden_state False"),
     "two states, not named": ({}, {"fc.weight": torch.ones(T, 2 * T)}, "takes 2 hidden states, .* --aux-layers J J$"),
     "fc of another width": ({}, {"fc.weight": torch.ones(T, 3 * T + 1)}, "fc.weight takes 97 columns, .* width 32"),
     # flags and norms
     "a flag": (dict(use_second_norm=True), {}, "use_second_norm True is not known"),
     "a true": (dict(quick=True), {}, "quick True is not known"),
-    "a flag inside eagle_config": (dict(eagle_config=dict(return_hidden_post_norm=True)), {}, "return_hidden_post_norm"),
+    "a flag inside eagle_config": (dict(eagle_config=dict(return_hidden_post_norm=True)), {}, "return_hidden_post"),
     "a flag that is no bool": (dict(norm_output="yes"), {}, "norm_output 'yes' is neither true nor false"),
     "no norm of the embedding": (dict(eagle_config=dict(use_input_layernorm_in_first_layer=False)), {},
                                  "use_input_layernorm_in_first_layer False is not supported: it is True"),
@@ -569,7 +570,7 @@ BAD = {
     "attention_bias": (dict(attention_bias=True), {}, "attention_bias True: an EAGLE-3 head has no biases"),
     "bias": (dict(bias=True), {}, "bias True: an EAGLE-3 head has no biases"),
     "mlp_bias": (dict(mlp_bias=True), {}, "mlp_bias True: an EAGLE-3 head has no biases"),
-    "a bias": ({}, {"midlayer.self_attn.q_proj.bias": torch.ones(T)}, "unexpected key 'layers.0.self_attn.q_proj.bias'"),
+    "a bias": ({}, {"midlayer.self_attn.q_proj.bias": torch.ones(T)}, "unexpected key '.*q_proj.bias'"),
     "a bias of fc": ({}, {"fc.bias": torch.ones(T)}, "unexpected key 'fc.bias'"),
     "quantised elsewhere": (dict(quantization_config=dict(bits=4)), {}, "quantization_config .* is not supported"),
     "heads that do not divide": (dict(num_attention_heads=5), {}, "num_attention_heads 5 does not divide the 32 rows"),
@@ -583,10 +584,10 @@ BAD = {
     "no hidden_norm": ({}, {"midlayer.hidden_norm.weight": None}, "missing, first 'layers.0.hidden_norm.weight'"),
     "no norm": ({}, {"norm.weight": None}, "1 of 14 weights are missing, first 'norm.weight'"),
     "half a q/k norm": ({}, {"midlayer.self_attn.q_norm.weight": torch.ones(8)}, "first 'layers.0.self_attn.k_norm"),
-    "a layer left out": ({}, {"layers.2.input_layernorm.weight": torch.ones(T)}, "weights are missing, first 'layers.1"),
+    "a layer left out": ({}, {"layers.2.input_layernorm.weight": torch.ones(T)}, "missing, first 'layers.1"),
     "an extra weight": ({}, {"mask_hidden": torch.ones(1, T)}, "unexpected key 'mask_hidden'"),
     "another expert": ({}, {"midlayer.mlp.experts.0.w1.weight": torch.ones(8, T)}, "unexpected key 'layers.0.mlp.exp"),
-    "q_proj one width": ({}, {"midlayer.self_attn.q_proj.weight": torch.ones(T, T)}, r"q_proj.weight has shape \[32, 32\]"),
+    "q_proj one width": ({}, {"midlayer.self_attn.q_proj.weight": torch.ones(T, T)}, r"q_proj.weight .* \[32, 32\]"),
     # vocabularies
     "draft_vocab_size": (dict(draft_vocab_size=32), {}, "draft_vocab_size 32 is not the 24 rows of lm_head.weight"),
     "no d2t": ({}, {"d2t": None}, "24 rows, the target 40 tokens, and the head has no table d2t"),
@@ -600,7 +601,7 @@ BAD = {
     # widths
     "another target": (dict(target_hidden_size=64), {}, "target_hidden_size is 64 in the head, 32 in the target"),
     "another width": (dict(hidden_size=48), {}, "hidden_size is 48 in the head, 32 by its weights"),
-    "narrow without embedding": (dict(hidden_size=24), {"fc.weight": torch.ones(24, 3 * T)}, "no embed_tokens.weight of"),
+    "narrow without embedding": (dict(hidden_size=24), {"fc.weight": torch.ones(24, 3 * T)}, "no embed_tokens.weight"),
     "an embedding of another size": ({}, {"embed_tokens.weight": torch.ones(V + 1, T)}, r"embed_tokens.* \[41, 32\]"),
 }
 
@@ -633,7 +634,7 @@ def test_a_weight_twice_a_config_that_says_nothing_and_a_shallow_target(target, 
     assert EagleHead.from_pretrained(save(tmp_path / "bare", config, fitted.weights), target.model).kind == "eagle3"
     # A target with too few layers for the defaults.
     folder, _ = tiny("gqa", tmp_path / "shallow", vocab_size=V, hidden_size=T, num_attention_heads=4)
-    with pytest.raises(ValueError, match=r"hidden states \[2, 1, -1\] \(the default\) do not lie within .*--aux-layers"):
+    with pytest.raises(ValueError, match=r"hidden states \[2, 1, -1\] \(the default\) do not lie .*--aux-layers"):
         EagleHead.from_pretrained(fitted.folder, Transformer.from_pretrained(folder, dtype=torch.float32))
 
 
