@@ -652,6 +652,25 @@ def test_options_override_the_file(target, fitted, tmp_path):
             EagleHead.from_pretrained(fitted.folder, target.model, aux_layers=wrong)
 
 
+def test_a_draft_vocabulary_is_a_part_of_the_heads_own(target, fitted, head):
+    hidden = torch.randn(1, 3, T)
+    whole, ids = head.draft_logits(hidden), [IDS[i] for i in (9, 2, 20)]
+    head.set_draft_vocab(ids)
+    assert_close(head.draft_logits(hidden), whole[..., [9, 2, 20]], 1e-6)
+    assert head.to_target_ids(torch.arange(3)).tolist() == ids
+    probs = head.to_target_probs(torch.tensor([0.5, 0.3, 0.2]))
+    assert probs[ids].tolist() == pytest.approx([0.5, 0.3, 0.2]) and probs.sum() == pytest.approx(1)
+    head.set_draft_vocab(None)
+    assert head.to_target_ids(torch.arange(VD)).tolist() == IDS and torch.equal(head.draft_logits(hidden), whole)
+    unknown = min(set(range(V)) - set(IDS))
+    for wrong in ([unknown], [IDS[0], IDS[0]], [], [V], "all"):
+        with pytest.raises(ValueError, match="different token ids out of its own 24"):
+            head.set_draft_vocab(wrong)
+    head.set_draft_vocab(ids)
+    with pytest.raises(ValueError, match="4 children of a node, the draft vocabulary has 3 tokens"):
+        generate(target.model, PROMPTS[:1], 4, head=head, tree="static")
+
+
 def test_the_command_line_prints_what_it_took_and_ends_with_2_in_one_line(tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "target")
     model = Transformer.from_pretrained(checkpoint, dtype=torch.float32)
