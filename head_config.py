@@ -176,7 +176,8 @@ NEUTRAL = {
 # Keys that say, with this value, what is so in every EAGLE-3 head. NVIDIA's Model Optimizer writes most of them.
 GIVEN = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False,
          "next_layer_regular": True, "has_lm_head": True, "parallel_draft_step": 1, "eagle_decoder_type": "llama",
-         "position_embedding_type": "rope", "is_causal": True, "logit_scale": 1.0}
+         "position_embedding_type": "rope", "is_causal": True, "logit_scale": 1.0,
+         "transformer_layer_architecture": "LlamaDecoderLayer"}
 # Words in the name of an unknown key that make it a flag of the head.
 TELLING = re.compile("norm|residual|fc|aux|hidden|eagle|draft|layer|rope|mask|window|bias|scale|multiplier|softcap")
 # The kinds of layers that a head may have: they differ from LLaMA's in q/k norms and biases, which the weights show.
