@@ -198,7 +198,10 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
     nested = config.get("eagle_config") or {}
     if not isinstance(nested, dict):
         raise ValueError(f"{SAID}: eagle_config {nested!r} is not an object")
-    config = config | {key: value for key, value in nested.items() if key not in config or config[key] is None}
+    for key, value in nested.items():
+        if value is not None and config.get(key) not in (None, value):
+            raise ValueError(f"{SAID}: {key} is {config[key]!r}, and {value!r} in eagle_config: take the wrong one out")
+    config = config | {key: value for key, value in nested.items() if value is not None}
     refuse_unknown_flags(config, shapes)
     for key, shape in (("fc.weight", "[h, n * t]"), ("lm_head.weight", "[draft vocabulary, h]")):
         if len(shapes.get(key, ())) != 2:

@@ -534,6 +534,7 @@ BAD = {
     "ids from neither 1 nor 2": (dict({KEY: [0, 3, 4]}), {}, rf"{KEY} \[0, 3, 4\] begins with .*--aux-layers J J J"),
     "ids of the last layers": (dict({KEY: [6, 7, 8]}), {}, rf"{KEY} \[6, 7, 8\] begins with .*--aux-layers J J J"),
     "ids inside eagle_config": (dict(eagle_config={KEY: [3, 4, 5]}), {}, rf"{KEY} \[3, 4, 5\] begins with"),
+    "two lists of ids": (dict({KEY: [2, 4, 5], "eagle_config": {KEY: [1, 3, 4]}}), {}, rf"{KEY} is \[2, 4, 5\], and"),
     "ids no list": (dict({KEY: "1,3,4"}), {}, rf"{KEY} '1,3,4' is no list of layers\. .*--aux-layers J J J"),
     "ids empty": (dict({KEY: []}), {}, rf"{KEY} \[\] is no list of layers"),
     "ids no integers": (dict({KEY: [1, 3.5, 4]}), {}, rf"{KEY} \[1, 3.5, 4\] is no list of layers"),
