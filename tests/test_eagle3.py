@@ -20,7 +20,7 @@ from eagle_head import Eagle3Head, EagleHead
 from eagle_step import EagleStep
 from head_config import Eagle3Spec
 from model import Transformer, attention_bias, causal_mask, rope_cos_sin
-from reference import assert_close, tiny, tokens_of, write_checkpoint
+from reference import assert_close, tiny, to_bin, tokens_of, write_checkpoint
 from sampling import Sampling
 from test_eagle import node_paths, write_head
 from test_eagle_lossless import V as FEW_TOKENS
@@ -515,6 +515,17 @@ def test_a_head_of_each_dialect_is_what_its_file_means(target, tmp_path, config,
     if meaning.keys() - {"theta", "norm_before_fc"} or len(written.layers) > 1:
         lengths = [written.decode(target.hf, prompt, 12, tree)[1] for prompt in PROMPTS[:2]]
         assert result.accept_lengths == lengths and max(map(max, lengths)) > 1
+
+
+def test_a_head_in_fp16_as_pytorch_model_bin_like_the_authors_own(target, fitted, tmp_path):
+    weights = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in fitted.weights.items()}
+    weights["embed_tokens.weight"] = target.hf.embedding.half()     # rounded, and the target's all the same
+    folder = save(tmp_path / "head", fitted.config, weights)
+    to_bin(folder)
+    head = EagleHead.from_pretrained(folder, target.model)
+    assert not head.spec.own_embedding and head.fc.weight.dtype == torch.float32
+    rounded = types.SimpleNamespace(config=fitted.config, weights={key: x.float() for key, x in weights.items()})
+    compare(target.model, head, written_out(target, rounded), target.hf, PROMPTS[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
