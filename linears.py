@@ -76,7 +76,7 @@ def fit_grid(groups: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     else:
         low, high = groups.amin(-1), groups.amax(-1)
         scale = (high - low) / 15
-    scale = scale.clamp_min(1e-30).bfloat16().float()   # 0 for a group of equal weights
+    scale = scale.clamp_min(1e-30).bfloat16().float()   # unclamped, 0 for a group of equal weights
     zero = torch.zeros_like(scale) if mode == "int8" else (low + 8 * scale).bfloat16().float()
     return scale, zero
 
