@@ -13,7 +13,7 @@ several hidden states of the target, the LM head is the head's own. Its own outp
 Shapes: B batch, T new tokens, K key/value heads, S cache slots, V vocabulary, Vd draft vocabulary, n captured hidden
 states, t target width, h head width.
 """
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,22 @@ class EagleHead(nn.Module):
     draft_ids: Tensor | None    # [Vd] target ids of the draft vocabulary; None is the whole vocabulary
 
     def __init__(self, config: ModelArgs, target: Transformer, bias: bool = True):
+        self.begin(config, target)
+        self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
+        self.layer = TransformerBlock(config, attention_norm=False)
+        self.requires_grad_(False)
+
+    def begin(self, config: ModelArgs, target: Transformer) -> None:
+        """What heads of every kind hold."""
         super().__init__()
         self.config = config
         # Not a submodule: the target's embedding and LM head are neither saved nor trained with the head.
         self.__dict__["target"] = target
-        self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
-        self.layer = TransformerBlock(config, attention_norm=False)
-        self.register_buffer("inv_freq", rope_inv_freq(config, "cpu").to(self.fc.weight.device), persistent=False)
+        inv_freq = rope_inv_freq(config, "cpu").to(torch.empty(0).device)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("kv_cache", None, persistent=False)
-        self.draft_output: nn.Module | None = None                  # LM head over the draft vocabulary
+        self.draft_output: nn.Module | None = None                  # LM head over a smaller draft vocabulary
         self.register_buffer("draft_ids", None, persistent=False)
-        self.requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: Any = None, *,
@@ -95,6 +100,11 @@ class EagleHead(nn.Module):
         tune(head)
         return head.eval()
 
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        """The decoder layers, which `Decoder` compiles."""
+        return [self.layer]
+
     def weights(self) -> dict[str, Tensor]:
         """The official key -> our parameter, or the part of our parameter that it fills."""
         layer = {f"layers.0.{key}": part for key, part in block_targets(self.layer, self.config).items()}
@@ -114,10 +124,7 @@ class EagleHead(nn.Module):
         self.draft_ids, self.draft_output = None, None
         if ids is None:
             return
-        vocab = self.config.vocab_size
-        if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab for i in ids)
-                and len(set(ids)) == len(ids)):
-            raise ValueError(f"a draft vocabulary is a list of different token ids below {vocab}")
+        check_ids(ids, range(self.config.vocab_size), f"below {self.config.vocab_size}")
         self.draft_ids = torch.tensor(ids, device=self.target.norm.weight.device)
         self.draft_output = rows_of(self.target.output, self.draft_ids)
 
@@ -145,7 +152,7 @@ class EagleHead(nn.Module):
         return self.layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[0])
 
     def draft_logits(self, features: Tensor) -> Tensor:
-        """[..., dim] -> [..., Vd]: the target's LM head, over the draft vocabulary where there is one."""
+        """[..., h] -> [..., Vd]: by the target's LM head, over the draft vocabulary where there is one."""
         return (self.draft_output or self.target.output)(features)
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
@@ -157,6 +164,12 @@ class EagleHead(nn.Module):
             return probs
         out = probs.new_zeros(*probs.shape[:-1], self.config.vocab_size)
         return out.index_copy_(-1, self.draft_ids, probs)
+
+
+def check_ids(ids: object, known: Container[int], which: str) -> None:
+    if not (isinstance(ids, list) and ids and all(type(i) is int and i in known for i in ids)
+            and len(set(ids)) == len(ids)):
+        raise ValueError(f"a draft vocabulary is a list of different token ids {which}")
 
 
 def rows_of(linear: nn.Module, ids: Tensor) -> nn.Module:
@@ -201,10 +214,9 @@ class Eagle3Head(EagleHead):
     own_ids: Tensor     # [Vd] target ids of all rows of `output`
 
     def __init__(self, spec: Eagle3Spec, target: Transformer):
-        nn.Module.__init__(self)
         c, n = spec.args, len(spec.capture)
-        self.spec, self.config, self.capture = spec, c, spec.capture
-        self.__dict__["target"] = target
+        self.begin(c, target)
+        self.spec, self.capture = spec, spec.capture
         norm = lambda dim: RMSNorm(dim, c.norm_eps)
         self.embedding = nn.Embedding(c.vocab_size, c.dim) if spec.own_embedding else None
         self.fc_norm = nn.ModuleList(norm(spec.target_dim) for _ in range(n)) if spec.fc_norm else None
@@ -215,12 +227,12 @@ class Eagle3Head(EagleHead):
         self.more_layers = nn.ModuleList(TransformerBlock(c) for _ in range(c.n_layer - 1))
         self.norm = norm(c.dim)
         self.output = nn.Linear(c.dim, spec.draft_vocab_size, bias=False)
-        self.register_buffer("inv_freq", rope_inv_freq(c, "cpu").to(self.fc.weight.device), persistent=False)
-        self.register_buffer("kv_cache", None, persistent=False)
         self.register_buffer("own_ids", torch.zeros(spec.draft_vocab_size, dtype=torch.long), persistent=False)
-        self.register_buffer("draft_ids", None, persistent=False)
-        self.draft_output: nn.Module | None = None      # over a smaller draft vocabulary
         self.requires_grad_(False)
+
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        return [self.layer, *(layer for layer in self.more_layers if isinstance(layer, TransformerBlock))]
 
     @classmethod
     def load(cls, folder: Path, spec: Eagle3Spec, target: Transformer) -> "Eagle3Head":
@@ -254,8 +266,7 @@ class Eagle3Head(EagleHead):
                    "layers.0.hidden_norm.weight": self.hidden_norm.weight}
         for name, linear in (("fc", self.fc), ("lm_head", self.output)):
             targets |= {f"{name}.{kind}": tensor for kind, tensor in stored(linear).items()}
-        for i, layer in enumerate((self.layer, *self.more_layers)):
-            assert isinstance(layer, TransformerBlock)
+        for i, layer in enumerate(self.layers):
             targets |= {f"layers.{i}.{key}": part for key, part in block_targets(layer, self.config).items()}
         for i, norm in enumerate(self.fc_norm or ()):
             assert isinstance(norm, RMSNorm)
@@ -272,10 +283,7 @@ class Eagle3Head(EagleHead):
         if ids is None:
             return
         row = {token: i for i, token in enumerate(self.own_ids.tolist())}
-        if not (isinstance(ids, list) and ids and all(type(i) is int and i in row for i in ids)
-                and len(set(ids)) == len(ids)):
-            raise ValueError(f"a draft vocabulary of this EAGLE-3 head is a list of different token ids out of its own "
-                             f"{len(row)}")
+        check_ids(ids, row, f"out of its own {len(row)}")
         device = self.own_ids.device
         self.draft_ids = torch.tensor(ids, device=device)
         self.draft_output = rows_of(self.output, torch.tensor([row[i] for i in ids], device=device))
@@ -289,6 +297,7 @@ class Eagle3Head(EagleHead):
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
                    cache_pos: Tensor, is_draft: bool) -> Tensor:
+        # The width tells, unless one hidden state is captured and as wide as the head.
         is_draft = is_draft or features.shape[-1] != self.fc.in_features
         g = features if is_draft else self.fuse(features)
         normed = self.hidden_norm(g)
@@ -300,5 +309,5 @@ class Eagle3Head(EagleHead):
         return self.norm(x) if self.spec.norm_output else x
 
     def draft_logits(self, features: Tensor) -> Tensor:
-        """[B, T, h] -> [B, T, Vd]: the head's own LM head behind its own norm."""
+        """[..., h] -> [..., Vd]: by the head's own norm and LM head."""
         return (self.draft_output or self.output)(features if self.spec.norm_output else self.norm(features))
