@@ -84,9 +84,9 @@ def write_tree(args: argparse.Namespace, finalists: list["Candidate"], rates: li
         f"step, {rate / plain:.2f}x plain decoding on these questions and this device; wrote {out}")
 
 
-def encode_all(texts: list[str], tokenizer: Tokenizer, room: int) -> list[list[int]]:
+def encode_all(texts: list[str], tokenizer: Tokenizer, room: int, raw: bool = False) -> list[list[int]]:
     """Prompts of at most `room` tokens; longer ones are left out by name."""
-    prompts = [encode(text, tokenizer, raw=False) for text in texts]
+    prompts = [encode(text, tokenizer, raw) for text in texts]
     for n, prompt in enumerate(prompts, start=1):
         if len(prompt) > room:
             say(f"question {n} has {len(prompt)} tokens, more than the {room} that leave room for an answer: left out")
