@@ -142,9 +142,8 @@ def all_readings(head: EagleHead, file: Eagle3Spec | None) -> list[Reading]:
                 options = ["--aux-layers", *map(str, capture)]
                 readings.append(Reading(f"hidden states {', '.join(map(str, capture))} ({source})", args,
                                         replace(spec, capture=capture), f"Give {' '.join(options)}", options))
-    bases = {PAPER_BASE: "the default", target.rope_theta: "the target's"}
-    if file is not None:
-        bases[file.args.rope_theta] = "the file's"
+    bases = {} if file is None else {file.args.rope_theta: "the file's"}
+    bases |= {PAPER_BASE: "the default", target.rope_theta: "the target's"}
     for base, source in bases.items():
         if base != args.rope_theta:
             options = ["--draft-rope-theta", f"{base:.15g}"] if spec else []
@@ -265,7 +264,8 @@ def show(args: argparse.Namespace, resolution: str, readings: list[Reading], rep
                 [[reading.name, "*" if reading is best else "", reading.accept_length, *reading.by_depth]
                  for reading in readings])
     print(f"\nA greedy chain of {DEPTH} along {n_answer} answers of the target, {n_step} steps as read: tokens of a "
-          "step, the bonus included, and how\noften the draft at each depth was right where the one above it was.\n" + line)
+          "step, the bonus included,\nand how often the draft at each depth was right where the one above it was.")
+    print(line)
 
 
 def verdict(readings: list[Reading]) -> tuple[Reading, str]:
