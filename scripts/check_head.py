@@ -164,8 +164,9 @@ def norm_readings(spec: Eagle3Spec) -> list[Reading]:
     """Each flag turned over, where the head has the weights that the other value needs."""
     remedies = {name: f"{name} in the head's config.json is wrong: set it to {json.dumps(not getattr(spec, name))}"
                 for name in ("norm_before_residual", "norm_output")}
-    if not spec.norm_output:    # SpecForge means something else by it
-        remedies["norm_output"] += ', and speculators_model_type to "eagle3", which says how it is meant'
+    if not spec.norm_output:    # in other files than speculators' it means something else
+        remedies["norm_output"] = ('Set norm_output to true and speculators_model_type to "eagle3" in the head\'s '
+                                   "config.json")
     for name, key in (("fc_norm", "fc_norm"), ("norm_before_fc", "input_norm")):
         if getattr(spec, name):
             remedies[name] = (f"{name} in the head's config.json is wrong: set it to false, and take {key} out of the "
@@ -205,7 +206,7 @@ def answers(model: Transformer, prompts: list[list[int]], max_new_tokens: int, s
     setup_caches(model, None, n_row, max(map(len, prompts)) + max_new_tokens)
     decoder, start, n_answer = Decoder(model, n_row), time.monotonic(), 0
     passed = lambda: time.monotonic() - start
-    with tqdm(total=round(seconds), desc="checking", bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} s"
+    with tqdm(total=max(1, round(seconds)), desc="checking", bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} s"
               "{postfix}") as bar:
 
         def progress(*_) -> None:

@@ -113,8 +113,8 @@ def check(target, tmp_path, capsys):
 
     def again(*options, status=0):
         args = check_head.parse_args([
-            str(folder), str(tmp_path / "head"), "--dtype", "float32", "--max-new-tokens", str(LENGTH), "--questions",
-            str(folder / "questions.jsonl"), "--json", str(tmp_path / "out.json"), *options])
+            str(folder), str(tmp_path / "head"), "--questions", str(folder / "questions.jsonl"), "--max-new-tokens",
+            str(LENGTH), "--device", "cpu", "--dtype", "float32", "--json", str(tmp_path / "out.json"), *options])
         capsys.readouterr()
         assert check_head.main(args) == status
         out, err = capsys.readouterr()
@@ -214,6 +214,17 @@ def test_a_wrong_flag(check, request, weights, config, flag, value):
         content[flag] = value
     lines, report = check.again(*options)
     assert lines[-1] == "The reading taken is the best." and report["readings"][0]["accept_length"] > 3.5
+
+
+def test_what_is_said_of_norm_output_makes_it_so(target, plain_weights, check):
+    _, report = check(plain_weights)
+    reading = report["readings"][-1]
+    assert reading["name"] == "norm_output on" and reading["remedy"] == (
+        'Set norm_output to true and speculators_model_type to "eagle3" in the head\'s config.json')
+    with edited_json(check.head / "config.json") as content:
+        content |= dict(norm_output=True, speculators_model_type="eagle3")
+    _, again = check.again()
+    assert again["readings"][0]["accept_length"] == reading["accept_length"]
 
 
 def test_ctrl_c_prints_the_table_of_the_answers_until_then(plain_weights, check, monkeypatch):
@@ -398,7 +409,7 @@ def test_a_tree_is_tuned_for_an_eagle_3_head(target, plain_weights, check, capsy
     (check.head / "one.jsonl").write_text(json.dumps({"turns": QUESTIONS[:1]}))
     args = tune_tree.parse_args(["--checkpoint", str(folder), "--eagle", str(check.head), "--max-new-tokens", "16",
                                  "--max-depth", "3", "--max-nodes", "3", "--repeats", "3", "--dtype", "float32",
-                                 "--max-rank", "1", "--questions", str(check.head / "one.jsonl")])
+                                 "--max-rank", "1", "--device", "cpu", "--questions", str(check.head / "one.jsonl")])
     assert tune_tree.main(args) == 0, capsys.readouterr().err
     made = json.loads((check.head / "tree.json").read_text())
     assert made["accept_by_depth_and_rank"][0][0] > 0.9 and made["accept_by_depth_and_rank"][2][0] > 0.9
