@@ -206,8 +206,8 @@ def answers(model: Transformer, prompts: list[list[int]], max_new_tokens: int, s
     setup_caches(model, None, n_row, max(map(len, prompts)) + max_new_tokens)
     decoder, start, n_answer = Decoder(model, n_row), time.monotonic(), 0
     passed = lambda: time.monotonic() - start
-    with tqdm(total=max(1, round(seconds)), desc="checking", bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} s"
-              "{postfix}") as bar:
+    with tqdm(total=max(1, round(seconds)), desc="checking",
+              bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} s{postfix}") as bar:
 
         def progress(*_) -> None:
             bar.set_postfix_str(f"{n_answer} answers", refresh=False)
