@@ -14,13 +14,14 @@ Shapes: B batch, T new tokens, K key/value heads, S cache slots, V vocabulary, V
 states, t target width, h head width.
 """
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_weights, read_json, resolve_checkpoint
+from checkpoint import iterate_weights, load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from head_config import (Eagle3Spec, eagle3_spec, head_args, head_kind, official_config, official_key,
                          refuse_output_bias, stored_shapes)
@@ -64,9 +65,11 @@ class EagleHead(nn.Module):
         its target is told with both sizes.
         """
         folder = resolve_checkpoint(checkpoint)
-        raw = read_json(folder / "config.json")
-        if head_kind(raw) == "eagle3":
-            spec = eagle3_spec(raw, stored_shapes(folder), target.config, aux_layers=aux_layers, rope_theta=rope_theta)
+        raw, shapes = read_json(folder / "config.json"), stored_shapes(folder)
+        if head_kind(raw, shapes) == "eagle3":
+            spec = eagle3_spec(raw, shapes, target.config, aux_layers=aux_layers, rope_theta=rope_theta)
+            if "embed_tokens.weight" in shapes and not spec.own_embedding:
+                spec = replace(spec, own_embedding=not is_embedding_of(target, folder))
             return Eagle3Head.load(folder, spec, target)
         if aux_layers is not None or rope_theta is not None:
             raise ValueError("--aux-layers and --draft-rope-theta are for EAGLE-3 heads; this is an EAGLE-1 or 2 head")
@@ -170,6 +173,19 @@ def rows_of(linear: nn.Module, ids: Tensor) -> nn.Module:
     return output
 
 
+def is_embedding_of(target: Transformer, folder: Path) -> bool:
+    """Whether a head's embed_tokens.weight is its target's table, up to the rounding of a 16-bit file."""
+    is_table = lambda key: official_key(key) == "embed_tokens.weight"
+    for _, table, _ in iterate_weights(folder, wanted=is_table):
+        if len(table) != target.config.vocab_size:
+            return True     # of a wrong shape: loading says so
+        for ids in torch.arange(len(table)).split(4096):
+            theirs = target.tok_embeddings(ids.to(target.norm.weight.device)).float().cpu()
+            if table.shape[1:] != theirs.shape[1:] or not torch.allclose(table[ids].float(), theirs, 0.01, 1e-4):
+                return table.shape[1:] != theirs.shape[1:]
+    return True
+
+
 class Eagle3Head(EagleHead):
     """The draft model of EAGLE-3 in all its published variants (Eagle3Spec).
 
@@ -221,9 +237,7 @@ class Eagle3Head(EagleHead):
         if not spec.own_embedding:      # a copy of the target's
             optional["embed_tokens.weight"] = meta(spec.args.vocab_size, spec.target_dim)
         targets = head.weights()
-        if spec.draft_vocab_size == spec.args.vocab_size:
-            optional["d2t"] = offsets
-        else:
+        if spec.has_table:
             targets["d2t"] = offsets
         load_weights(targets, folder, optional, rename=official_key)
         ids = torch.arange(spec.draft_vocab_size) + offsets
@@ -254,8 +268,7 @@ class Eagle3Head(EagleHead):
 
     def set_draft_vocab(self, ids: list[int] | None) -> None:
         """Draft only these of the head's own tokens, the likeliest first; None is all of them."""
-        is_whole = self.spec.draft_vocab_size == self.config.vocab_size
-        self.draft_ids, self.draft_output = None if is_whole else self.own_ids, None
+        self.draft_ids, self.draft_output = self.own_ids if self.spec.has_table else None, None
         if ids is None:
             return
         row = {token: i for i, token in enumerate(self.own_ids.tolist())}
