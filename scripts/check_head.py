@@ -36,7 +36,7 @@ from config import ModelArgs
 from console import Parser, add_chat_options, check_writable, command, launched, number, say, write_atomically
 from decoder import Decoder, setup_caches
 from eagle_head import Eagle3Head, EagleHead
-from head_config import Eagle3Spec, eagle3_spec, stored_shapes
+from head_config import Eagle3Spec, eagle3_spec, official_config, stored_shapes
 from model import Transformer, rope_inv_freq
 from scripts.questions import HUB_SETS, read_questions
 from scripts.report import acceptance
@@ -110,8 +110,7 @@ def describe(head: EagleHead, config: dict) -> str:
     """One line that says what the head's file was taken to mean."""
     if isinstance(head, Eagle3Head):
         return head.spec.describe()
-    biases = [name for name, linear in (("fc", head.fc), ("q, k, v", head.layer.attention.wqkv))
-              if getattr(linear, "bias", None) is not None]
+    biases = ["fc"] * official_config(config).get("bias", True) + ["q, k, v"] * head.config.qkv_bias
     source = "config.json" if "rope_theta" in json.dumps(config) else "the default: config.json has none"
     vocab = ("whole vocabulary" if head.draft_ids is None else
              f"draft vocabulary {len(head.draft_ids):,} of {head.config.vocab_size:,}")
