@@ -20,7 +20,7 @@ from eagle_head import Eagle3Head, EagleHead
 from eagle_step import EagleStep
 from head_config import Eagle3Spec
 from model import Transformer, attention_bias, causal_mask, rope_cos_sin
-from reference import assert_close, tiny, tokens_of, write_checkpoint
+from reference import assert_close, tiny, to_bin, tokens_of, write_checkpoint
 from sampling import Sampling
 from test_eagle import node_paths, write_head
 from test_eagle_lossless import V as FEW_TOKENS
@@ -517,6 +517,17 @@ def test_a_head_of_each_dialect_is_what_its_file_means(target, tmp_path, config,
         assert result.accept_lengths == lengths and max(map(max, lengths)) > 1
 
 
+def test_a_head_in_fp16_as_pytorch_model_bin_like_the_authors_own(target, fitted, tmp_path):
+    weights = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in fitted.weights.items()}
+    weights["embed_tokens.weight"] = target.hf.embedding.half()     # rounded, and the target's all the same
+    folder = save(tmp_path / "head", fitted.config, weights)
+    to_bin(folder)
+    head = EagleHead.from_pretrained(folder, target.model)
+    assert not head.spec.own_embedding and head.fc.weight.dtype == torch.float32
+    rounded = types.SimpleNamespace(config=fitted.config, weights={key: x.float() for key, x in weights.items()})
+    compare(target.model, head, written_out(target, rounded), target.hf, PROMPTS[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused: one line that names key, value and remedy
 
@@ -806,13 +817,29 @@ def test_a_window_is_the_method_with_fewer_rows_seen(target, fitted, head, tree,
     ours = generate(target.model, PROMPTS[1:], 16, head=head, tree=TREES[tree])
     assert ours.accept_lengths == [lengths for _, lengths in results]
     assert ours.tokens == [tokens[:16] for tokens, _ in results]
-    hiddens, sequence = target.hf.hiddens(PROMPTS[2]), PROMPTS[2]
+    check_window(target, head, written, written_out(target, fitted))
+
+
+def test_in_a_window_the_rows_that_a_prompt_leaves_behind_have_seen_no_more_than_it(target, tmp_path):
+    """With several layers: the second one's keys come out of the first one's attention."""
+    torch.manual_seed(1)
+    config, weights = head_config(), head_weights(head_config(), n_layer=2)
+    folder = save(tmp_path / "head", config, weights | tables(IDS))
+    head = EagleHead.from_pretrained(folder, target.model)
+    head.window = 3
+    written, whole = (WrittenOut(config, weights, target.hf.embedding, ids=IDS, window=n) for n in (3, None))
+    check_window(target, head, written, whole)
+
+
+def check_window(target, head, written, whole):
+    """A chain behind the longest prompt is the method's, and another one than without a window."""
+    sequence, hiddens = PROMPTS[2], target.hf.hiddens(PROMPTS[2])
     seen, draft_logits = [], head.draft_logits
     head.draft_logits = lambda hidden: seen.append(draft_logits(hidden)) or seen[-1]
-    drafts = drafted(target.model, head, sequence, StaticTree.chain(4))
-    node, whole = written.start(sequence, hiddens), written_out(target, fitted).start(sequence, hiddens)
-    assert (node.logits - whole.logits).abs().max() > 0.01      # the window matters
-    for level, token in zip(seen, drafts.tokens[0, 1:].tolist()):
+    draft = drafted(target.model, head, sequence, StaticTree.chain(4))
+    node, other = written.start(sequence, hiddens), whole.start(sequence, hiddens)
+    assert (node.logits - other.logits).abs().max() > 0.01
+    for level, token in zip(seen, draft.tokens[0, 1:].tolist()):
         assert_close(level[0, 0], node.logits.float())
         node = written.behind(node, token)
 
