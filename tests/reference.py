@@ -126,8 +126,8 @@ class edited_json:
         self.file.write_text(json.dumps(self.content, indent=2))
 
 
-def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT):
-    """A tiny model with a byte-level tokenizer and a chat template, in `folder`.
+def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT, **overrides):
+    """A tiny model with a byte-level tokenizer and a chat template, in `folder`. overrides: keys of config.json.
 
     It never says a special token, unless drawn; with ascii_only it says nothing but printable ASCII.
     """
@@ -143,7 +143,7 @@ def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT):
     assert bpe.get_vocab_size() == vocab
     end = bpe.token_to_id("<|end|>")
     tiny("gqa", folder, vocab_size=vocab, max_position_embeddings=context, eos_token_id=end, bos_token_id=None,
-         pad_token_id=None)
+         pad_token_id=None, **overrides)
     bpe.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": None, "eos_token": "<|end|>", "chat_template": TEMPLATE}))
