@@ -1,6 +1,6 @@
 """Text in and out: prompts as tokens, texts that end an answer, streaming, and a chat on the terminal.
 
-    stop = StopTexts(tokenizer, ["\n\n"])
+    stop = StopTexts(tokenizer, ["Question:"])
     printer = Printer(stop, [prompt], color=True)
     generate(model, [prompt], 100, stop=stop, on_tokens=printer)
     printer.close()
@@ -30,11 +30,11 @@ def opening(system: str | None) -> list[dict]:
 
 
 class StopTexts:
-    """Texts that end an answer. It ends with the token that completes one of them, and is cut before the first of them.
+    """Texts that end an answer. Decoding ends with the token that completes one; the text is cut before the first one.
 
-        stop = StopTexts(tokenizer, ["\n\n"])
-        ids = generate(model, [prompt], 100, stop=stop).tokens[0]       # the last token completed the text
-        text = stop.decode(ids, prompt)                                 # without "\n\n" and what came with it
+        stop = StopTexts(tokenizer, ["Question:"])
+        ids = generate(model, [prompt], 100, stop=stop).tokens[0]       # the last token completed "Question:"
+        text = stop.decode(ids, prompt)                                 # without "Question:" and what follows it
 
     A special token may be named by its text. goes_on: the answer continues the prompt's text, so its first word keeps
     its space. Raises ValueError for an empty text.
@@ -46,7 +46,7 @@ class StopTexts:
             raise ValueError("a stop text is empty")
         self.longest = max(map(len, self.texts), default=0)
         named = [ids[0] for ids in map(tokenizer.encode, self.texts) if len(ids) == 1]
-        self.ids = tokenizer.special_ids.intersection(named)     # they leave no text to be found
+        self.ids = tokenizer.special_ids.intersection(named)     # found by id: decoding leaves special tokens out
 
     def __call__(self, prompt: list[int]) -> Callable[[int], bool]:
         """The Stop of `generate`."""
@@ -58,7 +58,7 @@ class StopTexts:
                 return False
             tail += stream.push([token])
             text = tail + stream.peek()
-            tail = tail[max(0, len(tail) - self.longest + 1):]     # the beginning of a stop text may be here
+            tail = tail[max(0, len(tail) - self.longest + 1):]     # may hold the beginning of a stop text
             return token in self.ids or any(stop in text for stop in self.texts)
         return ends
 
@@ -70,18 +70,19 @@ class StopTexts:
         return self.cut(self.tokenizer.decode(ids, after=prompt if self.goes_on else ()))
 
     def cut(self, text: str) -> str:
+        """The text before the first stop text."""
         return text[:min((text.find(stop) for stop in self.texts if stop in text), default=len(text))]
 
     def n_certain(self, text: str) -> int:
-        """Characters before the place where a stop text begins or may have begun."""
+        """Number of characters before the place where a stop text begins, or may begin with what is still to come."""
         return next((n for n in range(len(text))
                      if any(text.startswith(stop, n) or stop.startswith(text[n:]) for stop in self.texts)), len(text))
 
 
 class Printer:
-    """Streams one answer as it comes. Several answers are printed one after the other once all are complete.
+    """Prints one answer as it is generated. Several answers are printed one after the other when all are complete.
 
-    Text that may be the beginning of a stop text is held back until that is decided. With `color`, text from accepted
+    Text that may be the beginning of a stop text is held back until that is known. With `color`, text from accepted
     drafts is green and the target's own tokens are plain.
     """
 
@@ -122,7 +123,7 @@ def chat(talk: "Conversation", decoder: Decoder) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")     # a byte that is not text spoils its own line only
+        sys.stdin.reconfigure(errors="surrogateescape")     # a byte that is not text spoils only its own line
     say("Ctrl-C ends an answer, Ctrl-D leaves.")
     while (text := read_message()) is not None:
         with contextlib.suppress(KeyboardInterrupt):
@@ -148,17 +149,17 @@ def read_message() -> str | None:
 
 
 class Conversation:
-    """The messages of a chat, and how many of their tokens are in the decoder's cache: only new ones are prefilled."""
+    """The messages of a chat, and which of their tokens are in the decoder's cache: only new ones are prefilled."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer, n_slot: int, vocab_size: int):
         self.args, self.tokenizer, self.n_slot, self.vocab_size = args, tokenizer, n_slot, vocab_size
         self.messages = opening(args.system)
         self.cached: list[int] = []
-        self.seed = args.seed               # for the first answer; the next ones go on with the generator
+        self.seed = args.seed               # for the first answer; the next ones use the generator as it is then
         self.stop = StopTexts(tokenizer, args.stop)
 
     def render(self, text: str) -> tuple[list[dict], list[int]]:
-        """The messages with this new one, and their ids. If the conversation has no room left, it begins anew.
+        """The messages and this new one, and their ids. If the conversation has no room left, a new one begins.
 
         Raises ValueError for a message that the template refuses, that is too long, or whose tokens the model lacks.
         """

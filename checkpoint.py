@@ -66,7 +66,7 @@ def demo_checkpoint() -> Path:
     Raises FileNotFoundError if that script is missing, and ValueError with the script's error line if it fails.
     """
     script = REPOSITORY / "scripts" / "download.py"
-    if DEMO_FOLDER.is_dir():
+    if (DEMO_FOLDER / "model.safetensors").is_file():
         return DEMO_FOLDER
     if not script.exists():
         raise FileNotFoundError("name a --checkpoint: scripts/download.py, which fetches the demo model, is not here")

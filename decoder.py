@@ -33,19 +33,19 @@ Stop = Callable[[list[int]], Callable[[int], bool]]
 class Generation:
     """What `generate` returns. Row i of each list belongs to prompt i."""
     tokens: list[list[int]]             # new tokens only, the stop token among them
-    accept_lengths: list[list[int]]     # tokens produced by each decode step of a row, before a stop cut any
+    accept_lengths: list[list[int]]     # tokens produced by each decode step of a row, before any cut by a stop
     finish_reason: list[str]            # "stop" or "length"
     target_passes: int = 0              # decode steps
     timings: dict[str, float] = field(default_factory=dict)  # compile_seconds, prefill_seconds, decode_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over decode seconds: warm, prefill and compilation outside."""
+        """New tokens of all rows over decode seconds, which leave out prefill, compilation and warm-up."""
         return sum(map(len, self.tokens)) / self.timings["decode_seconds"]
 
     @property
     def mean_accept_length(self) -> float:
-        """Tokens per target pass, bonus token included, as totals over totals."""
+        """Tokens per target pass and row, bonus token included: all tokens over all passes."""
         lengths = [n for row in self.accept_lengths for n in row]
         return sum(lengths) / len(lengths)
 
@@ -56,14 +56,14 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
              stop_ids: Iterable[int] = (), stop: Stop | None = None, compile: bool = False,
              max_seq_length: int | None = None,
              on_tokens: Callable[[int, list[int], int], None] | None = None) -> Generation:
-    """Continue a batch of prompts, given as token ids, by at most max_new_tokens each. With a head, by EAGLE.
+    """Continue a batch of prompts, given as token ids, by at most max_new_tokens each. With a head, EAGLE is used.
 
     At temperature 0 every row gets what it would get alone, and the same with a head as without (exactly in fp32).
 
-    seed       makes the draws repeatable; without it torch's generator goes on as it is
-    stop_ids   a row ends with the first of its tokens that is among them
-    stop       ends a row in another way (see Stop; chat.StopTexts is one)
-    on_tokens  on_tokens(row, ids, n_draft) is called with new tokens as they come; the first n_draft were drafts
+    seed       makes the draws repeatable; without it torch's generator is used as it is
+    stop_ids   a row ends with its first token that is among these
+    stop       another way to end a row (see Stop; chat.StopTexts is one)
+    on_tokens  on_tokens(row, ids, n_draft) is called for the new tokens of each step; the first n_draft were drafts
 
     The caches are made for this call. Afterwards model and head have the caches that they had before. To answer many
     prompts, make one Decoder: it keeps what it has compiled or traced.
@@ -81,8 +81,19 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         setup_caches(model, head, len(prompts), max_seq_length)
         decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head,
                           tree=tree, draw_drafts=draw_drafts)
-        decoder.can_trace = False   # a trace hardly pays for one call, and torch never frees it
+        decoder.can_trace = False   # a trace hardly pays in one call, and torch never frees it
         return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, stop=stop, on_tokens=on_tokens)
+
+
+def check_limit(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
+
+
+def slots_for(length: int, model: Transformer) -> int:
+    """Cache slots for `length` tokens, within the context. A multiple of 8: rows of the mask then begin at multiples of
+    16 bytes. Otherwise a GPU's attention pads the mask in every layer."""
+    return min(-(-length // 8) * 8, model.config.block_size)
 
 
 def check_prompts(prompts: list[list[int]], n_slot: int, vocab_size: int) -> None:
@@ -100,16 +111,30 @@ def check_prompts(prompts: list[list[int]], n_slot: int, vocab_size: int) -> Non
                                  "the tokenizer is not this model's")
 
 
-def check_limit(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
+@contextlib.contextmanager
+def restored_caches(model: Transformer, head: EagleHead | None) -> Iterator[None]:
+    """On leaving, model and head get back the caches that they had on entering."""
+    modules = [model] if head is None else [model, head]
+    before = [module.kv_cache for module in modules]
+    try:
+        yield
+    finally:
+        for module, cache in zip(modules, before):
+            module.kv_cache = cache
+
+
+def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
+    """Allocate the caches of both, with n_slot slots a row."""
+    model.setup_caches(batch_size, n_slot)
+    if head is not None:
+        head.setup_caches(batch_size, n_slot)
 
 
 class PlainStep:
     """One target pass, one token a row.
 
     Reads `tokens` [B, 1], the last token of each row, at position `pos` [B, 1]. Writes the next ones into the same
-    memory, so that a captured graph can be replayed as it is. The host reads `produced` [B, 1].
+    memory, where a replayed graph finds them. The host reads `produced` [B, 1].
     """
 
     def __init__(self, model: Transformer, tokens: Tensor, pos: Tensor, sampling: Sampling):
@@ -130,15 +155,15 @@ class PlainStep:
         """One step that reads the first n_slot cache slots."""
         logits, _ = self.model(self.tokens, self.pos, mask=causal_mask(self.pos, n_slot))
         self.produced.copy_(next_tokens(logits, self.sampling))
-        self.tokens.copy_(self.produced.clamp(min=0))   # NOT_FINITE is no token: decoding ends with this step
+        self.tokens.copy_(self.produced.clamp(min=0))   # NOT_FINITE has no embedding; decoding ends with this step
         self.pos.add_(1).clamp_(max=self.model.kv_cache.shape[4] - 1)  # a finished row stays at the last slot
 
 
 class Decoder:
     """Runs plain steps, or with a head EAGLE steps, until every row has stopped.
 
-    It keeps what is compiled, captured or traced from one `generate` to the next. It also keeps the caches that model
-    and head have when it is made (`setup_caches` makes both), even if others set up new ones later.
+    What is compiled, captured or traced is kept from one `generate` to the next. The decoder uses the caches that model
+    and head have when it is made (`setup_caches` makes both), even if they are given other caches later.
     Raises ValueError for caches that are missing, too small or not alike, and for options out of range.
     """
     TRACE_FROM: int = 64    # new tokens from which a trace, which takes a quarter of a second, pays
@@ -148,21 +173,21 @@ class Decoder:
         sampling.check()
         check_caches(model, head, batch_size)
         self.model, self.head, self.compile = model, head, compile
-        self.caches = model.kv_cache, None if head is None else head.kv_cache
+        self.caches = {module: module.kv_cache for module in (model, head) if module is not None}
         self.eagle, device = None, model.inv_freq.device
         if head is not None:
             self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts)
-            tokens, pos = self.eagle.tokens, self.eagle.pos  # shared: plain steps fill the last slots of a cache
+            tokens, pos = self.eagle.tokens, self.eagle.pos     # shared: plain steps go on where EAGLE's end
         else:
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
             pos = torch.zeros_like(tokens)
         self.plain = PlainStep(model, tokens, pos, sampling)
         self.n_slot = model.kv_cache.shape[4]
         self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph | None] = {}   # by (is EAGLE, slots read)
-        self.traces: dict[bool, Callable[[int], None]] = {}                     # by is EAGLE; for any number of slots
+        self.traces: dict[bool, Callable[[int], None]] = {}                     # by is EAGLE: take any number of slots
         self.can_trace = not compile and can_trace(model)
         is_cuda = device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None     # graphs never run side by side
+        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None     # shared: graphs never run side by side
         self.stream = torch.cuda.Stream() if is_cuda else None              # to capture on
         self.n_ingested = 0     # pairs of row 0 in the head's cache, for the next turn of a chat
         if compile:
@@ -188,9 +213,8 @@ class Decoder:
         if seed is not None and not 0 <= seed < 2 ** 63:
             raise ValueError(f"seed {seed} is not a number from 0 to 2^63 - 1")
         with restored_caches(self.model, self.head):
-            self.model.kv_cache = self.caches[0]
-            if self.head is not None and self.caches[1] is not None:
-                self.head.kv_cache = self.caches[1]
+            for module, cache in self.caches.items():
+                module.kv_cache = cache
             return self._generate(prompts, max_new_tokens, seed, frozenset(stop_ids), stop, on_tokens, n_cached)
 
     def _generate(self, prompts: list[list[int]], max_new_tokens: int, seed: int | None, stop_ids: frozenset[int],
@@ -203,7 +227,7 @@ class Decoder:
 
         start = self._clock()
         with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
-            # Not compiled: prompts have many lengths, and each would be compiled anew.
+            # Not compiled: prompts have many lengths, and each would be one more compilation.
             (self.eagle or self.plain).prefill(prompts, min(n_cached, self.n_ingested) if self.eagle else n_cached)
         self.n_ingested = len(prompts[0]) - 1
         prefilled = self._clock()
@@ -215,11 +239,11 @@ class Decoder:
         eagle = self.eagle is not None
         while running:
             longest = max(len(prompts[row]) + len(result.tokens[row]) for row in running)
-            eagle = eagle and self._tree_fits(longest)  # once a tree no longer fits, plain to the end
+            eagle = eagle and self._tree_fits(longest)  # once the tree no longer fits, plain steps to the end
             n_ingested = len(prompts[0]) + len(result.tokens[0]) - 1
             produced = self.run(eagle, longest)
             if torch.distributed.is_initialized():
-                import tp   # one process alone does not need that file
+                import tp   # not needed by one process alone
                 tp.check_ranks(produced)
             if eagle and 0 in running:
                 self.n_ingested = n_ingested
@@ -228,8 +252,8 @@ class Decoder:
                 if row not in running:
                     continue
                 if ids[0] == NOT_FINITE:
-                    # A masked slot has weight 0, and 0 times NaN is NaN: it would spoil later prompts.
-                    for cache in filter(torch.is_tensor, self.caches):
+                    # A masked slot has weight 0, but 0 times NaN is NaN: slots with NaN would spoil later prompts.
+                    for cache in self.caches.values():
                         cache.zero_()
                     raise ValueError(not_finite(self.model.norm.weight.dtype, row, len(result.tokens[row])))
                 ids = [i for i in ids if i >= 0]
@@ -259,8 +283,8 @@ class Decoder:
         return step.produced
 
     def warm_up(self, lengths: list[int], max_new_tokens: int) -> None:
-        """Compile and record the steps that prompts of these lengths will need. The calls leave nothing behind: their
-        slots will be overwritten."""
+        """Compile and record the steps that prompts of these lengths will need. These calls change no result: the
+        slots that they write are written again."""
         for eagle, n_slot in self.steps_ahead(lengths, max_new_tokens):
             key = eagle, n_slot if self.compile else 0      # without graphs one call prepares all sizes
             tracing = self.can_trace and max_new_tokens >= self.TRACE_FROM and eagle not in self.traces
@@ -268,14 +292,14 @@ class Decoder:
                 self.graphs[key] = self._record(eagle, n_slot, tracing)
 
     def steps_ahead(self, lengths: list[int], max_new_tokens: int) -> list[tuple[bool, int]]:
-        """(is EAGLE, slots read) of all steps that may come, whichever rows stop early."""
+        """(is EAGLE, slots read) of all steps that may come, whenever rows stop."""
         first = last = longest = max(lengths)
-        if self.compile:    # else one step prepares all
+        if self.compile:    # without graphs one step prepares all
             first, last = min(lengths), min(longest + max_new_tokens, self.n_slot) - 1
         ahead = range(first, last + 1)
         steps = [(True, self._n_slot(True, length)) for length in ahead if self._tree_fits(length)]
         if not self._tree_fits(longest):
-            steps = []      # a trial step would overwrite tokens in the row's last slots
+            steps = []      # a trial step would overwrite tokens of the prompt in the last slots
         if not self._tree_fits(last):
             steps += [(False, self._n_slot(False, length)) for length in ahead]
         return list(dict.fromkeys(steps))
@@ -288,8 +312,7 @@ class Decoder:
         if self.compile and step.pos.is_cuda:
             graph = capture(lambda: step(n_slot), self.pool, self.stream)
         elif tracing:
-            modules = [self.model] if self.head is None else [self.model, self.head]
-            self.traces[eagle] = trace(step, modules, [*step.state, step.produced], n_slot)
+            self.traces[eagle] = trace(step, self.caches, [*step.state, step.produced], n_slot)
             self.traces[eagle](n_slot)  # the first call prepares it
         else:
             step(n_slot)
@@ -304,32 +327,18 @@ class Decoder:
         return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
 
     def _n_slot(self, eagle: bool, length: int) -> int:
-        """Cache slots to read: of few sizes where each is captured, else close to the length."""
+        """Cache slots to read: one of few sizes if each is captured, else close to the length."""
         used = length - 1 + (self.eagle.tree.n_room if eagle and self.eagle is not None else 1)
         return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
 
     def _clock(self) -> float:
         if self.plain.pos.is_cuda:
-            torch.cuda.synchronize()  # sync: between phases, to time them
+            torch.cuda.synchronize()    # sync: between phases, to time them
         return time.perf_counter()
 
 
-def not_finite(dtype: torch.dtype, row: int, n_token: int) -> str:
-    """The message about logits that are NaN or infinite."""
-    name = str(dtype).removeprefix("torch.")
-    wider = " or ".join(other for other in ("bfloat16", "float32") if other != name)
-    why = "its weights may hold NaN" if name == "float32" else f"the model may be too large for it: try {wider}"
-    return f"the logits are not finite in {name} at new token {n_token + 1} of prompt {row + 1}: {why}"
-
-
-def setup_caches(model: Transformer, head: EagleHead | None, batch_size: int, n_slot: int) -> None:
-    model.setup_caches(batch_size, n_slot)
-    if head is not None:
-        head.setup_caches(batch_size, n_slot)
-
-
 def check_caches(model: Transformer, head: EagleHead | None, batch_size: int) -> None:
-    """Raise ValueError unless model and head have caches of equal length, with batch_size rows or more."""
+    """Raise ValueError unless model and head have caches of the same length, with batch_size rows or more."""
     if model.kv_cache is None or head is not None and head.kv_cache is None:
         raise ValueError(f"{'model' if model.kv_cache is None else 'head'} without caches: call setup_caches first")
     if head is not None and head.target is not model:
@@ -342,19 +351,9 @@ def check_caches(model: Transformer, head: EagleHead | None, batch_size: int) ->
                          f"the model's {rows} of {slots}")
 
 
-@contextlib.contextmanager
-def restored_caches(model: Transformer, head: EagleHead | None) -> Iterator[None]:
-    """On leaving, model and head get back the caches that they had on entering."""
-    modules = [model] if head is None else [model, head]
-    before = [module.kv_cache for module in modules]
-    try:
-        yield
-    finally:
-        for module, cache in zip(modules, before):
-            module.kv_cache = cache
-
-
-def slots_for(length: int, model: Transformer) -> int:
-    """Cache slots for `length` tokens, within the context. A multiple of 8: a GPU's attention wants rows of the mask to
-    begin at multiples of 16 bytes, and otherwise pads the mask in every layer."""
-    return min(-(-length // 8) * 8, model.config.block_size)
+def not_finite(dtype: torch.dtype, row: int, n_token: int) -> str:
+    """The error message for logits that are NaN or infinite, at the n_token-th token of this row, both from 0."""
+    name = str(dtype).removeprefix("torch.")
+    wider = " or ".join(other for other in ("bfloat16", "float32") if other != name)
+    why = "its weights may hold NaN" if name == "float32" else f"the model may be too large for it: try {wider}"
+    return f"the logits are not finite in {name} at new token {n_token + 1} of prompt {row + 1}: {why}"

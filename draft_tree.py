@@ -105,11 +105,6 @@ class StaticTree:
         return replace(self, ranks=(0, *order))
 
     @property
-    def n_expand(self) -> int:
-        """E: nodes below the root that have children."""
-        return len(set(self.parents[1:]) - {0})
-
-    @property
     def n_room(self) -> int:
         """Cache slots that a step needs from the root's slot on."""
         return self.n_node
@@ -132,6 +127,7 @@ class DynamicTree:
 
     @property
     def n_expand(self) -> int:
+        """E: nodes below the root that are expanded."""
         return self.n_child * (self.depth - 1)
 
     @property

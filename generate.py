@@ -6,13 +6,12 @@
     python generate.py --interactive                                       # chat; Ctrl-C ends an answer, Ctrl-D leaves
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3 --tree dynamic
 
-The answer streams to stdout, everything else goes to stderr. On a GPU each decode step is one captured CUDA graph over
-compiled layers. On a CPU it is a trace over weights packed for oneDNN, made in a fraction of a second (runtime.py).
+The answer goes to stdout as it is generated, everything else to stderr. On a GPU each decode step is one captured CUDA
+graph of compiled layers. On a CPU it is a trace over weights packed for oneDNN, made in a fraction of a second.
 """
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,8 +22,8 @@ import torch
 import tp
 from chat import Conversation, Printer, StopTexts, chat, encode
 from checkpoint import demo_checkpoint, quantize_settings, read_ids, read_json, resolve_checkpoint
-from console import (Parser, add_chat_options, command, device_name, is_text, launched, number, pick_device, read_text,
-                     say, whole_or_nothing, write_atomically)
+from console import (Parser, add_chat_options, check_writable, command, device_name, is_text, launched, number,
+                     pick_device, read_text, say, whole_or_nothing, write_atomically)
 from decoder import Decoder, check_prompts, setup_caches, slots_for
 from decoder import Generation as Generation    # `from generate import generate, Generation`
 from decoder import generate as generate
@@ -48,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse at the start what would have no effect, or would fail after the work is done."""
+    """Refuse at the start options that would have no effect, or would fail only after the work is done."""
     for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draft-mode", args.draft_mode),
                         ("--draw-drafts", args.draw_drafts), ("--draft-window", args.draft_window),
                         ("--aux-layers", args.aux_layers), ("--draft-rope-theta", args.draft_rope_theta)):
@@ -70,11 +69,7 @@ def check_options(args: argparse.Namespace) -> None:
             continue
         if args.interactive:
             raise ValueError(f"{name} does not go with --interactive")
-        folder = file.absolute().parent
-        if file.exists() and not file.is_file() or not folder.is_dir():
-            raise ValueError(f"{name} {file}: not a file in an existing folder")
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"{name} {file}: nothing can be written into this folder")
+        check_writable(name, file)
     if args.json is not None and args.json == args.profile:
         raise ValueError("--json and --profile name the same file")
     if args.interactive and (args.prompt or args.prompt_file or args.raw):
@@ -83,6 +78,19 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--interactive reads chat turns from standard input, which is closed")
     if args.interactive and launched():
         raise ValueError("--interactive runs in one process: under torchrun give --prompt or --prompt-file")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt and args.prompt_file:
+        raise ValueError("give --prompt or --prompt-file, not both")
+    texts = args.prompt or [DEFAULT_PROMPT]
+    if args.prompt_file:
+        text = read_text(args.prompt_file)
+        texts = [text if args.raw else text.rstrip("\n")]    # a file's last line end is not part of a question
+    for text in texts:
+        if not text.strip():
+            raise ValueError("the prompt is empty")
+    return texts
 
 
 def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Tokenizer, dict]:
@@ -108,7 +116,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
         args.seed = torch.seed() % 2 ** 31
     if shard is not None:
         args.seed = tp.on_rank_0(lambda: args.seed)
-        if shard.rank > 0:  # what it would write, rank 0 writes
+        if shard.rank > 0:  # rank 0 writes these files
             args.json = args.profile = None
     seconds = time.perf_counter() - start
     return model, head, tokenizer, {
@@ -119,14 +127,14 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     } | ({} if head is None else {"draft_mode": args.draft_mode})
 
 
-# Keys of generation_config.json that change which tokens are chosen, with the values that change nothing.
+# Keys of generation_config.json that change which tokens are chosen, and their values without effect.
 NEUTRAL = dict(repetition_penalty=1, no_repeat_ngram_size=0, bad_words_ids=[], suppress_tokens=[],
                begin_suppress_tokens=[], sequence_bias={}, exponential_decay_length_penalty=[], min_length=0,
                min_new_tokens=0, guidance_scale=1, penalty_alpha=0, num_beams=1, typical_p=1, min_p=0)
 
 
 def say_not_applied(generation_config: dict) -> None:
-    """Name on stderr what generation_config.json asks for and this decoder does not do."""
+    """Name on stderr what generation_config.json asks for but this decoder does not do."""
     asked = [f"{key} {value}" if isinstance(value, (int, float)) else key for key, neutral in NEUTRAL.items()
              if (value := generation_config.get(key)) not in (None, neutral, [])]
     if asked:
@@ -134,10 +142,10 @@ def say_not_applied(generation_config: dict) -> None:
 
 
 def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | None = None) -> tuple[EagleHead, str]:
-    """The head and the name of its tree. Defaults are draft_vocab.json and tree.json in the head's folder.
+    """The head, and its tree as `load_tree` takes it. Defaults are draft_vocab.json and tree.json in the head's folder.
 
     Without tree.json it is the paper's static tree, or on a GPU with an EAGLE-3 head 8 levels and 60 nodes.
-    `--eagle` without a value means the head that ships for this target: its config.json names the `target`.
+    `--eagle` without a value means the head that ships for this target (shipped_head).
     """
     if args.eagle == "":
         args.eagle = shipped_head(args.checkpoint)
@@ -156,8 +164,32 @@ def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | No
     return head, args.tree or str(tree)
 
 
+def shipped_head(checkpoint: str) -> str:
+    """The folder under heads/ whose config.json names this checkpoint, or the one it was quantised from, as `target`.
+
+    Only the last parts of the names are compared. Raises FileNotFoundError if there is none.
+    """
+    folder = resolve_checkpoint(checkpoint, weights=False)
+    source = quantize_settings(folder).get("source", "")
+    names = {Path(checkpoint).name, folder.resolve().name, Path(str(source)).name} - {""}
+    for file in sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json")):
+        if str(read_json(file).get("target", "")).split("/")[-1] in names:
+            return str(file.parent)
+    raise FileNotFoundError(f"no head ships for {checkpoint}: name one, --eagle HEAD")
+
+
+def load_draft_vocab(spec: str, folder: Path) -> list[int]:
+    """Token ids, likeliest first. spec is a file (see read_ids), or N: the first N of the head's draft_vocab.json."""
+    count = int(spec) if spec.isdigit() else None
+    file = folder / "draft_vocab.json" if count is not None else Path(spec)
+    ids = read_ids(file)
+    if count == 0:
+        raise ValueError("a draft vocabulary of 0 tokens drafts nothing")
+    return ids[:count]
+
+
 def quantize_head(args: argparse.Namespace, head: EagleHead, is_stored: bool, is_sharded: bool) -> None:
-    """Round the head's weights as --draft-mode says. Drafts change a little, the output stays the target's.
+    """Round the head's weights as --draft-mode says. Drafts change a little, the output does not.
 
     The default, int4 on a CPU in bf16, costs 0.5% of the accepted length and gains 2 to 6% of the speed (dev/log.md).
     """
@@ -175,33 +207,9 @@ def quantize_head(args: argparse.Namespace, head: EagleHead, is_stored: bool, is
 
 
 def tree_name(checkpoint: str) -> str:
-    """The file in a head's folder. A quantised target has its own: there a block of rows is dearer than one row."""
+    """The tree's file in a head's folder. A quantised target has its own, as a block of rows costs it more time."""
     mode = quantize_settings(resolve_checkpoint(checkpoint, weights=False)).get("mode")
     return f"tree-{mode}.json" if mode else "tree.json"
-
-
-def shipped_head(checkpoint: str) -> str:
-    """The folder under heads/ trained for this checkpoint, or for the one it was quantised from.
-
-    The last part of the checkpoint's name decides.
-    """
-    folder = resolve_checkpoint(checkpoint, weights=False)
-    source = quantize_settings(folder).get("source", "")
-    names = {Path(checkpoint).name, folder.resolve().name, Path(str(source)).name} - {""}
-    for file in sorted((Path(__file__).resolve().parent / "heads").glob("*/config.json")):
-        if str(read_json(file).get("target", "")).split("/")[-1] in names:
-            return str(file.parent)
-    raise FileNotFoundError(f"no head ships for {checkpoint}: name one, --eagle HEAD")
-
-
-def load_draft_vocab(spec: str, folder: Path) -> list[int]:
-    """Token ids, likeliest first: of a file (see read_ids), or the first N of draft_vocab.json in the head's folder."""
-    count = int(spec) if spec.isdigit() else None
-    file = folder / "draft_vocab.json" if count is not None else Path(spec)
-    ids = read_ids(file)
-    if count == 0:
-        raise ValueError("a draft vocabulary of 0 tokens drafts nothing")
-    return ids[:count]
 
 
 def say_loaded(report: dict) -> None:
@@ -213,7 +221,7 @@ def converse(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
     """Chat on the terminal."""
     n_slot = args.max_seq_length or min(model.config.block_size, model.config.sliding_window or 1 << 30, 8192)
     talk = Conversation(args, tokenizer, n_slot, model.config.vocab_size)
-    talk.render("Hi")       # a template that is missing or broken, or an opening that is too long, shows now
+    talk.render("Hi")       # fails now for a chat template that is missing or broken, or a --system that is too long
     decoder = make_decoder(args, model, head, 1, n_slot)
     say_loaded(report)
     chat(talk, decoder)
@@ -261,22 +269,9 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
         }, indent=1) + "\n")
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    if args.prompt and args.prompt_file:
-        raise ValueError("give --prompt or --prompt-file, not both")
-    texts = args.prompt or [DEFAULT_PROMPT]
-    if args.prompt_file:
-        text = read_text(args.prompt_file)
-        texts = [text if args.raw else text.rstrip("\n")]    # what ends a file is no part of a question
-    for text in texts:
-        if not text.strip():
-            raise ValueError("the prompt is empty")
-    return texts
-
-
 @contextlib.contextmanager
 def profiler(file: Path | None) -> Iterator[None]:
-    """A torch profiler trace of what runs inside, for chrome://tracing or Perfetto."""
+    """Write a torch profiler trace of the block inside, for chrome://tracing or Perfetto. Without a file do nothing."""
     if file is None:
         yield
         return
@@ -319,30 +314,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction,
                         help="at a temperature, draw drafts from the head instead of taking its likeliest tokens "
                         "(default: where the tree is not dynamic)")
-    parser.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="several make a batch")
+    parser.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="a question; several make a batch")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file that is one prompt")
     parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is: no chat template")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself, without a chat template")
     add_chat_options(parser)
-    parser.add_argument("--system", metavar="TEXT", help="a system message in front of the chat")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the first question")
     parser.add_argument("--plain-text", action="store_true",
                         help="a special token written in a message, such as <|im_end|>, is text, not the token")
     parser.add_argument("--stop", nargs="+", action="extend", default=[], metavar="TEXT",
                         help="end the answer before the first of these texts")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, metavar="X", help="0 is greedy")
-    parser.add_argument("--top-k", type=number(int, 1), metavar="N")
-    parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X")
+    parser.add_argument("--top-k", type=number(int, 1), metavar="N", help="draw from the N likeliest tokens only")
+    parser.add_argument("--top-p", type=number(float, 0, 1, open_low=True), metavar="X",
+                        help="draw from the likeliest tokens only, as many as hold this probability")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), metavar="N",
                         help="same seed, same text (default: a new one)")
-    parser.add_argument("--max-seq-length", type=number(int, 2), metavar="N", help="cache slots a sequence")
+    parser.add_argument("--max-seq-length", type=number(int, 2), metavar="N",
+                        help="cache slots a sequence (default: what is needed; in a chat the context, up to 8192)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+                        help="default: %(default)s")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="compile the layers, and on a GPU capture the steps (default: on a GPU only)")
     parser.add_argument("--color", action=argparse.BooleanOptionalAction,
                         default=sys.stdout is not None and sys.stdout.isatty(),
                         help="show accepted drafts in green (default: on a terminal)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened as one JSON object")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write tokens, text and times as one JSON object")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch profiler trace")
     return parser.parse_args(argv)
 

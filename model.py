@@ -351,9 +351,6 @@ class MoEFeedForward(nn.Module):
 class RMSNorm(nn.RMSNorm):
     """Its weight may be wider than x: it is in fp32 while a head trains in 16 bits."""
 
-    def __init__(self, dim: int, eps: float):
-        super().__init__(dim, eps=eps)
-
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -131,7 +132,7 @@ class Shard:
         return head
 
     def connect(self, module: Any) -> None:
-        """Add the communication to a loaded part, a Transformer or an EagleHead. All ranks wait for the slowest reader."""
+        """Add the communication to a Transformer or EagleHead that has its weights. All ranks wait for the last one."""
         if dist.is_initialized():
             meet()
         if hasattr(module, "fc"):
@@ -197,9 +198,6 @@ class Exchange(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.collective(x, self.shard)
-
-
-# The vocabulary
 
 
 class ShardedEmbedding(nn.Module):
@@ -275,7 +273,7 @@ class ShardedLogits:
     def device(self) -> torch.device:
         return self.part.device
 
-    def __getitem__(self, rows) -> "ShardedLogits":
+    def __getitem__(self, rows: Any) -> "ShardedLogits":
         """Indexes the leading axes, not the vocabulary."""
         return replace(self, part=self.part[rows])
 
@@ -374,7 +372,7 @@ def run_in_group(main: Callable[[argparse.Namespace], int], args: argparse.Names
             store.set(f"noticed {rank}", "")
             give_way()      # to the rank at fault, if it has failed
             lost = f"rank {', '.join(str(r) for r in range(size) if not store.check([f'noticed {r}']))}"
-        say(f"error: {lost} does not answer: {' '.join(str(error).split())[:300]}")
+        say(f"error: {lost} does not answer: {re.sub(r'^.[^]]*[.]cc:.*?] ', '', str(error)).partition('. ')[0]}")
         return 1
 
 
@@ -403,7 +401,8 @@ def place(args: argparse.Namespace) -> None:
         return
     n_gpu, n_local = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
     if n_local > n_gpu:
-        raise ValueError(f"{n_local} processes on a machine with {n_gpu} GPUs: --nproc-per-node {n_gpu}, or --device cpu")
+        raise ValueError(f"{n_local} processes on a machine with {n_gpu} GPUs: --nproc-per-node {n_gpu}, "
+                         "or --device cpu")
     args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.cuda.set_device(args.device)
 
@@ -426,7 +425,7 @@ def writes() -> bool:
 
 @functools.cache
 def patient_group() -> Any:
-    """A group of all ranks, in which some may wait for others for hours. All ranks make it at the same time, in `run`."""
+    """A group of all ranks, in which some may wait for others for hours. `run` makes it, on all ranks at once."""
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
 
 
@@ -435,7 +434,7 @@ def meet() -> None:
     dist.barrier(patient_group())
 
 
-def in_turn(is_mine: bool, work: Callable[[], T]) -> T | None:
+def in_turn(is_mine: bool, work: Callable[[], T]) -> Any:
     """What work() returns on the rank whose turn it is; the others wait and get None."""
     result = work() if is_mine else None
     meet()

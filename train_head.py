@@ -1,11 +1,11 @@
 """Train an EAGLE head: python train_head.py --checkpoint C --data dialogues.jsonl --out heads/NAME
 
-    python train_head.py --data data.jsonl --out heads/mine --draft-vocab 8192 --lr 1e-3        # a small target
+    python train_head.py --data data.jsonl --out heads/mine --draft-vocab 8192 --lr 3e-3        # a small target
     python train_head.py ... --cache-features features/       # the target's features on disk: it then runs once only
     python train_head.py ... --resume                         # go on after a kill or Ctrl-C, to the same bits
     python train_head.py ... --accumulate 8                   # the step of eight processes in the memory of one
     torchrun --nproc-per-node 8 train_head.py ...             # data parallel
-    torchrun --nproc-per-node 8 train_head.py --shard-target  # for 70B: each process keeps a part of the target
+    torchrun --nproc-per-node 8 train_head.py ... --shard-target    # for 70B: each process keeps a part of the target
 
 The recipe is that of EAGLE, arXiv 2401.15077, section 4.2, with the settings of its code. The target is frozen. The
 head sees the target's features with uniform noise added and predicts the next ones: L = SmoothL1 + 0.1 CE over the

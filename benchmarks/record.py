@@ -62,7 +62,7 @@ def draw(runs: list[Run], prompt: str, note: str) -> str:
         label = span(f"   {speed:.0f} tokens/s", pieces[-1][0], seconds, "title")
         texts.append(f'<text x="{x}" y="56" class="title">{name}{label}</text>')
         marks = iter([(at, is_draft) for at, is_draft, text in pieces for _ in text])      # of each character
-        for y, line in enumerate(re.findall(r"[^\n]{0,52}[ \n]", "".join(text for _, _, text in pieces) + "\n")):
+        for y, line in enumerate(re.findall(r"[^\n]{0,52}[ \n]|.{52}", "".join(text for _, _, text in pieces) + "\n")):
             spans = [span("".join(char for char, _ in group if char != "\n"), at, seconds, "draft" if is_draft else "")
                      for (at, is_draft), group in itertools.groupby(zip(line, marks), key=lambda pair: pair[1])]
             texts.append(f'<text x="{x}" y="{84 + LINE * y}">{"".join(spans)}</text>')

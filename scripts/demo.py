@@ -61,7 +61,7 @@ def compared(plain_runs: list[Generation], eagle_runs: list[Generation]) -> str:
 
 
 def total(runs: list[Generation]) -> Generation:
-    """Runs of one decoder as the rows of a single one."""
+    """All runs of one decoder as the rows of a single run."""
     return Generation(
         tokens=[row for run in runs for row in run.tokens],
         accept_lengths=[row for run in runs for row in run.accept_lengths],

@@ -1,11 +1,13 @@
-"""Does a model fit on so many GPUs, and how fast could it be? From shapes alone: nothing is loaded.
+"""Does a model fit on N GPUs, and how fast could it be? Computed from shapes: no weights are read.
 
     python scripts/plan.py llama-2-70b --world-size 4 --mode int4 --head --context 4096 --gpu-memory 40
-    python scripts/plan.py FOLDER --world-size 8 --batch 4 --head HEAD --bandwidth 2800 --latency 15 --accept-length 3.8
+    python scripts/plan.py FOLDER --world-size 8 --batch 4 --head HEAD --bandwidth 2800 --latency 15
 
-Bytes of weights, head and caches are exact: they are counted on the very modules that a rank would fill. The workspace
-is an upper estimate, the reserve an allowance. The speed is a bound from what a step must read and exchange, with the
-figures you give for the machine; compute and launches are not in it.
+The bytes of weights, head and caches are exact, because they are counted on the modules that a rank would fill. The
+workspace is an upper estimate, and the reserve an allowance. The speed is an upper bound: it is computed from what a
+step must read and exchange, with the figures you give for the machine. Compute and launches are not in it.
+
+Shapes: B batch.
 """
 import argparse
 import sys
@@ -16,25 +18,24 @@ from torch import nn
 
 import root  # noqa: F401
 from benchmarks.shapes import SHAPES, head_shape
+from checkpoint import quantize_settings, read_json, resolve_checkpoint
+from config import ModelArgs
 from console import Parser, command, number
 from draft_tree import Tree, load_tree
 from eagle_head import head_args
-from checkpoint import quantize_settings, read_json, resolve_checkpoint
-from config import ModelArgs
-from model import PREFILL_CHUNK, MoEFeedForward
 from linears import install, weight_bytes
+from model import PREFILL_CHUNK, MoEFeedForward
 from tp import Shard, divides
 
 ITEM = 2    # bytes of a 16-bit number
 
 
 class Plan(NamedTuple):
-    """Bytes of the rank that has most, and tokens a second of all rows together."""
-    weights: int
+    weights: int            # bytes, as the next three, of the rank that holds most
     head: int
     caches: int
     workspace: int
-    plain: float
+    plain: float            # tokens a second of the whole batch, at most
     eagle: float | None
 
     @property
@@ -43,15 +44,15 @@ class Plan(NamedTuple):
 
 
 class Head(NamedTuple):
-    config: ModelArgs   # of the whole
-    bias: bool          # of fc
-    settings: dict      # of its quantize.json
+    config: ModelArgs   # of the whole head
+    bias: bool          # whether fc has one
+    settings: dict      # from its quantize.json
 
 
 class Machine(NamedTuple):
     bandwidth: float    # bytes a second that a GPU reads
     link: float         # bytes a second between two GPUs
-    latency: float      # seconds a collective takes however small it is
+    latency: float      # seconds that the smallest collective takes
 
 
 @command()
@@ -66,25 +67,30 @@ def main(args: argparse.Namespace) -> None:
     if args.context > config.block_size:
         raise ValueError(f"--context {args.context} is beyond the model's context of {config.block_size} tokens")
     machine = Machine(args.bandwidth * 1e9, args.link * 1e9, args.latency * 1e-6)
-    plan = make_plan(config, args.world_size, head=head, settings=settings, tree=tree, context=args.context, batch=args.batch,
-                     machine=machine, accept_length=args.accept_length)
-    mode = settings.get("mode", "bf16") + (f" in groups of {settings['group_size']}" if settings.get("group_size") else "")
+    plan = make_plan(config, args.world_size, head=head, settings=settings, tree=tree, context=args.context,
+                     batch=args.batch, machine=machine, accept_length=args.accept_length)
+    mode = settings.get("mode", "bf16")
+    if settings.get("group_size"):
+        mode += f" in groups of {settings['group_size']}"
     print(f"{args.checkpoint}: {args.world_size} ranks, {mode}, context {args.context}, batch {args.batch}")
-    for name, n_byte in (*plan._asdict().items(), ("reserve", int(args.reserve * 1e9))):
-        if name not in ("plain", "eagle"):
-            whole = name == "head" and head is not None and not divides(head.config, args.world_size)
-            print(f"  {name:10}{n_byte / 1e9:8.2f} GB a rank" + (", whole: it does not divide" if whole else ""))
-    total = plan.total / 1e9 + args.reserve
-    verdict = "" if args.gpu_memory is None else (f", of {args.gpu_memory:.0f}: "
-                                                  + ("fits" if total <= args.gpu_memory else "does not fit"))
+    is_whole = head is not None and not divides(head.config, args.world_size)
+    for name in ("weights", "head", "caches", "workspace"):
+        print(f"  {name:10}{getattr(plan, name) / 1e9:8.2f} GB a rank"
+              + (", whole: it does not divide" if name == "head" and is_whole else ""))
+    print(f"  {'reserve':10}{args.reserve:8.2f} GB a rank")
+    total, verdict = plan.total / 1e9 + args.reserve, ""
+    if args.gpu_memory is not None:
+        verdict = f", of {args.gpu_memory:.0f}: " + ("fits" if total <= args.gpu_memory else "does not fit")
     print(f"  {'total':10}{total:8.2f} GB a rank{verdict}")
-    eagle = "" if plan.eagle is None else f", {plan.eagle:.0f} with EAGLE ({args.tree} tree, {args.accept_length} tokens a pass)"
-    print(f"at most {plan.plain:.0f} tokens/s{eagle}, if a GPU reads {args.bandwidth:.0f} GB/s, sends {args.link:.0f} GB/s, "
-          f"and a collective takes {args.latency:.0f} us")
+    eagle = ""
+    if plan.eagle is not None:
+        eagle = f", {plan.eagle:.0f} with EAGLE ({args.tree} tree, {args.accept_length} tokens a pass)"
+    print(f"at most {plan.plain:.0f} tokens/s{eagle}, if a GPU reads {args.bandwidth:.0f} GB/s, "
+          f"sends {args.link:.0f} GB/s, and a collective takes {args.latency:.0f} us")
 
 
 def describe(name: str) -> tuple[ModelArgs, dict]:
-    """Of a published shape's name, or of a folder or hub id: its config, and what its quantize.json says."""
+    """Config and quantize.json of a shape, a folder or a hub id."""
     if name in SHAPES:
         return SHAPES[name], {}
     try:
@@ -95,7 +101,7 @@ def describe(name: str) -> tuple[ModelArgs, dict]:
 
 
 def describe_head(name: str, target: ModelArgs, target_name: str) -> Head:
-    """Of a folder or hub id; without a name, the head published for a shape, or else a dense layer of the target's."""
+    """The head of a folder or hub id. Without a name, the head published for a shape, or a dense layer."""
     if name == "":
         return Head(*head_shape(target, target_name), {})
     folder = resolve_checkpoint(name, weights=False)
@@ -106,9 +112,9 @@ def describe_head(name: str, target: ModelArgs, target_name: str) -> Head:
 def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, settings: dict | None = None,
               tree: Tree | None = None, context: int = 4096, batch: int = 1,
               machine: Machine = Machine(1.3e12, 1e11, 2e-5), accept_length: float = 3.5) -> Plan:
-    """For rank 0, which holds most: vocabulary rows that are left over are missing on the last one.
+    """The plan of rank 0, which holds most: the last rank may have fewer vocabulary rows.
 
-    Raises ValueError for a model that cannot be split so, naming what can.
+    Raises ValueError for a model that cannot be split over world_size ranks, naming the sizes that work.
     """
     tree = tree or load_tree("static")
     shard = Shard(0, world_size)
@@ -116,9 +122,9 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
         target = shard.build_target(config).bfloat16()
         draft = None if head is None else shard.build_head(head.config, target, head.bias).bfloat16()
         for module, how in ((target, settings), (draft, head and head.settings)):
-            if how:
+            if module is not None and how:
                 install(module, how)
-                module.bfloat16()   # of the new modules the scales
+                module.bfloat16()   # the scales too
     n_node = 1 if head is None else tree.n_node
     weights, head_weights = weight_bytes(target), 0 if draft is None else weight_bytes(draft)
     parts = [module.config for module in (target, draft) if module is not None]
@@ -128,12 +134,12 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
     embedding, experts = 0 if tied else target.tok_embeddings.weight.nbytes, expert_bytes(target)
 
     def read(n_row: int) -> int:
-        """By a pass over n_row tokens a row: all but the embedding table and the experts that no token goes to."""
+        """Bytes that a pass over [B, n_row] reads: all but the embedding table and the experts that no token needs."""
         routed = min(config.n_expert, batch * n_row * config.n_expert_active)
         return weights - embedding - int(experts * (1 - routed / max(config.n_expert, 1))) + caches[0]
 
     def exchange(n_row: int, n: int) -> float:
-        """Seconds of n all-reduces of [B, n_row, dim]."""
+        """Seconds that n all-reduces of [B, n_row, dim] take."""
         sent = 2 * (world_size - 1) / world_size * batch * n_row * config.dim * ITEM
         return 0.0 if world_size == 1 else n * (machine.latency + sent / machine.link)
 
@@ -141,18 +147,19 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
         return read(n_row) / machine.bandwidth + exchange(n_row, 2 * config.n_layer + 1) + exchange(0, decisions)
 
     eagle = None
-    if draft is not None:
+    if head is not None:
         lm_head = weight_bytes(target.output)
-        sums = 4 if divides(head.config, world_size) else 1     # a head held whole exchanges embeddings only
+        sums = 4 if divides(head.config, world_size) else 1     # a whole head exchanges embeddings only
         level = (head_weights + caches[1] + lm_head) / machine.bandwidth + exchange(tree.n_child, sums) + exchange(0, 2)
-        step = pass_seconds(tree.n_node, tree.depth + 1) + tree.depth * level   # the first level is the ingest
+        step = pass_seconds(tree.n_node, tree.depth + 1) + tree.depth * level
         eagle = batch * accept_length / step
     workspace = max(workspace_bytes(part, shard, context, batch, n_node) for part in parts)
     return Plan(weights, head_weights, sum(caches), workspace, batch / pass_seconds(1, 1), eagle)
 
 
 def expert_bytes(module: nn.Module) -> int:
-    return sum(weight_bytes(part) - weight_bytes(part.gate) for part in module.modules() if isinstance(part, MoEFeedForward))
+    return sum(weight_bytes(part) - weight_bytes(part.gate) for part in module.modules()
+               if isinstance(part, MoEFeedForward))
 
 
 def cache_bytes(local: ModelArgs, context: int, batch: int) -> int:
@@ -160,7 +167,7 @@ def cache_bytes(local: ModelArgs, context: int, batch: int) -> int:
 
 
 def workspace_bytes(local: ModelArgs, shard: Shard, context: int, batch: int, n_node: int) -> int:
-    """What the largest pass keeps beside weights and caches: a prefill chunk's activations and mask, or a tree's logits."""
+    """Bytes of the largest pass beside weights and caches: a prefill chunk's activations, or a tree's logits."""
     rows = batch * min(PREFILL_CHUNK, context)
     qkv = (local.n_head + 2 * local.n_kv_head) * local.head_dim
     activations = rows * (4 * local.dim + 2 * qkv + 3 * local.intermediate_size) * ITEM
@@ -172,23 +179,27 @@ def workspace_bytes(local: ModelArgs, shard: Shard, context: int, batch: int, n_
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Whether a model fits on so many GPUs, and a bound on its speed.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT|SHAPE", help="folder, hub id (only its JSON files are "
-                        "fetched) or a shape of benchmarks/shapes.py")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT|SHAPE", help="folder, hub id (only its JSON files "
+                        "are fetched) or a shape of benchmarks/shapes.py")
     parser.add_argument("--world-size", type=number(int, 1), required=True, metavar="N")
     parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
     parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="of int4 (default 32)")
-    parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this head (no value: the one published "
-                        "for a shape, else a layer of the target's shape)")
+    parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this head (no value: the one "
+                        "published for a shape, else a layer of the target's shape)")
     parser.add_argument("--tree", default="static", help="as in generate.py")
     parser.add_argument("--context", type=number(int, 1), default=4096, metavar="N")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N")
     parser.add_argument("--gpu-memory", type=number(float, 0, open_low=True), metavar="GB")
     parser.add_argument("--reserve", type=number(float, 0), default=2.0, metavar="GB",
                         help="allowed for the CUDA context, NCCL's buffers and fragmentation (default 2)")
-    parser.add_argument("--bandwidth", type=number(float, 0, open_low=True), default=1300.0, metavar="GB/s", help="of memory")
-    parser.add_argument("--link", type=number(float, 0, open_low=True), default=100.0, metavar="GB/s", help="between GPUs")
-    parser.add_argument("--latency", type=number(float, 0), default=20.0, metavar="US", help="of a collective")
-    parser.add_argument("--accept-length", type=number(float, 1), default=3.5, metavar="X", help="tokens a target pass")
+    parser.add_argument("--bandwidth", type=number(float, 0, open_low=True), default=1300.0, metavar="GB/s",
+                        help="of a GPU's memory (default 1300)")
+    parser.add_argument("--link", type=number(float, 0, open_low=True), default=100.0, metavar="GB/s",
+                        help="between two GPUs (default 100)")
+    parser.add_argument("--latency", type=number(float, 0), default=20.0, metavar="US",
+                        help="microseconds of a collective (default 20)")
+    parser.add_argument("--accept-length", type=number(float, 1), default=3.5, metavar="X",
+                        help="tokens a target pass (default 3.5)")
     return parser.parse_args(argv)
 
 

@@ -47,7 +47,7 @@ def test_unpermuted_rows_under_rotate_half_score_as_gguf_rows_under_interleaved_
 
     expected = scores(interleaved, q, k)
     np.testing.assert_allclose(scores(rotate_half, unpermute(q, n_head), unpermute(k, n_head)), expected)
-    assert not np.allclose(scores(rotate_half, q, k), expected)  # left permuted, attention is another
+    assert not np.allclose(scores(rotate_half, q, k), expected)  # without it, attention differs
 
 
 # --- what may go wrong ------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""scripts/export_head.py: what vLLM and SGLang read of an EAGLE-1 head.
+"""scripts/export_head.py: an EAGLE-1 head as vLLM and SGLang read it.
 
     python -m pytest tests/test_export_head.py -q
 
-The engines cannot be installed here; the laws are those that their sources and eagle.md's list of keys give.
+The engines are not installed. What they expect is taken from their sources.
 """
 import json
 import shutil
@@ -33,7 +33,8 @@ def export(target, tmp_path, capsys):
     """export(engine, **changes of config.json) -> (status, config, weights, the head's own weights, stderr)."""
 
     def export(engine, embedding=True, options=(), **changes):
-        config = head_config(target, **({"eagle_version": 1, "torch_dtype": "float32"} | changes)) | {"target": "someone/tiny"}
+        config = head_config(target, **({"eagle_version": 1, "torch_dtype": "float32"} | changes))
+        config["target"] = "someone/tiny"
         weights = head_weights(config, target.tok_embeddings.weight if embedding else None)
         write_head(tmp_path / "head", config, weights)
         argv = ["--head", str(tmp_path / "head"), "--for", engine, "--out", str(tmp_path / "out"), *options]
@@ -50,17 +51,19 @@ def export(target, tmp_path, capsys):
 @pytest.mark.parametrize("engine, architecture", [("vllm", "LlamaForCausalLM"), ("sglang", "LlamaForCausalLMEagle")])
 def test_keys_values_and_fields_are_the_engines(export, engine, architecture):
     _, config, weights, own, _ = export(engine, bias=False)
-    assert config["architectures"] == [architecture] and config["model_type"] == "llama" and config["num_hidden_layers"] == 1
+    assert config["architectures"] == [architecture]
+    assert config["model_type"] == "llama" and config["num_hidden_layers"] == 1
     assert set(weights) == OFFICIAL | ({"fc.bias"} if engine == "sglang" else set())
     for key in OFFICIAL:
         assert torch.equal(weights[key], own[key])
     assert config.get("bias") is (False if engine == "vllm" else None)
     assert not {"qkv_bias", "attention_bias", "eagle_version", "target"} & set(config)
-    for key in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps"):
+    for key in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+                "rms_norm_eps"):
         assert config[key]
 
 
-def test_sglang_gets_a_bias_of_fc_whatever_the_head_has(export):
+def test_sglang_always_gets_a_bias_of_fc(export):
     assert not export("sglang", bias=False)[2]["fc.bias"].any()
     _, _, weights, own, _ = export("sglang")
     assert torch.equal(weights["fc.bias"], own["fc.bias"]) and own["fc.bias"].any()
@@ -73,7 +76,8 @@ def test_vllm_takes_no_bias_of_fc(export):
 
 def test_biases_of_q_k_and_v(export):
     _, config, weights, own, _ = export("vllm", bias=False, qkv_bias=True)
-    assert config["qkv_bias"] is True and "attention_bias" not in config and "layers.0.self_attn.o_proj.bias" not in weights
+    assert config["qkv_bias"] is True and "attention_bias" not in config
+    assert "layers.0.self_attn.o_proj.bias" not in weights
     _, config, weights, own, _ = export("sglang", qkv_bias=True)
     assert config["attention_bias"] is True and not weights["layers.0.self_attn.o_proj.bias"].any()
     assert torch.equal(weights["layers.0.self_attn.q_proj.bias"], own["layers.0.self_attn.q_proj.bias"])
@@ -87,7 +91,7 @@ def test_the_draft_vocabulary_becomes_sglangs_token_map(export, tmp_path):
 
 
 def test_an_exported_head_is_still_a_head(export, target, tmp_path):
-    """With "bias" put back, which the engines must not see, it is the same head here."""
+    """With "bias" put back, which SGLang must not see, it is the same head here."""
     export("sglang")
     with edited_json(tmp_path / "out/config.json") as config:
         config["bias"], config["architectures"] = True, ["LlamaForCausalLM"]
@@ -96,7 +100,7 @@ def test_an_exported_head_is_still_a_head(export, target, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_what_vllm_gets_is_read_here_as_it_is(export, target, tmp_path):
+def test_what_vllm_gets_is_read_here_unchanged(export, target, tmp_path):
     export("vllm", bias=False)
     ours, theirs = (EagleHead.from_pretrained(tmp_path / name, target) for name in ("head", "out"))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -105,11 +109,13 @@ def test_what_vllm_gets_is_read_here_as_it_is(export, target, tmp_path):
 
 def test_the_context_is_told_for_sglang_and_raised_on_request(export):
     _, config, _, _, err = export("sglang", max_position_embeddings=2048)
-    assert config["max_position_embeddings"] == 2048 and "2048" in err and "SGLang refuses" in err and "--context" in err
+    assert config["max_position_embeddings"] == 2048
+    assert "2048" in err and "SGLang refuses" in err and "--context" in err
     assert "refuses" not in export("vllm", bias=False)[4]
     _, config, _, _, err = export("sglang", options=["--context", "32768"], max_position_embeddings=2048)
     assert config["max_position_embeddings"] == 32768 and "refuses" not in err
-    for options, changes, word in (("1024", {}, "less than"), ("4096", dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
+    for options, changes, word in (("1024", {}, "less than"),
+                                   ("4096", dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
                                    ("4096", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn")):
         status, *_, err = export("sglang", options=["--context", options], max_position_embeddings=2048, **changes)
         assert status == 2 and word in err and err.count("\n") == 1
@@ -127,7 +133,7 @@ def test_a_quantised_head_is_refused_by_name(target, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(architectures=["LlamaForCausalLMEagle3"]), "EAGLE-3"), (dict(intermediate_size=48), "mlp.")])
-def test_what_is_no_such_head_is_refused_in_one_line(export, target, tmp_path, capsys, changes, message):
+def test_other_heads_are_refused_in_one_line(export, target, tmp_path, capsys, changes, message):
     export("sglang")
     shutil.rmtree(tmp_path / "out")
     with edited_json(tmp_path / "head/config.json") as config:

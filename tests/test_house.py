@@ -9,10 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from benchmarks import record
+from chat import encode
 from decoder import generate
 from eagle_head import EagleHead
 from model import Transformer
@@ -22,7 +25,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-DOCUMENTS = [README, CONTRIBUTING, *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [README, CONTRIBUTING, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("heads/*/README.md"))]
 SOURCES = [file for folder in (".", "benchmarks", "scripts") for file in sorted((ROOT / folder).glob("*.py"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
@@ -126,13 +129,15 @@ def test_ruff_finds_nothing():
 
 
 def commands(text):
-    """The commands of a shell text, as lists of words, without comments and without assignments before them."""
+    """The commands of a shell text, as lists of words: without comments and assignments, variables replaced."""
+    variables = {}
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        while words and (assignment := re.fullmatch(r"(\w+)=(.*)", words[0])):
+            variables[f"${assignment[1]}"] = shlex.split(assignment[2])
             words.pop(0)
         if words:
-            yield words
+            yield [part for word in words for part in variables.get(word, [word])]
 
 
 def written_commands():
@@ -163,7 +168,7 @@ def parse(words):
     elif program == "python" and rest[0] == "-m":
         rest = rest[1:]
     elif program != "python":
-        assert program in ("source", "ruff", "pyright", "vllm"), f"what is {program}?"
+        assert program in ("source", "cat", "ruff", "pyright", "vllm"), f"what is {program}?"
         return
     script, *options = rest
     if script in ("pytest", "sglang.launch_server"):
@@ -194,7 +199,7 @@ def test_a_command_that_its_script_does_not_take_is_found(command, capsys):
         parse(words)
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_the_python_blocks_of_documents_run(file, request, monkeypatch, capsys):
     found = blocks(file.read_text(), "python")
     assert found or file != README
@@ -207,7 +212,7 @@ def test_the_python_blocks_of_documents_run(file, request, monkeypatch, capsys):
         assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_files_that_a_document_links_to_or_names_exist(file):
     text = file.read_text()
     links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text) for link in link}
@@ -224,6 +229,33 @@ def test_the_map_of_the_readme_names_what_is_there_and_every_file_of_the_root():
     assert not [name for name in entries if not (ROOT / name).exists()]
     assert {file.name for file in ROOT.glob("*.py")} <= set(entries)
     assert {"scripts/", "benchmarks/", "docs/", "tests/", "heads/"} <= set(entries)
+
+
+def test_the_first_figure_of_the_readme_is_that_of_its_report():
+    arms = json.loads((ROOT / "benchmarks/results/cpu-2core-smollm2-mtbench/report.json").read_text())["overall"]
+    plain, eagle = arms["plain"], arms["eagle-tuned"]
+    low, high = eagle["speedup_interval"]
+    assert (f"**plain decoding {plain['tokens_per_second']:.1f} tokens/s, EAGLE {eagle['tokens_per_second']:.1f}, "
+            f"{eagle['speedup']:.2f}x** (95% interval {low:.2f}-{high:.2f})") in README.read_text()
+
+
+def test_a_recording_shows_both_answers_whole_and_accepted_drafts_in_green(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "target", ascii_only=True)
+    tok, model = Tokenizer.from_pretrained(checkpoint), Transformer.from_pretrained(checkpoint, dtype=torch.float32)
+    folder = write_head(EagleHead(replace(model.config, n_layer=1), model), tmp_path / "head")
+    result = generate(model, [encode("the fox", tok, raw=False)], 60)
+    (folder / "draft_vocab.json").write_text(json.dumps(sorted(set(result.tokens[0]))))
+    args = record.parse_args(["--checkpoint", str(checkpoint), "--eagle", str(folder), "--dtype", "float32", "--prompt",
+                              "the fox", "--max-new-tokens", "60", "--out", str(tmp_path / "demo.svg")])
+    assert record.main(args) == 0, capsys.readouterr().err
+    for file in (tmp_path / "demo.svg", ROOT / "docs/demo.svg"):
+        lines = [line for line in ElementTree.parse(file).getroot() if line.get("x") and not line.get("class")]
+        plain, eagle = ([span for line in lines if line.get("x") == x for span in line] for x in ("16", "456"))
+        assert "".join(span.text or "" for span in plain) == "".join(span.text or "" for span in eagle)
+        assert {span.get("class") for span in plain} == {""} and {span.get("class") for span in eagle} == {"", "draft"}
+        assert file.stat().st_size < 200_000 and "<script" not in file.read_text()
+        if file.parent == tmp_path:
+            assert "".join(span.text or "" for span in plain) == tok.decode(result.tokens[0])
 
 
 # Files to copy

@@ -1,12 +1,9 @@
 """Quantised weights: the format, the products, folders, GPTQ, and decoding on a quantised target."""
 import datetime
-import importlib
 import itertools
 import json
 import operator
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -60,7 +57,7 @@ def quantized_folder(kind, tmp_path, *options, **overrides):
 
 
 def dense_twin(folder, out):
-    """The 16-bit model with the values of the quantised one: what every product is compared with."""
+    """The 16-bit model with the dequantised values of `out`: the reference for every product."""
     stored = {key: tensor for key, tensor, _ in iterate_weights(out)}
     model = Transformer.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     weights = {key: dequantize(tensor, stored[key[:-6] + "scales"].float(), stored.get(key[:-6] + "zeros"))
@@ -116,7 +113,7 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
         for rows in ROWS:
             x = torch.randn(1, rows, shape[1], dtype=dtype)
             theirs = x.double() @ exact + linear.bias.double()
-            spaced = torch.cat((x, x), -1)[..., :shape[1]]  # as PackedRMSNorm's rows lie
+            spaced = torch.cat((x, x), -1)[..., :shape[1]]  # not contiguous, as PackedRMSNorm's rows
             for name in runtime.candidates(linear, rows):
                 assert_close(linear.product(name, x).double(), theirs, tolerance)
                 assert_close(linear.product(name, spaced).double(), theirs, tolerance)
@@ -141,7 +138,7 @@ def check_triton(device):
     if device == "cpu":
         multiply_bfloat16_in_triton_s_interpreter()
     torch.manual_seed(0)
-    # 11 numbers of rows and 12 kernels: each number comes with each kernel.
+    # 11 numbers of rows, 12 kernels: over all cases each number comes with each kernel.
     rows = itertools.cycle([1, 2, 3, 15, 16, 17, 31, 33, 60, 63, 64])
     formats, shapes = [*FORMATS, Format("int4", 128)], [(40, 128), (33, 384), (40, 96), (130, 100)]
     for format, shape, dtype in itertools.product(formats, shapes, (torch.float16, torch.bfloat16)):
@@ -227,7 +224,7 @@ def test_a_block_takes_the_kernel_of_the_next_larger_number_of_rows(monkeypatch)
     monkeypatch.setattr(QuantLinear, "product", lambda self, name, x, expert: name)
     wanted = {1: "1", 2: "2", 3: "4", 5: "8", 8: "8", 9: "16", 26: "32", 33: "64", 60: "64", 65: "64", 512: "64"}
     assert {rows: linear(torch.ones(1, rows, 64)) for rows in wanted} == wanted
-    assert linear(torch.ones(3, 11, 64)) == "64"       # of a batch all rows count
+    assert linear(torch.ones(3, 11, 64)) == "64"       # all rows of a batch count
 
 
 def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
@@ -244,7 +241,7 @@ def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
     tune(again)
     assert len(calls) == 2 * len(linears.ROWS)
     tune(again)
-    assert len(calls) == 2 * len(linears.ROWS)    # whole again
+    assert len(calls) == 2 * len(linears.ROWS)    # the file is valid again
     file.unlink()
     with monkeypatch.context() as rank:
         rank.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -252,8 +249,8 @@ def test_tune_measures_once_and_keeps_what_it_found(tmp_path, monkeypatch):
         rank.setattr(torch.distributed, "broadcast_object_list",
                      lambda chosen: chosen[0].update(dict.fromkeys(chosen[0], "dense")))
         tune(again)
-    assert not file.exists() and set(again.kernels.values()) == {"dense"}      # as rank 0 has found
-    file.mkdir()    # not to be read
+    assert not file.exists() and set(again.kernels.values()) == {"dense"}      # what rank 0 found
+    file.mkdir()    # a folder cannot be read
     tune(again)
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")     # no home
     tune(again)
@@ -283,7 +280,7 @@ def correlated(K, n=512):
 
 
 def test_gptq_equals_the_written_out_algorithm_in_float64():
-    x, weight = correlated(192), torch.randn(12, 192, dtype=torch.double)   # more columns than a block has
+    x, weight = correlated(192), torch.randn(12, 192, dtype=torch.double)   # more columns than a block of gptq
     hessian = x.T @ x
     stored = quantize.gptq(weight, hessian, Format("int4", 32), damping=0.0)
     ours = dequantize(stored["weight"], stored["scales"].double(), stored["zeros"])
@@ -303,7 +300,7 @@ def test_gptq_has_a_smaller_output_error_than_rounding(format, act_order):
 
 def test_gptq_damps_more_where_a_hessian_needs_it_and_refuses_one_that_nothing_helps():
     weight, format = torch.randn(8, 32), Format("int4", 32)
-    for lowest in (-0.05, -0.5):    # of eigenvalues that are 1 otherwise: below the damping of 0.01, and of 0.1
+    for lowest in (-0.05, -0.5):    # one eigenvalue, the others are 1: 0.01 of damping is too little, for -0.5 0.1 too
         v = torch.nn.functional.normalize(torch.randn(32), dim=0)
         stored = quantize.gptq(weight, torch.eye(32) - (1 - lowest) * v[:, None] * v, format)
         assert_close(dequantize(stored["weight"], stored["scales"].float(), stored["zeros"]), weight, 0.5)
@@ -321,7 +318,7 @@ def test_a_folder_loads_as_the_values_it_stores(kind, options, tmp_path):
     folder, out = quantized_folder(kind, tmp_path, *options)
     model, twin = Transformer.from_pretrained(out, dtype=torch.float32), dense_twin(folder, out)
     assert isinstance(model.output, QuantLinear) == ("--lm-head" in options)
-    for n in (1, 3, 24, 140):   # experts are run in another way for each
+    for n in (1, 3, 24, 140):   # each number runs experts in another way
         tokens = torch.tensor([tokens_of(n)])
         assert_close(model(tokens, torch.arange(n))[0], twin(tokens, torch.arange(n))[0], 1e-5)
     stored = {key: tensor for key, tensor, _ in iterate_weights(out)}
@@ -335,10 +332,10 @@ def test_quantised_experts_are_near_the_16_bit_ones(mode, bound, tmp_path):
     folder, out = quantized_folder("mixtral", tmp_path, "--mode", mode)
     for dtype, rounding in ((torch.float32, 0), (torch.bfloat16, 0.02)):
         ours, exact = (Transformer.from_pretrained(f, dtype=dtype).layers[0].feed_forward for f in (out, folder))
-        for n in (1, 3, 24, 140):   # of one expert's rows or none, by the packed kernels or the dense product
+        for n in (1, 3, 24, 140):   # one expert gets all rows or none; packed kernels or the dense product
             x = torch.randn(1, n, 64).to(dtype)
             difference = (ours(x) - exact(x)).float().norm(dim=-1) / exact(x).float().norm(dim=-1)
-            assert difference.max() < bound + rounding  # the router has its 16 bits: the same experts are chosen
+            assert difference.max() < bound + rounding  # routers keep 16 bits, so the same experts are chosen
 
 
 @pytest.mark.parametrize("kind", ["gqa", "qwen2", "mixtral"])
@@ -365,7 +362,7 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
         ours = Transformer.from_pretrained(out, dtype=torch.float32)(tokens, pos)[0]
         errors[method] = (ours - exact).norm().item()
     assert errors["gptq"] < errors["rtn"]
-    if kind == "mixtral":   # routers by which the last four experts are never among the first two
+    if kind == "mixtral":   # routers that never choose the last four experts
         weights = load_file(folder / "model.safetensors")
         for key in weights:
             if key.endswith("block_sparse_moe.gate.weight"):
@@ -505,7 +502,7 @@ def test_gptq_rounds_to_nearest_what_gets_nothing_but_zeros(sound, tmp_path, cap
     folder, data = sound
 
     def silence(weights):
-        weights["model.layers.0.input_layernorm.weight"].zero_()     # so values, and wo's inputs, are zero too
+        weights["model.layers.0.input_layernorm.weight"].zero_()    # so wo's inputs are zero too
         weights["model.layers.1.mlp.gate_proj.weight"].zero_()
     folder = spoiled(folder, tmp_path / "m", silence)
     assert run("--checkpoint", folder, "--out", tmp_path / "q", "--device", "cpu", *GPTQ, data) == 0
@@ -737,24 +734,13 @@ def test_quantize_in_place_gives_what_the_folder_gives(tmp_path, monkeypatch):
         patch.setattr(linears, "round_to_nearest",
                       lambda *args: is_there.append(old() is not None) or round_to_nearest(*args))
         quantize_in_place(model, Format("int4", 32), "int8")
-    assert is_there[0] and not is_there[-1]     # no weight stays until all are rounded
+    assert is_there[0] and not is_there[-1]     # each weight is freed when it is rounded, not at the end
     tokens = torch.tensor([tokens_of(5)])
     theirs = Transformer.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(model(tokens, torch.arange(5))[0], theirs(tokens, torch.arange(5))[0])
 
 
 # The document
-
-
-def test_every_command_of_the_document_is_one_that_its_program_takes():
-    page = (Path(__file__).parents[1] / "docs/quantisation.md").read_text()
-    commands = [shlex.split(line, comments=True) for block in re.findall(r"```bash\n(.*?)```", page, re.S)
-                for line in block.replace("\\\n", " ").splitlines()]
-    names = {"quantize.py", "generate.py", "scripts/generate_data.py", "scripts/evaluate.py"}
-    assert {name for _, name, *_ in commands} == names
-    for python, name, *argv in commands:
-        assert python == "python"
-        importlib.import_module(name.removesuffix(".py").replace("/", ".")).parse_args(argv)
 
 
 def test_the_table_of_the_document_has_the_figures_of_the_log_and_of_the_run():
@@ -771,6 +757,6 @@ def test_the_table_of_the_document_has_the_figures_of_the_log_and_of_the_run():
 
 
 def table_of(file, n_column):
-    """{first cell: the other cells} of all rows of so many columns, bold or not."""
+    """{first cell: the other cells} of all table rows with n_column columns, without bold."""
     rows = [line.replace("**", "").split("|")[1:-1] for line in file.read_text().splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows if len(cells) == n_column}

@@ -51,7 +51,7 @@ def sentencepiece_model(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def llama_folder(tmp_path, sentencepiece_model) -> Path:
-    """As Vicuna's: tokenizer.model, and JSON files from before chat templates. One token is added behind the pieces."""
+    """As Vicuna's: tokenizer.model, and JSON files older than chat templates. One added token follows the pieces."""
     folder = write(
         tmp_path / "llama",
         tokenizer_config={
@@ -243,7 +243,7 @@ QWEN_ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<x>"]  
 
 
 def qwen_folder(source: Path, target: Path, kept: list[str] = QWEN_ADDED, **tokenizer_config) -> Path:
-    """Its tokenizer.json holds the `kept` ones of its added tokens."""
+    """A folder whose tokenizer.json has only the added tokens in `kept`."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
     write(target, tokenizer_config=settings | tokenizer_config, config={"model_type": "llama"})
     content = json.loads((source / "tokenizer.json").read_text())
@@ -358,7 +358,7 @@ def test_an_empty_special_token_says_nothing(tmp_path, sentencepiece_model, llam
     assert tok.apply_chat_template(CHAT)[0] == 1
     assert Tokenizer.from_pretrained(llama_folder, chat_template="{{ bos_token }}a").apply_chat_template(CHAT)[0] == 1
     (llama_folder / "generation_config.json").unlink()
-    write(llama_folder, config={"eos_token_id": [1, 7], "bos_token_id": 1})  # the same bos: what it calls eos counts
+    write(llama_folder, config={"eos_token_id": [1, 7], "bos_token_id": 1})  # with the right bos, its eos counts too
     assert Tokenizer.from_pretrained(llama_folder).stop_ids == {1, 2, 7}
 
 
@@ -564,7 +564,7 @@ def test_special_tokens_in_plain_messages_are_text(any_folder, normalized):
     for said in attacks:
         messages = [{"role": "user", "content": said}]
         messages.append({"role": "assistant", "content": "yes", "reasoning_content": said})
-        if normalized and any_folder.name == "mistral":  # its own marks count only behind a space
+        if normalized and any_folder.name == "mistral":  # its special tokens count only behind a space
             with pytest.raises(ValueError, match="cannot pass as text"):
                 tok.apply_chat_template(messages, plain_text=True)
             continue

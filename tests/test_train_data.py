@@ -176,6 +176,14 @@ def test_encoding_piece_by_piece_gives_what_encoding_the_whole_gives(tokenizers,
     assert encode_answers(tok, chat, [1, 3, 5], 512, True, {}) == whole
 
 
+def test_where_tokens_of_two_turns_merge_the_whole_is_encoded(checkpoint):
+    glued = Tokenizer.from_pretrained(checkpoint, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = chat_of({"messages": turns("the", " quick ", "brown fox", " jumps")})
+    assert glued.encode("the quick ") + glued.encode("brown fox") != glued.encode("the quick brown fox")
+    whole = encode_answers(glued, chat, [1, 3], 512, False, {})
+    assert encode_answers(glued, chat, [1, 3], 512, True, {}) == whole
+
+
 def test_work_grows_with_the_length_of_a_dialogue_and_not_with_its_square(tokenizers, monkeypatch):
     tok, encoded = tokenizers["plain"], []
     encode = Tokenizer.encode
