@@ -34,10 +34,10 @@ KINDS = {
     "qwen2_tied": ("qwen2", dict(rope_theta=1e6, tie_word_embeddings=True)),
     "qwen3": ("qwen3", dict(head_dim=16, rope_theta=1e6, tie_word_embeddings=True)),
     "qwen3_moe": ("qwen3_moe", dict(head_dim=16, rope_theta=1e7, num_experts=8, num_experts_per_tok=3,
-                                    moe_intermediate_size=24, norm_topk_prob=True)),
+                                    moe_intermediate_size=160, norm_topk_prob=True)),
     # Layer 3 has experts, and their weights do not add up to 1.
     "qwen3_moe_mixed": ("qwen3_moe", dict(rope_theta=1e5, num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
-                                          moe_intermediate_size=24, norm_topk_prob=False, decoder_sparse_step=2,
+                                          moe_intermediate_size=160, norm_topk_prob=False, decoder_sparse_step=2,
                                           mlp_only_layers=[1])),
 }
 

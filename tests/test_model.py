@@ -5,6 +5,7 @@
 Shapes: B batch, T new tokens, S cache slots, N tree nodes, V vocabulary.
 """
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -806,6 +807,21 @@ def test_host_memory_while_loading_stays_near_one_shard(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixtral and Qwen3-MoE read few experts
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_router_chooses_and_weighs_as_in_transformers(zoo, monkeypatch, kind, dtype):
+    """To the bit: logits in the model's dtype, their softmax in fp32. Weights add up to 1 where config.json says so."""
+    router = copy.deepcopy(zoo(kind).hf.model.layers[-1].mlp.gate).to(dtype)
+    ours = load(zoo(kind).folder, dtype).layers[-1].feed_forward
+    x, seen = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(0)).to(dtype), []
+    monkeypatch.setattr(ours, "_every_expert", lambda rows, *chosen: seen.extend(chosen) or rows)
+    ours(x)
+    (weights, experts), (_, their_weights, their_experts) = seen, router(x[0])
+    assert torch.equal(experts, their_experts) and torch.equal(weights, their_weights.to(dtype))
+    total = weights.float().sum(-1)
+    assert total.max() < 0.999 if kind == "qwen3_moe_mixed" else torch.allclose(total, torch.ones(100), atol=1e-2)
+
 
 def routed_experts(hf, tokens):
     """[layer][T, k]: the experts to which transformers sends each token."""
