@@ -105,15 +105,12 @@ def _experts(config: dict) -> dict:
     if config["model_type"] not in ("mixtral", "qwen3_moe"):
         return {}
     # Published Qwen3-MoE folders have num_experts; transformers 5 writes num_local_experts, as Mixtral has it.
-    key = "num_experts" if "num_local_experts" not in config and config["model_type"] == "qwen3_moe" else \
-        "num_local_experts"
+    key = "num_local_experts" if "num_local_experts" in config or config["model_type"] == "mixtral" else "num_experts"
     n_expert, n_active = config[key], config["num_experts_per_tok"]
     if config.get("num_experts", n_expert) != n_expert:
         raise ValueError(f"config.json: num_experts {config['num_experts']!r} is not num_local_experts {n_expert!r}")
-    if not n_expert or n_expert < 1:
-        raise ValueError(f"config.json: {key} {n_expert!r} is not a positive number")
     if not 1 <= n_active <= n_expert:
-        raise ValueError(f"config.json: num_experts_per_tok {n_active!r} does not lie within 1 and {n_expert} experts")
+        raise ValueError(f"config.json: num_experts_per_tok {n_active!r} does not lie within 1 and {key} {n_expert!r}")
     experts = {"n_expert": n_expert, "n_expert_active": n_active}
     if config["model_type"] == "mixtral":
         return experts
@@ -126,9 +123,8 @@ def _experts(config: dict) -> dict:
         raise ValueError(f"config.json: mlp_only_layers {dense!r} is no list of layers")
     if not isinstance(normed, bool):
         raise ValueError(f"config.json: norm_topk_prob {normed!r} is neither true nor false")
-    is_dense = [i in dense or (i + 1) % every != 0 for i in range(config["num_hidden_layers"])]
-    return experts | {"moe_intermediate_size": size, "norm_topk_prob": normed,
-                      "dense_layers": tuple(i for i, dense in enumerate(is_dense) if dense)}
+    dense_layers = tuple(i for i in range(config["num_hidden_layers"]) if i in dense or (i + 1) % every != 0)
+    return experts | {"moe_intermediate_size": size, "norm_topk_prob": normed, "dense_layers": dense_layers}
 
 
 def _whole_numbers(config: dict) -> dict:
