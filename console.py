@@ -125,7 +125,7 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_writable(option: str, path: Path, is_folder: bool = False) -> None:
-    """Raise ValueError unless `path` can be written: before the work is done whose result it is for.
+    """Raise ValueError unless `path` can be written. To be called before the work whose result goes there.
 
     path is a file in an existing folder; with is_folder, a folder that may be missing, and its parents too.
     """
@@ -179,8 +179,8 @@ def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> I
 
     bad = bad or refuse
     with open(file, "rb") as content:
-        start = content.read(3)
-        content.seek(3 if start == b"\xef\xbb\xbf" else 0)
+        begin = 3 if content.read(3) == b"\xef\xbb\xbf" else 0    # after a byte order mark
+        content.seek(begin)
         while (first := content.read(1)).isspace():
             pass
         if first == b"[":
@@ -192,7 +192,7 @@ def read_records(file: Path, bad: Callable[[int, str], None] | None = None) -> I
                 else:
                     bad(place, "half a character (a lone surrogate)")
             return
-        content.seek(3 if start == b"\xef\xbb\xbf" else 0)
+        content.seek(begin)
         for line, text in enumerate(content, start=1):
             if not text.strip():
                 continue

@@ -3,9 +3,9 @@
     result = generate(model, [prompt_ids], max_new_tokens=64, head=head, tree="static", stop_ids=tok.stop_ids)
     result.tokens[0], result.mean_accept_length, result.tokens_per_second
 
-    setup_caches(model, head, batch_size=1, n_slot=2048)            # for many prompts: one Decoder keeps what it
-    decoder = Decoder(model, 1, Sampling(temperature=0.7), head=head, tree=load_tree("static"))     # compiled or traced
-    decoder.generate([prompt_ids], max_new_tokens=64)
+    setup_caches(model, head, batch_size=1, n_slot=2048)
+    decoder = Decoder(model, 1, Sampling(temperature=0.7), head=head, tree=load_tree("static"))
+    decoder.generate([prompt_ids], max_new_tokens=64)       # for many prompts: keeps what is compiled or traced
 
 Shapes: B batch, S cache slots.
 """
@@ -23,7 +23,6 @@ from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, trace
 from sampling import NOT_FINITE, Sampling, next_tokens
-
 
 # stop(prompt) returns a function that is given the new tokens one by one and says whether the answer ends here.
 Stop = Callable[[list[int]], Callable[[int], bool]]
@@ -292,7 +291,7 @@ class Decoder:
                 self.graphs[key] = self._record(eagle, n_slot, tracing)
 
     def steps_ahead(self, lengths: list[int], max_new_tokens: int) -> list[tuple[bool, int]]:
-        """(is EAGLE, slots read) of all steps that may come, whenever rows stop."""
+        """(is EAGLE, slots read) of all steps that may come, at whatever step rows stop."""
         first = last = longest = max(lengths)
         if self.compile:    # without graphs one step prepares all
             first, last = min(lengths), min(longest + max_new_tokens, self.n_slot) - 1

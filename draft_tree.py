@@ -219,17 +219,19 @@ def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: 
     children = [[n for n in nodes if n > 0 and tree.parents[n] == parent] for parent in expanded]
     filled = [of_one + of_one[:1] * (tree.n_child - len(of_one)) for of_one in children]
     slots = {n: e * tree.n_child + r for e, of_one in enumerate(children) for r, n in enumerate(of_one)}
+    row, order, is_later = common_plan(tree, batch_size, device)
     return StaticPlan(
-        tree, *common_plan(tree, batch_size, device), tensor(tree.parents)[None],
-        tensor(tree.depths)[None], visible(ancestors, dtype), index([tree.depths[n] - 1 for n in expanded[1:]]), levels,
-        tensor(expanded), tensor([expanded.index(n) if n in expanded else 0 for n in nodes]),
-        tensor([n not in expanded for n in nodes]), tensor(filled),
-        tensor([[r < len(of_one) for r in range(tree.n_child)] for of_one in children]),
-        tensor([slots.get(n, 0) for n in nodes]))
+        tree=tree, row=row, order=order, is_later=is_later, parents=tensor(tree.parents)[None],
+        depths=tensor(tree.depths)[None], seen=visible(ancestors, dtype),
+        inner_depths=index([tree.depths[n] - 1 for n in expanded[1:]]), levels=levels, expanded=tensor(expanded),
+        expanded_row=tensor([expanded.index(n) if n in expanded else 0 for n in nodes]),
+        is_leaf=tensor([n not in expanded for n in nodes]), children=tensor(filled),
+        is_child=tensor([[r < len(of_one) for r in range(tree.n_child)] for of_one in children]),
+        child_slot=tensor([slots.get(n, 0) for n in nodes]))
 
 
 def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """row, order and is_later of either plan."""
+    """The fields row, order and is_later of both kinds of plans."""
     row = torch.arange(batch_size, device=device)[:, None]
     order = torch.arange(max(tree.n_room, tree.depth + 2), device=device)[None]
     nodes = order[:, :tree.n_node]
@@ -286,7 +288,7 @@ class DynamicPlan(NamedTuple):
     before: Tensor      # [1, 1, E + 2] the same for the root: it sees only what lies before the tree
     first: Tensor       # [1, E + 1] number of the first candidate in the level of each expanded node
     origin: Tensor      # [candidates, 2] the expanded node that is its parent, and its depth
-    unseen: Tensor      # [1, N, N + 2] the same for nodes that see nothing of the tree
+    unseen: Tensor      # [1, N, N + 2] in the form of `visible`: nodes that see nothing of the tree
     root_scores: Tensor # [B, 2] 0, the score of the root's path, and inf, so that the root is always kept
 
 
@@ -295,13 +297,14 @@ def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype
     depths = [d for d in range(1, tree.depth) for _ in range(R)]
     first = [0] + [1 + (d > 1) * R + max(d - 2, 0) * R ** 2 for d in depths]
     origin = [[0, 0]] + [[e, d + 1] for e, d in enumerate([0, *depths]) for _ in range(R)]
-    none = torch.zeros(1, N, E, dtype=torch.bool, device=device)
+    row, order, is_later = common_plan(tree, batch_size, device)
     return DynamicPlan(
-        tree, *common_plan(tree, batch_size, device), torch.tensor(depths, device=device).long() - 1,
-        visible(torch.eye(E, device=device)[None] > 0, dtype), visible(none[:, :1], dtype),
-        torch.tensor([first], device=device), torch.tensor(origin, device=device),
-        visible(torch.zeros(1, N, N, dtype=torch.bool, device=device), dtype),
-        torch.tensor([[0.0, torch.inf]], device=device).repeat(batch_size, 1))
+        tree=tree, row=row, order=order, is_later=is_later, inner_depths=torch.tensor(depths, device=device).long() - 1,
+        itself=visible(torch.eye(E, device=device)[None] > 0, dtype),
+        before=visible(torch.zeros(1, 1, E, dtype=torch.bool, device=device), dtype),
+        first=torch.tensor([first], device=device), origin=torch.tensor(origin, device=device),
+        unseen=visible(torch.zeros(1, N, N, dtype=torch.bool, device=device), dtype),
+        root_scores=torch.tensor([[0.0, torch.inf]], device=device).repeat(batch_size, 1))
 
 
 def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor) -> Draft:

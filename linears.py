@@ -76,7 +76,7 @@ def fit_grid(groups: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     else:
         low, high = groups.amin(-1), groups.amax(-1)
         scale = (high - low) / 15
-    scale = scale.clamp_min(1e-30).bfloat16().float()   # 0 for a group of equal weights
+    scale = scale.clamp_min(1e-30).bfloat16().float()   # unclamped, 0 for a group of equal weights
     zero = torch.zeros_like(scale) if mode == "int8" else (low + 8 * scale).bfloat16().float()
     return scale, zero
 
@@ -241,8 +241,7 @@ class QuantLinear(nn.Module):
         """The linear of these rows only: an LM head over a draft vocabulary."""
         with torch.device("meta"):
             linear = QuantLinear(self.in_features, len(index), self.format)
-        linear.q, linear.scales = self.q[index], self.scales[index]
-        linear.zeros = None if self.zeros is None else self.zeros[index]
+        linear.q, linear.scales, linear.zeros = self.parts(index)
         return linear
 
     @property
@@ -250,11 +249,11 @@ class QuantLinear(nn.Module):
         """Whether the host chooses the experts row by row: on a CPU that saves gathering their weights."""
         return self.q.dim() == 3 and not self.q.is_cuda
 
-    def parts(self, expert: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q, scales and zeros: all, or those of one or several experts."""
-        if expert is None:
+    def parts(self, index: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q, scales and zeros: all, or those of one or several experts (without experts: rows)."""
+        if index is None:
             return self.q, self.scales, self.zeros
-        return self.q[expert], self.scales[expert], None if self.zeros is None else self.zeros[expert]
+        return self.q[index], self.scales[index], None if self.zeros is None else self.zeros[index]
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """Weights of experts in ordinary layout: a copy."""

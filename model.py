@@ -163,7 +163,7 @@ class Transformer(nn.Module):
 
 
 def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
-    """Raise ValueError unless tokens are [B, T] integers that fit into kv_cache [..., B, K, S, D] (None: always)."""
+    """Raise ValueError unless tokens are [B, T] integers that fit into kv_cache [..., B, K, S, D], if there is one."""
     if tokens.dim() != 2 or tokens.dtype not in (torch.long, torch.int):
         raise ValueError(f"tokens are [B, T] int64, not {list(tokens.shape)} {tokens.dtype}")
     if kv_cache is not None and (tokens.shape[0] > kv_cache.shape[-4] or tokens.shape[1] > kv_cache.shape[-2]):

@@ -246,10 +246,9 @@ def _run(modules: list[QuantLinear], name: str, x: Tensor, expert: int | None) -
 
 
 def _seconds(run: Callable[[], object], is_cuda: bool) -> float:
-    if is_cuda:
-        torch.cuda.synchronize()    # sync: on loading only
+    synchronize = torch.cuda.synchronize if is_cuda else lambda: None       # sync: on loading only
+    synchronize()
     begin = time.perf_counter()
     run()
-    if is_cuda:
-        torch.cuda.synchronize()    # sync: on loading only
+    synchronize()
     return time.perf_counter() - begin

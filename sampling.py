@@ -94,15 +94,12 @@ def nucleus_from_likeliest(probs: Tensor, top_p: float) -> Tensor:
 
 
 def race(probs: Tensor) -> Tensor:
-    """[..., V] -> [..., V]: each probability over an exponential clock, without a host synchronisation.
-
-    The largest quotient is a draw from probs, the R largest in their order are R draws without replacement.
-    """
+    """[..., V] over exponential clocks -> [..., V]: the R largest, in order, are R draws without replacement."""
     return probs / torch.empty_like(probs).exponential_().clamp_min_(1e-30)
 
 
 def sample(probs: Tensor) -> Tensor:
-    """Draw one token a row, [..., V] -> [...]. NOT_FINITE for a row that holds NaN."""
+    """Draw one token a row, [..., V] -> [...], without a host synchronisation. NOT_FINITE for a row with NaN."""
     return tokens_of_finite(race(probs).max(-1))
 
 

@@ -10,8 +10,7 @@ after the feed-forward and one after the embedding. Query heads are dealt out; i
 heads, some ranks share one. The LM head gives each rank the logits of its part of the vocabulary, and `ShardedLogits`
 answers what decoding asks of logits by exchanging candidates. A head that does not divide is held whole by every rank.
 
-All ranks run the same program on the same numbers, with generators seeded alike; features are whole everywhere. With
-EAGLE_TP_CHECK=1 the ranks compare their tokens after each step.
+All ranks run the same program on the same numbers, with generators seeded alike; features are whole everywhere.
 
 Shapes: B batch, T new tokens, V vocabulary, W ranks, n vocabulary rows of one rank (the last rank may have fewer).
 """
@@ -37,10 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from console import command, launched, say
-from eagle_head import EagleHead
 from checkpoint import read_json, resolve_checkpoint
 from config import ModelArgs
+from console import command, launched, say
+from eagle_head import EagleHead
 from linears import install_quantized, weight_bytes
 from model import Transformer
 
@@ -64,7 +63,8 @@ class Shard:
     @classmethod
     def world(cls) -> "Shard":
         """This process in the default process group."""
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
+        group: Any = dist.group.WORLD
+        return cls(group.rank(), group.size(), group.group_name)
 
     def local(self, config: ModelArgs) -> ModelArgs:
         """The config of one rank's part. vocab_size and dim stay those of the whole model.
@@ -289,7 +289,7 @@ class ShardedLogits:
         return all_gather(self.part.logsumexp(-1, keepdim=True), self.shard).logsumexp(-1, keepdim=keepdim)
 
     def max(self, dim: int) -> Top:
-        """The lowest token of equal logits, as in one process."""
+        """The largest logit; of equal ones the lowest token, as in one process."""
         top = self.topk(1, dim)
         return Top(top.values[..., 0], top.indices[..., 0])
 

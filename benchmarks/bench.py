@@ -4,7 +4,6 @@
     python benchmarks/bench.py --shape llama-2-7b                       # random weights: nothing to fetch
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and generations
-    python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --peer    # against transformers
 
 Decoding is bound by memory, so each step is compared with the time that reading its bytes takes. A random head is
 never right: --simulate-accept replays accepted lengths, a mean or those of a real run, and what it reports is labelled
@@ -21,7 +20,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,6 @@ from linears import Format, quantize_in_place, stored
 from model import Transformer, attention_bias, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
 from sampling import Sampling, next_tokens
-from tokenizer import common_prefix
 
 SLOTS = [128, 1024, 4096]
 LONG_PROMPT = 2048          # tokens of the prefill run
@@ -59,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         "model": args.checkpoint or args.shape, "random_weights": args.checkpoint is None,
         "dtype": str(args.dtype).removeprefix("torch."), "compiled": args.compile, "repeats": args.repeats}
     say(f"{report['device_name']}, torch {report['torch']}, commit {report['commit']}")
-    report |= compare_peer(args) if args.peer else measure_target(args)
+    report |= measure_target(args)
     if args.json:
         write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
@@ -70,8 +68,6 @@ def check(args: argparse.Namespace) -> None:
     args.dtype = getattr(torch, args.dtype)
     if args.device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
-    if args.peer and not args.checkpoint:
-        raise ValueError("--peer needs a real --checkpoint: transformers loads it too")
     if args.mode and args.checkpoint:
         raise ValueError("--mode quantises random weights: give --shape, or a --checkpoint that quantize.py wrote")
     if args.mode == "int4":
@@ -102,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_memory(args: argparse.Namespace) -> None:
-    """A clear line instead of a process killed by the system."""
+    """Refuse weights that do not fit in memory, for which the system would kill the process."""
     needed = sum(p.numel() for p in meta_model(args.config, args.dtype).parameters()) * args.dtype.itemsize
     if args.device.type == "cuda":
         there = torch.cuda.get_device_properties(args.device).total_memory
@@ -151,9 +147,9 @@ def measure_target(args: argparse.Namespace) -> dict:
 
 
 def make_fast(model: torch.nn.Module, layers: Iterable[torch.nn.Module], args: argparse.Namespace) -> None:
-    """As generate.py runs it on this device."""
+    """Compile or pack as generate.py does on this device."""
     if args.compile:
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than time eager code without a word
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # else eager code would be timed silently
         compile_layers(layers)
     else:
         pack_for_cpu(model)
@@ -181,7 +177,7 @@ def target_parts(model: Transformer, twin: Transformer, args: argparse.Namespace
 
 
 def lm_head_bytes(twin: Transformer) -> int:
-    """As it is stored, quantised or not."""
+    """Bytes of the LM head as it is stored, quantised or not."""
     return sum(tensor.nbytes for tensor in stored(twin.output).values())
 
 
@@ -200,7 +196,7 @@ def target_pass(model: Transformer, n_row: int, n_used: int) -> Callable[[], tor
 
 
 def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], list[torch.Tensor]]:
-    """What all layers do over the cache, laid out as model.Attention does it: no product with a weight."""
+    """The attention of all layers over the cache, laid out as in model.Attention, without products with weights."""
     c, cache = model.config, model.kv_cache
     n_slot, group = bucket(n_used, cache.shape[4]), c.n_head // c.n_kv_head
     pos = torch.arange(n_used - n_row, n_used, device=cache.device)[None]
@@ -308,7 +304,7 @@ def ready(step: Callable[[], object], args: argparse.Namespace, modules: list[to
 
 
 def eagerly(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """As Decoder prefills: prompts come in all lengths, and are not worth compiling for."""
+    """For prefill, which Decoder does not compile either: prompts come in all lengths."""
     return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
@@ -424,52 +420,6 @@ def print_target(report: dict) -> None:
                      for row in report["simulated"]])
 
 
-# Against transformers
-
-
-def compare_peer(args: argparse.Namespace) -> dict:
-    """Greedy decoding by transformers and by us, with a short and a long cache, taking turns in one run."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model, n_new, produced = load(args), args.new_tokens, {}
-    if not args.compile:
-        pack_for_cpu(model)
-    folder = resolve_checkpoint(args.checkpoint)
-    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype)
-    theirs.to(args.device).eval()
-    prompt = random_tokens(model, args.prompt_tokens)
-    ids = torch.tensor([prompt], device=args.device)
-
-    def their_arm() -> None:
-        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                                 min_new_tokens=n_new, max_new_tokens=n_new)
-        produced["theirs"] = output[0, len(prompt):].tolist()
-
-    def our_arm(n_slot: int) -> Callable[[], None]:
-        model.setup_caches(1, n_slot)
-        decoder = Decoder(model, 1, compile=args.compile)
-        return lambda: produced.update(ours=decoder.generate([prompt], n_new).tokens[0])
-
-    lengths = [min(n_slot, context(model.config)) for n_slot in (512, 8192)]
-    arms = {"theirs": their_arm, "short": our_arm(lengths[0]), "long": our_arm(lengths[1])}
-    names = ["transformers", *(f"ours, {n_slot} slots" for n_slot in lengths)]
-    speeds = {arm: [n_new / seconds for seconds in times]
-              for arm, times in interleave(arms, args.repeats, args.device).items()}
-    print_table(["", "tokens/s median", "min", "max"],
-                [[name, statistics.median(s), min(s), max(s)] for name, s in zip(names, speeds.values())])
-    to_theirs, to_short = ([a / b for a, b in zip(speeds[arm], speeds[base])]
-                           for arm, base in (("short", "theirs"), ("long", "short")))
-    for name, pairs in (("\nours / transformers", to_theirs), ("long / short cache", to_short)):
-        print(f"{name}: {statistics.median(pairs):.2f} (pairs {', '.join(f'{ratio:.2f}' for ratio in pairs)})")
-    return {"transformers": transformers.__version__, "prompt_tokens": args.prompt_tokens, "new_tokens": n_new,
-            "peer": [{"arm": name, "tokens_per_second": statistics.median(s), "runs": s}
-                     for name, s in zip(names, speeds.values())],
-            "ratio_to_transformers": statistics.median(to_theirs), "ratio_pairs": to_theirs,
-            "long_to_short_cache": statistics.median(to_short), "long_to_short_pairs": to_short,
-            "same_tokens": common_prefix(produced["theirs"], produced["ours"])}
-
-
 # Models
 
 
@@ -491,7 +441,7 @@ def quantised(args: argparse.Namespace) -> dict | None:
 
 
 def setup_caches(model: Transformer, n_slot: int) -> None:
-    """Filled, not zero: untouched memory reads as one shared page, which stays in the processor's cache."""
+    """Caches full of numbers: untouched memory reads as one shared page, which stays in the processor's cache."""
     model.setup_caches(1, min(n_slot, context(model.config)))
     model.kv_cache.normal_()
 
@@ -516,9 +466,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
     parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",
                         help=f"used cache slots, the new rows among them (default: {SLOTS}, within the context)")
-    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N",
-                        help="timed runs of each step or peer")
-    parser.add_argument("--peer", action="store_true", help="compare plain decoding with transformers instead")
+    parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step")
     parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
                         help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
     parser.add_argument("--simulate-accept", nargs="+", default=[], metavar="FILE|TAU",

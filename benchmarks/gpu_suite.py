@@ -39,9 +39,9 @@ BENCH = 240         # seconds for a run of bench.py, which leaves no report when
 class Part(NamedTuple):
     name: str
     kind: str               # what --parts chooses by
-    argv: list[str]         # of Python
+    argv: list[str]         # arguments of python
     limit: int              # seconds
-    cache: bool = False     # compiled code comes from and goes to a cache that was empty when the suite began
+    cache: bool = False     # keep compiled code in a folder that was empty when the suite began
 
 
 def all_parts(args: argparse.Namespace) -> Iterator[Part]:

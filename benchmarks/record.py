@@ -21,13 +21,12 @@ from decoder import Decoder, slots_for
 from draft_tree import load_tree
 from tokenizer import Tokenizer
 
-Run = tuple[float, list[tuple[float, bool, str]]]   # tokens/s; (seconds since the start, is an accepted draft, text)
-PROMPT = "Describe a forest in autumn."
-PANE, LINE, PAUSE = 440, 19, 3      # pixels, pixels, seconds until it begins again
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">
+Run = tuple[float, list[tuple[str, float, bool]]]   # tokens/s; (character, seconds since the start, is it of a draft)
+PROMPT, PAUSE = "Describe a forest in autumn.", 3   # seconds until it begins again
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 896 {height}" width="896" height="{height}">
 <style>text {{ font: 13px ui-monospace, Menlo, "DejaVu Sans Mono", monospace; fill: #e6edf3; white-space: pre }}
 .title {{ font-weight: bold }} .draft {{ fill: #3fb950 }} .note {{ font-size: 11px; fill: #9198a1 }}</style>
-<rect width="{width}" height="{height}" rx="8" fill="#0d1117"/>
+<rect width="896" height="{height}" rx="8" fill="#0d1117"/>
 {texts}
 </svg>
 """
@@ -40,35 +39,37 @@ def main(args: argparse.Namespace) -> None:
     n_slot = slots_for(len(prompt) + args.max_new_tokens + load_tree(args.tree).n_room, model)
     decoders = [generate.make_decoder(args, model, part, 1, n_slot) for part in (None, head)]
     runs = [record(decoder, prompt, args.max_new_tokens, tokenizer) for _ in range(6) for decoder in decoders][2:]
-    medians = [sorted(runs[i::2])[2] for i in range(2)]
     note = (f"Real time; green: accepted drafts. {Path(args.checkpoint).name}, {args.dtype}, {report['device_name']}. "
             "Made by python benchmarks/record.py")
-    write_atomically(args.out, draw(medians, args.prompt[-1], note))
+    write_atomically(args.out, draw([sorted(runs[i::2])[2] for i in range(2)], args.prompt[-1], note))
 
 
 def record(decoder: Decoder, prompt: list[int], n_token: int, tokenizer: Tokenizer) -> Run:
     steps, stream = [], tokenizer.stream()
     result = decoder.generate([prompt], n_token, stop_ids=tokenizer.stop_ids,
                               on_tokens=lambda row, ids, n_draft: steps.append((time.perf_counter(), ids, n_draft)))
-    begin = steps[-1][0] - result.timings["decode_seconds"]
-    return result.tokens_per_second, [(at - begin, is_draft, stream.push(ids)) for at, new, n_draft in steps
-                                      for is_draft, ids in ((True, new[:n_draft]), (False, new[n_draft:]))]
+    begin, chars = steps[-1][0] - result.timings["decode_seconds"], []
+    for at, ids, n_draft in steps:
+        chars += [(char, at - begin, True) for char in stream.push(ids[:n_draft])]
+        chars += [(char, at - begin, False) for char in stream.push(ids[n_draft:])]
+    return result.tokens_per_second, chars
 
 
 def draw(runs: list[Run], prompt: str, note: str) -> str:
-    seconds = max(pieces[-1][0] for _, pieces in runs) + PAUSE
+    seconds = max(chars[-1][1] for _, chars in runs) + PAUSE
     texts, bottom = [f'<text x="16" y="28" class="note">&gt; {escape(prompt)}</text>'], 0
-    for x, name, (speed, pieces) in zip((16, 16 + PANE), ("plain decoding", "EAGLE"), runs):
-        label = span(f"   {speed:.0f} tokens/s", pieces[-1][0], seconds, "title")
+    for x, name, (speed, chars) in zip((16, 456), ("plain decoding", "EAGLE"), runs):
+        label = span(f"   {speed:.0f} tokens/s", chars[-1][1], seconds, "title")
         texts.append(f'<text x="{x}" y="56" class="title">{name}{label}</text>')
-        marks = iter([(at, is_draft) for at, is_draft, text in pieces for _ in text])      # of each character
-        for y, line in enumerate(re.findall(r"[^\n]{0,52}[ \n]|.{52}", "".join(text for _, _, text in pieces) + "\n")):
-            spans = [span("".join(char for char, _ in group if char != "\n"), at, seconds, "draft" if is_draft else "")
-                     for (at, is_draft), group in itertools.groupby(zip(line, marks), key=lambda pair: pair[1])]
-            texts.append(f'<text x="{x}" y="{84 + LINE * y}">{"".join(spans)}</text>')
-        bottom = max(bottom, 84 + LINE * (y + 1) + 8)
-    texts.append(f'<text x="16" y="{bottom}" class="note">{escape(note)}</text>')
-    return SVG.format(width=2 * PANE + 16, height=bottom + 14, texts="\n".join(texts))
+        text = "".join(char for char, *_ in chars) + "\n"
+        for y, line in enumerate(re.finditer(r"[^\n]{0,52}[ \n]|.{52}", text)):
+            pieces = itertools.groupby(chars[line.start():line.end()], key=lambda char: char[1:])
+            spans = [span("".join(char for char, *_ in piece).strip("\n"), at, seconds, "draft" if is_draft else "")
+                     for (at, is_draft), piece in pieces]
+            texts.append(f'<text x="{x}" y="{84 + 19 * y}">{"".join(spans)}</text>')
+            bottom = max(bottom, 84 + 19 * y)
+    texts.append(f'<text x="16" y="{bottom + 27}" class="note">{escape(note)}</text>')
+    return SVG.format(height=bottom + 41, texts="\n".join(texts))
 
 
 def span(text: str, at: float, seconds: float, kind: str) -> str:
@@ -83,8 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/demo.svg"), metavar="FILE")
     own, others = parser.parse_known_args(argv)
     args = generate.parse_args(["--eagle", "--prompt", PROMPT, "--max-new-tokens", "136", *others])
-    args.out = own.out
-    return args
+    return argparse.Namespace(**vars(own), **vars(args))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ HEADS = {
 
 
 def meta_model(config: ModelArgs, dtype: torch.dtype, settings: dict | None = None) -> Transformer:
-    """Shapes without memory, to count on; quantised as a quantize.json's `settings` say."""
+    """A model without memory, to count parameters and bytes; `settings`, as in quantize.json, quantise it."""
     with torch.device("meta"):
         model = Transformer(config)
         if settings is not None:
@@ -57,7 +57,7 @@ def meta_model(config: ModelArgs, dtype: torch.dtype, settings: dict | None = No
 
 
 def random_model(config: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """Random weights made where they stay: no copy on the host, none in another dtype."""
+    """Random weights, made on the device in this dtype: no copy on the host, none in another dtype."""
     with default_dtype(dtype), device:
         model = Transformer(config)
     for weight in model.parameters():

@@ -44,7 +44,7 @@ def accept_lengths(spec: str, most: int) -> list[int]:
         lengths = [low] * (1000 - n_high) + [low + 1] * n_high
     if max(lengths) > most:
         raise ValueError(f"{spec} has steps of {max(lengths)} tokens; a step of this tree produces {most} at most")
-    # Steps of the golden ratio through the sorted list: any stretch of it has nearly the distribution of the whole.
+    # In steps of the golden ratio through the sorted list: any stretch then has nearly the distribution of the whole.
     order = sorted(range(len(lengths)), key=lambda i: i * GOLDEN % 1)
     return [length for _, length in sorted(zip(order, sorted(lengths)))]
 
@@ -82,7 +82,7 @@ def find_lengths(content: Any, inside: bool = False) -> Iterator[Any]:
 
 
 class SimulatedStep(EagleStep):
-    """EAGLE's step with the number of accepted drafts replayed from `lengths`, tokens a step, over and over."""
+    """EAGLE's step with the number of accepted drafts replayed from `lengths`, tokens of each step, over and over."""
 
     def __init__(self, model: Transformer, head: EagleHead, tree: Tree, batch_size: int, lengths: list[int]):
         super().__init__(model, head, tree, batch_size)
@@ -94,7 +94,7 @@ class SimulatedStep(EagleStep):
         return [*super().state, self.turn]
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
-        accepted = super().accept(logits, draft)    # to take its time
+        accepted = super().accept(logits, draft)    # called for the time it takes
         n_accepted = self.lengths[self.turn] - 1
         self.turn.add_(1).remainder_(len(self.lengths))
         return accepted._replace(n_accepted=n_accepted)

@@ -59,7 +59,7 @@ def elapsed(run: Callable[[], object], device: torch.device) -> float:
         run()
         return time.perf_counter() - begin
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run()  # keeps the device at work while the host launches what is timed: device time alone, without launch gaps
+    run()  # keeps the device busy while the host launches the timed run: device time without launch gaps
     start.record()
     run()
     end.record()
@@ -68,7 +68,7 @@ def elapsed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def spread(values: list[float], name: str) -> dict:
-    """Median, least and greatest, under keys that begin with `name`."""
+    """Median, minimum and maximum, under keys that begin with `name`."""
     return {f"{name}_median": statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
@@ -83,7 +83,7 @@ def measure_bandwidth(device: torch.device) -> dict:
     behind a written byte differs from processor to processor.
     """
     n = BUFFER[device.type] // 4
-    source = torch.rand(n, device=device)  # written, for memory that was only reserved reads as one shared page
+    source = torch.rand(n, device=device)  # written: memory that is only reserved reads as one shared page
     target = source.clone()
     runs = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
     seconds = {name: statistics.median(times) for name, times in interleave(runs, 10, device).items()}
@@ -94,12 +94,12 @@ def measure_bandwidth(device: torch.device) -> dict:
 
 
 def environment(device: torch.device, command: str) -> dict:
-    """What a figure must carry to be worth anything."""
+    """The facts that belong to every figure."""
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", REPO, *command], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")  # the results of other measurements do no harm
+        changed = git("status", "--porcelain", "--untracked-files=no")  # other measurements' results do not count
         commit = git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a clone, or no git

@@ -112,7 +112,7 @@ def tree_digest(arms: "dict[str, Arm]") -> str:
 
 
 def digest(value: object) -> str:
-    """Of anything that JSON can hold."""
+    """sha256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

@@ -18,8 +18,8 @@ from console import say
 
 
 class Answer(NamedTuple):
-    tokens: list[int]               # new ones
-    timed_tokens: int               # of them, those that decode_seconds took
+    tokens: list[int]               # new tokens
+    timed_tokens: int               # tokens that decode_seconds covers
     prefill_seconds: float
     decode_seconds: float
     accept_lengths: list[int]       # tokens produced by each target pass; empty where that is not known

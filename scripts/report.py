@@ -24,7 +24,8 @@ from console import Parser, command, say, whole_or_nothing, write_atomically
 from checkpoint import read_json
 
 DRAWS = 2000    # of the bootstrap
-MARK = re.compile(r"<!-- (?P<folder>\S+?)(, arms: (?P<arms>[^>]+?))? -->\n(?P<content>((?!<!--).)*)<!-- end -->", re.S)
+MARK = re.compile(r"(?P<begin><!-- (?P<folder>\S+?)(, arms: (?P<arms>[^>]+?))? -->\n)"
+                  r"(?P<content>((?!<!--).)*)<!-- end -->", re.S)
 
 Answers = dict[str, list[dict]]     # arm -> its lines, the same questions in the same order in each
 
@@ -129,7 +130,7 @@ def plain_of(arm: str, arms: Iterable[str]) -> str:
 
 
 def turns(line: dict) -> dict:
-    """The lists of a line that have an entry for each turn."""
+    """What a line says of its turns: lists with an entry for each turn."""
     return line["choices"][0]
 
 
@@ -260,14 +261,14 @@ def differences(overall: dict[str, dict], rounding: dict[str, dict]) -> Iterator
 
 
 def short_table(report: dict, arms: list[str]) -> str:
-    """Some arms in words, each with its command, and how they were measured."""
+    """These arms with their commands, and how they were measured."""
     header = ["", "tokens/s", "speedup", "accepted length", "command"]
     return (f"{table(header, [short_row(arm, report) for arm in arms])}\n\n"
             f"{conditions(report)} All in one run: `{report['command']}`\n")
 
 
 def short_row(arm: str, report: dict) -> list[str]:
-    """An arm in words, its figures, and what decodes as it does: generate.py, or evaluate.py with --peers."""
+    """An arm's name in words, its figures and its command: generate.py, or evaluate.py --peers for a peer."""
     f, label = report["overall"][arm], plain_of(arm, report["arms"]).removesuffix("plain").removesuffix("-")
     kind = arm.removeprefix(f"{label}-")
     name = {"plain": "plain decoding", "eagle-tuned": "EAGLE"}.get(kind, kind.replace("eagle-", "EAGLE, ", 1))
@@ -299,9 +300,9 @@ def write_documents(files: list[Path], reports: dict[str, dict]) -> None:
 
 
 def fill_in(text: str, reports: dict[str, dict]) -> str:
-    """A document with its tables written anew. reports: folder -> report; a table stands between
-    <!-- FOLDER --> and <!-- end -->, the whole summary, or
-    <!-- FOLDER, arms: plain eagle-tuned --> and <!-- end -->, these arms in words, each with its command."""
+    """A document with its tables written anew, from reports: folder -> report. A whole summary stands between
+    <!-- FOLDER --> and <!-- end -->, a short table of some arms with their commands between
+    <!-- FOLDER, arms: plain eagle-tuned --> and <!-- end -->."""
     def filled(mark: re.Match) -> str:
         report, arms = reports.get(mark["folder"]), mark["arms"]
         if report is None:
@@ -309,7 +310,7 @@ def fill_in(text: str, reports: dict[str, dict]) -> str:
         if unknown := set(arms.split() if arms else []) - report["overall"].keys():
             raise ValueError(f"<!-- {mark['folder']} -->: no arm {', '.join(sorted(unknown))} there")
         made = short_table(report, arms.split()) if arms else summary(report)
-        return mark[0].replace(mark["content"] + "<!-- end -->", made + "<!-- end -->")
+        return mark["begin"] + made + "<!-- end -->"
     return MARK.sub(filled, text)
 
 
@@ -433,8 +434,7 @@ def draw_waterfall(reports: list[dict], file: Path) -> None:
         axes.text(speed, n, text, va="center")
     axes.set_yticks(range(len(bars)), [name for *_, name in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * bars[-1][0])
-    axes.set_xlabel("tokens/s, batch 1 (orange: with drafts)")
+    axes.set(xlim=(0, 1.5 * bars[-1][0]), xlabel="tokens/s, batch 1 (orange: with drafts)")
     axes.set_title(f"{title(reports[0])}, {reports[0]['device_name']}", fontsize=9)
     save(figure, file)
 

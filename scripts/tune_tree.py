@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -186,6 +187,8 @@ def search(accept: list[list[float]], answers: list[list[tuple[int, ...]]], cost
     answers  for each position the ranks of the tokens that follow: see `accept_lengths`
     """
     best: dict[int, Candidate] = {}
+    rows = sorted(costs["target_by_rows"])
+    pass_ms = [costs["target_by_rows"][n] for n in rows]
     for depth in range(1, len(accept) + 1):
         paths = [path for _, path in best_nodes(accept[:depth], max_nodes)]
         for n in range(1, len(paths) + 1):
@@ -194,7 +197,7 @@ def search(accept: list[list[float]], answers: list[list[tuple[int, ...]]], cost
             tree = set(map(tuple, paths[:n]))
             lengths = [length for answer in answers for length in accept_lengths(tree, answer)]
             ms = (costs["first_level"] + (depth - 1) * costs["draft_level"] + costs["rest"]
-                  + interpolate(costs["target_by_rows"], n + 1))
+                  + float(np.interp(n + 1, rows, pass_ms)))     # linear between the measured numbers of rows
             mean = sum(lengths) / len(lengths)
             if n not in best or mean / ms > best[n].rate:
                 best[n] = Candidate(mean / ms, mean, sorted(paths[:n], key=lambda p: (len(p), p)))
@@ -227,15 +230,6 @@ def best_nodes(accept: list[list[float]], count: int) -> list[tuple[float, list[
             for rank, factor in enumerate(accept[len(path)]):
                 heapq.heappush(frontier, (value * factor, [*path, rank]))
     return taken
-
-
-def interpolate(table: dict[int, float], x: int) -> float:
-    """Linear between the measured points, flat past the last."""
-    points = sorted(table.items())
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return points[-1][1]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

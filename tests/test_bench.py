@@ -185,20 +185,10 @@ def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
     assert logits.isfinite().all() and logits.std() > 0
 
 
-def test_peer_decodes_the_same_tokens(tmp_path, short):
-    folder, _ = tiny("gqa", tmp_path / "model")
-    report = run("--checkpoint", folder, "--peer", "--slots", 64, "--dtype", "float32", "--rows", 1, "--new-tokens", 4,
-                 file=tmp_path / "report.json")
-    assert report["same_tokens"] == 4 == report["new_tokens"]
-    assert len(report["ratio_pairs"]) == len(report["long_to_short_pairs"]) == 2
-    assert [len(arm["runs"]) for arm in report["peer"]] == [2, 2, 2]
-
-
 @pytest.mark.parametrize("argv, message", [
     (["--shape", "llama-9"], "invalid choice: 'llama-9'"),
     ([], "--checkpoint --shape"),
     (["--shape", "smollm2-135m", "--rows", "0"], "'0'"),
-    (["--shape", "smollm2-135m", "--peer"], "--peer needs a real --checkpoint"),
     (["--shape", "vicuna-33b", "--slots", "4096"], "beyond the model's context of 2048"),
     (["--shape", "smollm2-135m", "--slots", "32"], "60 rows do not fit in 32 used slots"),
     (["--shape", "smollm2-135m", "--trees", "static", "--slots", "27", "--rows", "1"], "static does not fit in 27"),
