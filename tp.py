@@ -74,9 +74,11 @@ class Shard:
         if not divides(config, self.size):
             sizes = ", ".join(str(n) for n in range(1, config.n_head + 1) if divides(config, n))
             raise ValueError(f"{config.n_head} heads, {config.n_kv_head} key/value heads and a feed-forward of "
-                             f"{config.intermediate_size} do not divide over {self.size} processes; {sizes} do")
+                             f"{' and '.join(map(str, config.feed_forward_sizes))} do not divide over {self.size} "
+                             f"processes; {sizes} do")
         return replace(config, n_head=config.n_head // self.size, n_kv_head=max(config.n_kv_head // self.size, 1),
-                       intermediate_size=config.intermediate_size // self.size)
+                       intermediate_size=config.intermediate_size // self.size,
+                       moe_intermediate_size=config.moe_intermediate_size // self.size)
 
     def even(self, n: int) -> slice:
         return slice(self.rank * (n // self.size), (self.rank + 1) * (n // self.size))
@@ -90,11 +92,9 @@ class Shard:
         """A function that maps a checkpoint's key and the shape stored under it to the slice this rank reads.
 
         `config` describes the whole model. Scales and zero points of quantised weights are cut like the weights. A head
-        that does not divide is read whole, but for the target's embedding. The function raises ValueError for a shape
-        that `config` does not allow.
+        that does not divide is read whole, but for the target's embedding. Other shapes raise ValueError.
         """
-        first_kv = self.rank * config.n_kv_head // self.size        # some ranks share a head if there are too few
-        n_kv = max(config.n_kv_head // self.size, 1)
+        first_kv, n_kv = self.rank * config.n_kv_head // self.size, max(config.n_kv_head // self.size, 1)
         kv_rows = slice(first_kv * config.head_dim, (first_kv + n_kv) * config.head_dim)
         q_rows, hidden = config.n_head * config.head_dim, config.intermediate_size
         whole = {"q_proj": q_rows, "o_proj": q_rows, "fc": config.dim}
@@ -107,12 +107,13 @@ class Shard:
             *_, name, kind = "", *key.split(".")
             if name not in whole or len(shape) <= (name in COLUMNS):    # a bias of o_proj, say, which loading refuses
                 return (slice(None),)
+            n = config.expert_size if ".experts." in key else whole[name]
             if name in COLUMNS:     # int4: a byte has two columns, a scale has a group of them. int8: a scale has a row
-                if kind == "weight" and shape[1:] not in ([whole[name]], [whole[name] // 2]):
-                    raise ValueError(f"{key} has shape {list(shape)}, config.json makes it {whole[name]} columns wide")
+                if kind == "weight" and shape[1:] not in ([n], [n // 2]):
+                    raise ValueError(f"{key} has shape {list(shape)}, config.json makes it {n} columns wide")
                 return slice(None), slice(None) if shape[1] == 1 else self.even(shape[1])
-            if shape[0] != whole[name]:
-                raise ValueError(f"{key} has shape {list(shape)}, config.json gives it {whole[name]} rows")
+            if shape[0] != n:
+                raise ValueError(f"{key} has shape {list(shape)}, config.json gives it {n} rows")
             return (kv_rows if name in KV else self.vocab(shape[0]) if name in VOCAB else self.even(shape[0]),)
         return part
 
@@ -155,9 +156,8 @@ class Shard:
 
 def divides(config: ModelArgs, size: int) -> bool:
     """Whether a model can be split over so many ranks: each needs vocabulary rows too."""
-    kv = config.n_kv_head
-    rows = -(-config.vocab_size // size)
-    return (not any(n % size for n in (config.n_head, config.intermediate_size, config.dim))
+    kv, rows = config.n_kv_head, -(-config.vocab_size // size)
+    return (not any(n % size for n in (config.n_head, config.dim, *config.feed_forward_sizes))
             and (kv % size == 0 or size % kv == 0) and (size - 1) * rows < config.vocab_size)
 
 

@@ -54,6 +54,8 @@ KINDS = {   # kind of reference.py, and changes of its config.json so that its s
     "tied": ("llama2_tied", dict(num_key_value_heads=1, vocab_size=97)),    # the last rank has fewer rows
     "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe_mixed": ("qwen3_moe_mixed", {}),                     # dense layers of another width than the experts
     "head held whole": ("llama2", dict(hidden_size=96, num_attention_heads=12, num_key_value_heads=12)),
 }
 # The same, options of quantize.py, and more options for the target. On four ranks a row of wo has 16 weights.
@@ -62,11 +64,15 @@ QUANTISED = {
     "gqa, int8": ("gqa", {}, ["--mode", "int8"], ["--lm-head", "int8"]),
     "mixtral, int8": ("mixtral", {}, ["--mode", "int8"]),
     "mixtral, int4": ("mixtral", dict(hidden_size=64, intermediate_size=64), ["--mode", "int4", "--group-size", "32"]),
+    "qwen3_moe, int8": ("qwen3_moe_mixed", {}, ["--mode", "int8"]),
+    "qwen3_moe, int4": ("qwen3_moe", dict(hidden_size=64, moe_intermediate_size=64),
+                        ["--mode", "int4", "--group-size", "32"]),
 }
 HEADS = {   # changes of a head's config.json; the heads of quantised targets are quantised in the same way
     "head held whole": dict(num_key_value_heads=3),                 # neither divides nor is divided
     "qwen2": dict(qkv_bias=True, bias=False),
     "gqa, int4": dict(intermediate_size=64), "mixtral, int4": dict(intermediate_size=64),
+    "qwen3_moe, int4": dict(intermediate_size=64),
 }
 WORLDS = (2, 4)
 
@@ -231,7 +237,8 @@ def test_text_of_two_equals_one_process(group, zoo, kind):
 
 
 @pytest.mark.parametrize("kind, world", [
-    ("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2)])
+    ("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2), ("qwen3_moe, int8", 4),
+    ("qwen3_moe, int4", 2)])
 def test_quantised_logits_and_text_equal_one_process(group, zoo, kind, world):
     cases = [CASES[name] for name in ("plain, drawn", "draft vocabulary")]
     assert group(world)(answers, *zoo(kind), cases) == [answers(*zoo(kind), cases)] * world
@@ -251,6 +258,7 @@ def test_a_group_that_two_ranks_would_share_is_refused(zoo):
     "tied": ["draft vocabulary"],
     "mixtral": ["plain", "plain, drawn", "static", "dynamic, drawn"],
     "qwen2": ["plain", "plain, drawn", "draft vocabulary", "static, drawn drafts"],
+    "qwen3_moe": ["static"], "qwen3_moe_mixed": ["plain, drawn", "dynamic"],
     "head held whole": ["static, drawn from a draft vocabulary"]}.items())
 def test_text_of_four_equals_one_process(group, zoo, kind, names):
     cases = [CASES[name] for name in names]
@@ -349,6 +357,26 @@ def test_a_rank_reads_only_its_slices(zoo, tmp_path, monkeypatch, binary):
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do(zoo, size, message):
     with pytest.raises(ValueError, match=message):
         Transformer.from_pretrained(zoo("gqa")[0], shard=tp.Shard(0, size))
+
+
+def test_only_widths_that_the_layers_have_must_divide(zoo):
+    folder, _ = zoo("qwen3_moe_mixed")
+    config, _ = plan.describe(folder)
+    assert (config.intermediate_size, config.expert_size, config.n_head) == (56, 160, 4)
+    sizes = lambda **changes: [n for n in (1, 2, 4) if tp.divides(dataclasses.replace(config, **changes), n)]
+    assert sizes() == [1, 2, 4]
+    assert sizes(intermediate_size=58) == sizes(moe_intermediate_size=158) == [1, 2]
+    assert sizes(intermediate_size=57, dense_layers=()) == sizes(moe_intermediate_size=57, n_expert=0) == [1, 2, 4]
+    with pytest.raises(ValueError, match="a feed-forward of 56 and 160 do not divide over 3 processes; 1, 2, 4 do"):
+        tp.Shard(0, 3).local(config)
+    part = tp.Shard(1, 2).part(config)
+    assert part("model.layers.3.mlp.experts.7.up_proj.weight", [160, 32]) == (slice(80, 160),)
+    assert part("model.layers.0.mlp.down_proj.weight", [32, 56]) == (slice(None), slice(28, 56))
+    for key, shape, message in (("model.layers.3.mlp.experts.7.gate_proj.weight", [56, 32], "160 rows"),
+                                ("model.layers.3.mlp.experts.7.down_proj.weight", [32, 56], "160 columns"),
+                                ("model.layers.0.mlp.gate_proj.weight", [160, 32], "56 rows")):
+        with pytest.raises(ValueError, match=f"{re.escape(key)}.*{message}"):
+            part(key, shape)
 
 
 @pytest.mark.parametrize("vocab_size, sizes", [(9, [1, 2]), (10, [1, 2, 4]), (16, [1, 2, 4, 8]), (3, [1, 2])])
