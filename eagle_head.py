@@ -75,7 +75,10 @@ class EagleHead(nn.Module):
             spec = eagle3_spec(raw, shapes, target.config, aux_layers=aux_layers, rope_theta=rope_theta)
             if "embed_tokens.weight" in shapes and not spec.own_embedding:
                 spec = replace(spec, own_embedding=not is_embedding_of(target, folder))
-            return Eagle3Head.load(folder, spec, target)
+            head = Eagle3Head.load(folder, spec, target)
+            if shard is not None:   # every rank holds the whole head, beside its part of the target's embedding
+                shard.connect(head)
+            return head
         if aux_layers is not None or rope_theta is not None:
             raise ValueError("--aux-layers and --draft-rope-theta are for EAGLE-3 heads; this is an EAGLE-1 or 2 head")
         config = official_config(raw)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import iterate_weights, quantize_settings
+from checkpoint import iterate_weights
 from config import ModelArgs
 
 SAID = "the head's config.json"
@@ -39,9 +39,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     for _ in iterate_weights(folder, part=no_value):
         pass
-    if quantize_settings(folder).get("mode") == "int4":
-        for key in [key for key in shapes if key.removesuffix("weight") + "scales" in shapes]:
-            shapes[key] = (*shapes[key][:-1], 2 * shapes[key][-1])
+    for key in [key for key in shapes if key.removesuffix("weight") + "zeros" in shapes]:   # only int4 has zero points
+        shapes[key] = (*shapes[key][:-1], 2 * shapes[key][-1])
     return shapes
 
 

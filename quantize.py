@@ -35,6 +35,7 @@ from tqdm import tqdm
 from checkpoint import iterate_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
+from head_config import head_kind, official_key
 from linears import GROUP_SIZES, Experts, Format, fit_grid, install, pack, round_to_nearest, to_grid
 from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    rope_cos_sin, rope_inv_freq)
@@ -134,11 +135,15 @@ def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: 
         raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
     if out.exists():
         raise ValueError(f"{out} exists: give --out another folder")
-    if "fc.weight" not in shapes:
-        ModelArgs.from_config(read_json(folder / "config.json"))
-    elif args.lm_head or args.method == "gptq":
+    config = read_json(folder / "config.json")
+    kind = head_kind(config) if is_head(shapes) else None
+    if kind is None:
+        ModelArgs.from_config(config)
+    elif kind == "eagle1" and (args.lm_head or args.method == "gptq"):
         raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: "
                          "no --lm-head, --method rtn")
+    elif args.method == "gptq":
+        raise ValueError(f"{folder} is an EAGLE-3 head, which has no calibration: --method rtn")
     for key, shape in shapes.items():
         if linear_of(key):
             format.n_group(shape[-1])
@@ -213,6 +218,11 @@ def list_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
+def is_head(shapes: dict[str, list[int]]) -> bool:
+    """Whether these are an EAGLE head's weights, in any of the dialects of head_config.py."""
+    return any(official_key(key) == "fc.weight" for key in shapes)
+
+
 def unit_of(key: str) -> str:
     """The unit of work that a key belongs to: the prefix of a layer's keys, or "" for all that is in no layer."""
     layer = LAYER.match(key)
@@ -238,7 +248,7 @@ def quantize_weight(key: str, weight: Tensor, format: Format, hessians: dict[str
 
 def linear_of(key: str) -> str | None:
     """The linear of model.py that a key is part of: "wqkv", "w2.5" (expert 5). None if it is not quantised."""
-    match = LINEAR.search(key)
+    match = LINEAR.search(official_key(key))
     if match is None:
         return None
     *names, expert = match.group(1, 2, 4, 5, 3)
@@ -372,12 +382,12 @@ def report(folder: Path, args: argparse.Namespace) -> None:
     n_byte = layer_bytes = layer_weights = 0
     for key, tensor, _ in iterate_weights(folder):
         n_byte += tensor.nbytes
-        if unit_of(key) or key.startswith("fc."):
+        if unit_of(official_key(key)) or official_key(key).startswith("fc."):
             layer_bytes += tensor.nbytes
             if not key.endswith((".scales", ".zeros")):
                 layer_weights += tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
     line = f"{folder}: {n_byte / 1e6:.1f} MB, {8 * layer_bytes / layer_weights:.2f} bits per weight in the layers"
-    if args.eval and "fc.weight" not in list_shapes(folder):
+    if args.eval and not is_head(list_shapes(folder)):
         model = Transformer.from_pretrained(folder, args.device, getattr(torch, args.dtype))
         tokenizer = Tokenizer.from_pretrained(folder)
         tokens = tokenizer.encode(args.text, bos=tokenizer.adds_bos)

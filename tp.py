@@ -8,9 +8,10 @@ It changes a model from outside, as Megatron-LM does (arXiv 1909.08053, section 
 holds. An ordinary, smaller model is built and loaded with them; `connect` then adds an all-reduce after attention, one
 after the feed-forward and one after the embedding. Query heads are dealt out; if there are more ranks than key/value
 heads, some ranks share one. The LM head gives each rank the logits of its part of the vocabulary, and `ShardedLogits`
-answers what decoding asks of logits by exchanging candidates. A head that does not divide is held whole by every rank.
+answers what decoding asks of logits by exchanging candidates. EAGLE-3 heads, and any that do not divide, stay whole.
 
-All ranks run the same program on the same numbers, with generators seeded alike; features are whole everywhere.
+All ranks run the same program on the same numbers, with generators seeded alike. Features are whole everywhere. With
+EAGLE_TP_CHECK=1 the ranks compare their tokens after each step.
 
 Shapes: B batch, T new tokens, V vocabulary, W ranks, n vocabulary rows of one rank (the last rank may have fewer).
 """

@@ -3,6 +3,7 @@
     python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json smollm2.json
     python benchmarks/bench.py --shape llama-2-7b                       # random weights: nothing to fetch
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
+    python benchmarks/bench.py --shape llama-3.1-8b --trees dynamic:8,10,60 --head eagle3
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and generations
 
 Decoding is bound by memory, so each step is compared with the time that reading its bytes takes. A random head is
@@ -134,8 +135,8 @@ def measure_target(args: argparse.Namespace) -> dict:
     decode, simulated = measure_generations(model, head, sweep, args)
     report = {
         "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
-        "mode": args.mode, "group_size": args.group_size,
-        "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape).parameters()),
+        "mode": args.mode, "group_size": args.group_size, "head": head and head.kind,
+        "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape, args.head).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
         "prefill": measure_prefill(model, args), "decode": decode, "plain": plain,
@@ -207,7 +208,7 @@ def attention(model: Transformer, n_row: int, n_used: int) -> Callable[[], list[
 
 def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
     """The head published for this shape, or one of the checkpoint's own, drafting --draft-vocab tokens."""
-    head = random_head(model, args.shape)
+    head = random_head(model, args.shape, args.head)
     if args.draft_vocab:
         head.set_draft_vocab(list(range(args.draft_vocab)))
     make_fast(head, head.layers, args)
@@ -218,7 +219,7 @@ def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
 def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int,
                 args: argparse.Namespace) -> Iterator[Part]:
     """The stages of one EAGLE step, and the whole step, over a context of n_used slots with the tree's among them."""
-    tree, size = load_tree(name), model.norm.weight.element_size()
+    tree = load_tree(name)
     step = EagleStep(model, head, tree, 1)
     n_slot = bucket(n_used, model.kv_cache.shape[4])
     with eagerly(args):
@@ -226,12 +227,7 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     hidden = step.ingest(n_slot)
     draft = step.grow(hidden, n_slot)
     logits, features = step.verify(draft, n_slot)
-    # The twin counts the target's bytes. The head's are computed: a packed head has no parameters left to count.
-    c = head.config
-    layer = c.dim * (1 + 2 * c.dim + c.head_dim * (2 * c.n_head + 2 * c.n_kv_head) + 3 * c.intermediate_size)
-    lm_head = lm_head_bytes(twin) * (c.vocab_size if head.draft_ids is None else len(head.draft_ids)) // c.vocab_size
-    cache = 2 * c.n_kv_head * c.head_dim * n_slot
-    ingest, level = size * (layer + cache), size * (layer + cache) + lm_head
+    ingest, level, lm_head = head_bytes(head, twin, n_slot, args.shape)
     target = step_bytes(twin, tree.n_node, n_slot)
     grow = lm_head + (tree.depth - 1) * level
     for part, n_row, n_byte, run in (
@@ -246,6 +242,23 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
 
 
+def head_bytes(head: EagleHead, twin: Transformer, n_slot: int, shape: str | None) -> tuple[int, int, int]:
+    """Bytes that the head reads to ingest accepted pairs, on each further level, and of its LM head alone.
+
+    They are counted on a head without memory beside the target's twin: a packed head has no parameters left to count.
+    EAGLE-3 reads fc only where it ingests, and has an LM head of its own.
+    """
+    c, size, empty = head.config, twin.norm.weight.element_size(), random_head(twin, shape, head.kind)
+    n_draft = c.vocab_size if head.draft_ids is None else len(head.draft_ids)
+    weights = sum(p.numel() for name, p in empty.named_parameters() if name not in ("fc.bias", "output.weight"))
+    cache = c.n_layer * 2 * c.n_kv_head * c.head_dim * n_slot
+    if head.kind == "eagle1":
+        fc, lm_head = 0, lm_head_bytes(twin) * n_draft // c.vocab_size
+    else:
+        fc, lm_head = sum(p.numel() for p in empty.fc.parameters()), size * n_draft * c.dim
+    return size * (weights + cache), size * (weights - fc + cache) + lm_head, lm_head
+
+
 def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], torch.Tensor]:
     """The head over n_row nodes, and the draft logits of each."""
     weight = head.fc.weight if isinstance(head.fc, torch.nn.Linear) else head.target.norm.weight
@@ -253,7 +266,7 @@ def draft_level(head: EagleHead, n_row: int, n_used: int) -> Callable[[], torch.
     features = torch.randn(1, n_row, head.config.dim, device=tokens.device, dtype=weight.dtype)
     pos = torch.arange(n_used - n_row, n_used, device=tokens.device)[None]
     mask = causal_mask(pos, bucket(n_used, head.kv_cache.shape[4]))
-    return lambda: head.draft_logits(head(tokens, features, pos, mask=mask)).argmax(-1)
+    return lambda: head.draft_logits(head(tokens, features, pos, mask=mask, is_draft=True)).argmax(-1)
 
 
 def step_bytes(model: Transformer, n_row: int, n_slot: int) -> int:
@@ -384,7 +397,8 @@ def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: 
     ms = {part["part"].removeprefix(f"{name}: "): part["ms_median"] for part in steps
           if part["part"].startswith(f"{name}: ") and part["used_slots"] == row["used_slots"]}
     models = ms["ingest"] + ms["draft LM head"] + (tree.depth - 1) * ms["one draft level"] + ms["verify"]
-    return row | {"outside_models_share": 1 - models / row["ms_wall_per_step"],
+    return row | {"level_bytes": head_bytes(head, twin, bucket(args.slots[0], model.kv_cache.shape[4]), args.shape)[1],
+                  "outside_models_share": 1 - models / row["ms_wall_per_step"],
                   "relative_to_plain_step": row["ms_whole_step"] / plain["ms_whole_step"]}
 
 
@@ -474,7 +488,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "run; one for all --trees or one for each")
     parser.add_argument("--mode", choices=("int8", "int4"), help="with --shape: round the target's weights to nearest")
     parser.add_argument("--group-size", type=number(int, 1), metavar="N", help="columns of an int4 scale (128)")
-    parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="tokens the head drafts (default: all)")
+    parser.add_argument("--head", choices=("eagle1", "eagle3"), default="eagle1", help="kind of --trees' random head")
+    parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N",
+                        help="tokens the head drafts (default: all of its vocabulary)")
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -1,7 +1,7 @@
 """Models by their shape alone: the published targets, each with its published EAGLE head, on random weights or on none.
 
     model = random_model(SHAPES["llama-2-7b"], torch.device("cuda"), torch.bfloat16)
-    head = random_head(model, "llama-2-7b")
+    head = random_head(model, "llama-2-7b")                 # or random_head(model, "llama-3.1-8b", "eagle3")
 
 What a step costs does not depend on the values of the weights, so nothing has to be fetched to time it.
 """
@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from eagle_head import EagleHead
 from config import ModelArgs
+from eagle_head import Eagle3Head, EagleHead
+from head_config import Eagle3Spec
 from model import Transformer
 from linears import install
 
@@ -30,6 +31,11 @@ SHAPES = {  # from the published config.json files; Vicuna-7B and 13B are LLaMA'
     "llama-2-70b": shape(8192, 80, 64, 8, 28672, 32000, 4096),
     "llama-3-8b": shape(4096, 32, 32, 8, 14336, 128256, 8192, rope_theta=5e5),
     "llama-3-70b": shape(8192, 80, 64, 8, 28672, 128256, 8192, rope_theta=5e5),
+    "llama-3.1-8b": shape(4096, 32, 32, 8, 14336, 128256, 131072, rope_theta=5e5, rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}),
+    "qwen3-8b": shape(4096, 36, 32, 8, 12288, 151936, 40960, rope_theta=1e6, norm_eps=1e-6, model_type="qwen3",
+                      qk_norm=True),
     "vicuna-33b": shape(6656, 60, 52, 52, 17920, 32000, 2048, norm_eps=1e-6),
     "mixtral-8x7b": shape(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=1e6, model_type="mixtral", n_expert=8,
                           n_expert_active=2),
@@ -45,6 +51,8 @@ HEADS = {
     "llama-3-8b": {"bias": False}, "llama-3-70b": {"bias": False},
     "vicuna-33b": {"n_kv_head": 13}, "mixtral-8x7b": {"n_kv_head": 32},
 }
+# Draft vocabularies of EAGLE-3 heads: that of the published ones, and for the demo model of its draft_vocab.json.
+DRAFT_VOCAB, DRAFT_VOCABS = 32000, {"smollm2-135m": 8192}
 
 
 def meta_model(config: ModelArgs, dtype: torch.dtype, settings: dict | None = None) -> Transformer:
@@ -73,11 +81,27 @@ def head_shape(target: ModelArgs, name: str | None = None) -> tuple[ModelArgs, b
     return replace(target, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, rope_scaling=None, **others), bias
 
 
-def random_head(target: Transformer, name: str | None = None) -> EagleHead:
+def eagle3_shape(target: ModelArgs, name: str | None = None) -> Eagle3Spec:
+    """The EAGLE-3 head of this target: three captured states, one layer of its shape and a draft vocabulary."""
+    args = replace(target, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, qkv_bias=False, rope_scaling=None,
+                   rope_theta=1e4, tie_word_embeddings=False)
+    capture = (min(2, target.n_layer), target.n_layer // 2, max(target.n_layer - 3, 0))
+    n_draft = min(DRAFT_VOCABS.get(name or "", DRAFT_VOCAB), target.vocab_size)
+    return Eagle3Spec(args, target.dim, capture, n_draft, own_embedding=False)
+
+
+def random_head(target: Transformer, name: str | None = None, kind: str = "eagle1") -> EagleHead:
+    """kind as EagleHead.kind: "eagle1" or "eagle3"."""
     config, bias = head_shape(target.config, name)
     weight = target.norm.weight
     with default_dtype(weight.dtype), weight.device:
-        return EagleHead(config, target, bias).eval()
+        if kind == "eagle1":
+            return EagleHead(config, target, bias).eval()
+        spec = eagle3_shape(target.config, name)
+        head = Eagle3Head(spec, target)
+        head.own_ids = torch.arange(spec.draft_vocab_size)
+        head.set_draft_vocab(None)
+        return head.eval()
 
 
 @contextlib.contextmanager

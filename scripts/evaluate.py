@@ -79,7 +79,8 @@ def main(args: argparse.Namespace) -> None:
     run |= environment(model.inv_freq.device, args.command) | {
         "question_set": name, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot, "tree": trees,
         "also": list(also) or None, "system": args.system, "arms": [*arms, *peers], "absent": absent,
-        "label": args.out.name, "drafting": drafting, "stamps": stamps, "template_date": None}
+        "label": args.out.name, "drafting": drafting, "stamps": stamps, "template_date": None,
+        **{name: getattr(args, name) for name in DRAFTING}}
     done, run = tp.on_rank_0(lambda: resume(args.out, run, tokenizer))
     if run["template_date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
@@ -293,9 +294,10 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
 # Resuming
 
 
-SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode", "also",
-            "system", "temperature", "top_k", "top_p", "seed", "question_set", "max_new_tokens", "max_seq_length",
-            "arms")
+DRAFTING = ("draft_window", "aux_layers", "draft_rope_theta")     # options of generate.py that a run is bound to
+SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode",
+            *DRAFTING, "also", "system", "temperature", "top_k", "top_p", "seed", "question_set", "max_new_tokens",
+            "max_seq_length", "arms")
 
 
 def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 import root  # noqa: F401
-from benchmarks.shapes import SHAPES, head_shape
+from benchmarks.shapes import SHAPES, eagle3_shape, head_shape
 from checkpoint import quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, command, number
 from draft_tree import Tree, load_tree
-from eagle_head import head_args
+from eagle_head import Eagle3Head
+from head_config import Eagle3Spec, eagle3_spec, head_args, head_kind, stored_shapes
 from linears import install, weight_bytes
 from model import PREFILL_CHUNK, MoEFeedForward
 from tp import Shard, divides
@@ -47,6 +48,7 @@ class Head(NamedTuple):
     config: ModelArgs   # of the whole head
     bias: bool          # whether fc has one
     settings: dict      # from its quantize.json
+    spec: Eagle3Spec | None = None      # of an EAGLE-3 head, which every rank holds whole
 
 
 class Machine(NamedTuple):
@@ -101,11 +103,19 @@ def describe(name: str) -> tuple[ModelArgs, dict]:
 
 
 def describe_head(name: str, target: ModelArgs, target_name: str) -> Head:
-    """The head of a folder or hub id. Without a name, the head published for a shape, or a dense layer."""
+    """The head of a folder or hub id. Without a name, the head published for a shape, or a dense layer. "eagle3" is the
+    EAGLE-3 head of a shape. An EAGLE-3 head's weights are fetched: their shapes say what it is."""
     if name == "":
         return Head(*head_shape(target, target_name), {})
+    if name == "eagle3":
+        spec = eagle3_shape(target, target_name)
+        return Head(spec.args, False, {}, spec)
     folder = resolve_checkpoint(name, weights=False)
     config = read_json(folder / "config.json")
+    if head_kind(config) == "eagle3":
+        folder = resolve_checkpoint(name)
+        spec = eagle3_spec(config, stored_shapes(folder), target)
+        return Head(spec.args, False, quantize_settings(folder), spec)
     return Head(head_args(config, target), config.get("bias", True), quantize_settings(folder))
 
 
@@ -120,10 +130,13 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
     shard = Shard(0, world_size)
     with torch.device("meta"):
         target = shard.build_target(config).bfloat16()
-        draft = None if head is None else shard.build_head(head.config, target, head.bias).bfloat16()
+        draft = None
+        if head is not None:
+            draft = Eagle3Head(head.spec, target) if head.spec else shard.build_head(head.config, target, head.bias)
         for module, how in ((target, settings), (draft, head and head.settings)):
             if module is not None and how:
                 install(module, how)
+            if module is not None:
                 module.bfloat16()   # the scales too
     n_node = 1 if head is None else tree.n_node
     weights, head_weights = weight_bytes(target), 0 if draft is None else weight_bytes(draft)
@@ -146,14 +159,20 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
     def pass_seconds(n_row: int, decisions: int) -> float:
         return read(n_row) / machine.bandwidth + exchange(n_row, 2 * config.n_layer + 1) + exchange(0, decisions)
 
-    eagle = None
+    eagle, states = None, 0     # tokens a second, and bytes of the captured hidden states of a prefill chunk
     if head is not None:
-        lm_head = weight_bytes(target.output)
-        sums = 4 if divides(head.config, world_size) else 1     # a whole head exchanges embeddings only
-        level = (head_weights + caches[1] + lm_head) / machine.bandwidth + exchange(tree.n_child, sums) + exchange(0, 2)
-        step = pass_seconds(tree.n_node, tree.depth + 1) + tree.depth * level
+        is_whole = head.spec is not None or not divides(head.config, world_size)
+        sums = 1 if is_whole else 4     # a whole head exchanges embeddings only
+        if head.spec is None or not isinstance(draft, Eagle3Head):
+            once, each, tops = 0, head_weights + weight_bytes(target.output), 2
+        else:   # fc is read once a step, and the LM head is the head's own, on every rank
+            once = weight_bytes(draft.fc)
+            each, tops = head_weights - once - (0 if draft.embedding is None else weight_bytes(draft.embedding)), 0
+            states = batch * min(PREFILL_CHUNK, context) * len(head.spec.capture) * config.dim * ITEM
+        level = (each + caches[1]) / machine.bandwidth + exchange(tree.n_child, sums) + exchange(0, tops)
+        step = pass_seconds(tree.n_node, tree.depth + 1) + once / machine.bandwidth + tree.depth * level
         eagle = batch * accept_length / step
-    workspace = max(workspace_bytes(part, shard, context, batch, n_node) for part in parts)
+    workspace = states + max(workspace_bytes(part, shard, context, batch, n_node) for part in parts)
     return Plan(weights, head_weights, sum(caches), workspace, batch / pass_seconds(1, 1), eagle)
 
 
@@ -185,7 +204,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("bf16", "int8", "int4"), help="default: as the checkpoint is")
     parser.add_argument("--group-size", type=number(int, 1), default=32, metavar="N", help="of int4 (default 32)")
     parser.add_argument("--head", nargs="?", const="", metavar="HEAD", help="with this head (no value: the one "
-                        "published for a shape, else a layer of the target's shape)")
+                        "published for a shape, else a layer of the target's shape; eagle3: its EAGLE-3 head)")
     parser.add_argument("--tree", default="static", help="as in generate.py")
     parser.add_argument("--context", type=number(int, 1), default=4096, metavar="N")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="N")

@@ -15,6 +15,7 @@ PARAMETERS = {  # what the published weight files add up to
     "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "vicuna-33b": 32_528_943_616,
     "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624, "smollm2-135m": 134_515_008,
+    "llama-3.1-8b": 8_030_261_248, "qwen3-8b": 8_190_735_360,
 }
 HEAD_PARAMETERS = {  # EAGLE's README rounds Vicuna-33B's to 0.56 B and LLaMA-3-70B's to 0.99 B
     "llama-2-7b": 235_937_792, "llama-2-13b": 369_633_280, "llama-2-70b": 989_872_128, "llama-3-8b": 251_662_336,

@@ -1,4 +1,4 @@
-"""scripts/export_head.py: an EAGLE-1 head as vLLM and SGLang read it.
+"""scripts/export_head.py: an EAGLE-1 head as vLLM and SGLang read it. EAGLE-3 heads are in test_eagle3_tools.py.
 
     python -m pytest tests/test_export_head.py -q
 
@@ -132,7 +132,8 @@ def test_a_quantised_head_is_refused_by_name(target, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(architectures=["LlamaForCausalLMEagle3"]), "EAGLE-3"), (dict(intermediate_size=48), "mlp.")])
+    (dict(architectures=["LlamaForCausalLMEagle3"]), "an EAGLE-3 head has no biases"),
+    (dict(eagle_version=4), "eagle_version 4 is not known"), (dict(intermediate_size=48), "mlp.")])
 def test_other_heads_are_refused_in_one_line(export, target, tmp_path, capsys, changes, message):
     export("sglang")
     shutil.rmtree(tmp_path / "out")
