@@ -10,8 +10,7 @@ after the feed-forward and one after the embedding. Query heads are dealt out; i
 heads, some ranks share one. The LM head gives each rank the logits of its part of the vocabulary, and `ShardedLogits`
 answers what decoding asks of logits by exchanging candidates. EAGLE-3 heads, and any that do not divide, stay whole.
 
-All ranks run the same program on the same numbers, with generators seeded alike. Features are whole everywhere. With
-EAGLE_TP_CHECK=1 the ranks compare their tokens after each step.
+All ranks run the same program on the same numbers, seeded alike. EAGLE_TP_CHECK=1 compares their tokens at each step.
 
 Shapes: B batch, T new tokens, V vocabulary, W ranks, n vocabulary rows of one rank (the last rank may have fewer).
 """
@@ -166,7 +165,7 @@ def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
     """Say how large the weights of a rank will be. Raises ValueError if they do not fit a GPU of n_byte."""
     folder = resolve_checkpoint(checkpoint, weights=False)
     with torch.device("meta"):
-        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json"))).bfloat16()
+        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json")))
         install_quantized(target, folder)
     weights = weight_bytes(target.bfloat16())
     if weights > n_byte:
