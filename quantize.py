@@ -49,8 +49,7 @@ LINEAR = re.compile(r"(?:self_attn\.([qkvo])_proj|mlp\.(gate|up|down)_proj"
 INPUT = {"q": "wqkv", "k": "wqkv", "v": "wqkv", "o": "wo", "gate": "w13", "up": "w13", "down": "w2",
          "w1": "w13", "w3": "w13", "w2": "w2", "fc": "fc"}
 LAYER = re.compile(r"(?:model\.)?layers\.\d+\.")
-# The largest weight that is accepted: squares of larger ones overflow in a norm, and scales may too.
-LARGEST = torch.finfo(torch.float32).max ** 0.5
+LARGEST = torch.finfo(torch.float32).max ** 0.5     # a weight: squares of larger ones overflow in a norm
 
 
 @command(stopped="stopped; the same command goes on from here")

@@ -96,10 +96,9 @@ class Shard:
         """
         first_kv, n_kv = self.rank * config.n_kv_head // self.size, max(config.n_kv_head // self.size, 1)
         kv_rows = slice(first_kv * config.head_dim, (first_kv + n_kv) * config.head_dim)
-        q_rows, hidden = config.n_head * config.head_dim, config.intermediate_size
-        whole = {"q_proj": q_rows, "o_proj": q_rows, "fc": config.dim}
+        whole = {"fc": config.dim} | dict.fromkeys(("q_proj", "o_proj"), config.n_head * config.head_dim)
         whole |= dict.fromkeys(KV, config.n_kv_head * config.head_dim) | dict.fromkeys(VOCAB, config.vocab_size)
-        whole |= dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), hidden)
+        whole |= dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), config.intermediate_size)
         if not divides(config, self.size):
             whole = dict.fromkeys(VOCAB, config.vocab_size)
 
