@@ -1,10 +1,12 @@
-"""What a config.json says of a model: LLaMA 1/2/3.x, Vicuna, Mistral, Mixtral, Qwen2 and Qwen3.
+"""What a config.json says of a model: LLaMA 1/2/3.x, Vicuna, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE.
 
     args = ModelArgs.from_config(json.loads(Path("config.json").read_text()))
 
 Values that the model does not implement raise ValueError and name the key. Configs of transformers 4 and 5 are read.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,25 @@ class ModelArgs:
     qkv_bias: bool = False              # Qwen2
     qk_norm: bool = False               # Qwen3
     sliding_window: int | None = None
-    n_expert: int = 0                   # Mixtral; 0 means a dense feed-forward
+    n_expert: int = 0                   # Mixtral, Qwen3-MoE; 0 means a dense feed-forward
     n_expert_active: int = 0
+    moe_intermediate_size: int = 0      # of an expert, if it is not intermediate_size
+    norm_topk_prob: bool = True         # the weights of the chosen experts add up to 1
+    dense_layers: tuple[int, ...] = ()  # the layers without experts
+
+    @property
+    def expert_size(self) -> int:
+        return self.moe_intermediate_size or self.intermediate_size
+
+    @property
+    def feed_forward_sizes(self) -> list[int]:
+        """The widths, ascending, of the dense feed-forwards and experts that the layers have."""
+        layers = map(self.layer, range(self.n_layer))
+        return sorted({layer.expert_size if layer.n_expert else layer.intermediate_size for layer in layers})
+
+    def layer(self, i: int) -> "ModelArgs":
+        """What holds in layer i: no experts where it is dense."""
+        return replace(self, n_expert=0) if i in self.dense_layers else self
 
     @classmethod
     def from_config(cls, config: dict) -> "ModelArgs":
@@ -36,9 +55,9 @@ class ModelArgs:
         Raises ValueError that names the key and the value of what model.py does not implement.
         """
         model_type = config.get("model_type")
-        if model_type not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
+        if model_type not in MODEL_TYPES:
             raise ValueError(f"config.json: model_type {model_type!r} is not supported "
-                             "(llama, mistral, mixtral, qwen2 and qwen3 are)")
+                             f"({', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} are)")
         for key in ("quantization_config", "attention_bias", "mlp_bias", "transformers_weights"):
             if config.get(key):
                 raise ValueError(f"config.json: {key} {config[key]!r} is not supported")
@@ -63,10 +82,9 @@ class ModelArgs:
                 rope_scaling=rope or None,
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
                 qkv_bias=model_type == "qwen2",
-                qk_norm=model_type == "qwen3",
+                qk_norm=model_type in ("qwen3", "qwen3_moe"),
                 sliding_window=_sliding_window(config),
-                n_expert=config["num_local_experts"] if model_type == "mixtral" else 0,
-                n_expert_active=config["num_experts_per_tok"] if model_type == "mixtral" else 0,
+                **_experts(config),
             )
         except KeyError as missing:
             raise ValueError(f"config.json has no key {missing}") from None
@@ -82,12 +100,40 @@ class ModelArgs:
         return args
 
 
+def _experts(config: dict) -> dict:
+    """The fields of ModelArgs that tell of experts. Raises ValueError naming a value that makes no sense."""
+    if config["model_type"] not in ("mixtral", "qwen3_moe"):
+        return {}
+    # Published Qwen3-MoE folders have num_experts; transformers 5 writes num_local_experts, as Mixtral has it.
+    key = "num_local_experts" if "num_local_experts" in config or config["model_type"] == "mixtral" else "num_experts"
+    n_expert, n_active = config[key], config["num_experts_per_tok"]
+    if config.get("num_experts", n_expert) != n_expert:
+        raise ValueError(f"config.json: num_experts {config['num_experts']!r} is not num_local_experts {n_expert!r}")
+    if not 1 <= n_active <= n_expert:
+        raise ValueError(f"config.json: num_experts_per_tok {n_active!r} does not lie within 1 and {key} {n_expert!r}")
+    experts = {"n_expert": n_expert, "n_expert_active": n_active}
+    if config["model_type"] == "mixtral":
+        return experts
+    size, every = config["moe_intermediate_size"], config.get("decoder_sparse_step", 1)
+    dense, normed = config.get("mlp_only_layers") or [], config.get("norm_topk_prob", False)
+    for key, value in (("moe_intermediate_size", size), ("decoder_sparse_step", every)):
+        if not value or value < 1:
+            raise ValueError(f"config.json: {key} {value!r} is not a positive number")
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+        raise ValueError(f"config.json: mlp_only_layers {dense!r} is no list of layers")
+    if not isinstance(normed, bool):
+        raise ValueError(f"config.json: norm_topk_prob {normed!r} is neither true nor false")
+    dense_layers = tuple(i for i in range(config["num_hidden_layers"]) if i in dense or (i + 1) % every != 0)
+    return experts | {"moe_intermediate_size": size, "norm_topk_prob": normed, "dense_layers": dense_layers}
+
+
 def _whole_numbers(config: dict) -> dict:
     """The sizes that config.json holds as floats (some converters write 32000.0), as integers."""
     whole = {}
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
                 "vocab_size", "intermediate_size", "max_position_embeddings", "max_sequence_length", "sliding_window",
-                "max_window_layers", "num_local_experts", "num_experts_per_tok"):
+                "max_window_layers", "num_local_experts", "num_experts", "num_experts_per_tok",
+                "moe_intermediate_size", "decoder_sparse_step"):
         value = config.get(key)
         if value is not None and type(value) is not int:
             if not isinstance(value, float) or not value.is_integer():
@@ -97,7 +143,7 @@ def _whole_numbers(config: dict) -> dict:
 
 
 # transformers' defaults of max_position_embeddings, for a config.json without that key.
-POSITIONS = {"llama": 2048, "mistral": 131072, "mixtral": 131072, "qwen2": 32768, "qwen3": 32768}
+POSITIONS = {"llama": 2048, "mistral": 131072, "mixtral": 131072, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
 
 
 def _context(config: dict) -> int:
@@ -121,8 +167,10 @@ def _sliding_window(config: dict) -> int | None:
     window = config.get("sliding_window", None if model_type == "mixtral" else 4096)
     if model_type in ("mistral", "mixtral"):
         return window
-    if model_type not in ("qwen2", "qwen3") or not config.get("use_sliding_window"):
+    if model_type not in ("qwen2", "qwen3", "qwen3_moe") or not config.get("use_sliding_window"):
         return None
+    if model_type == "qwen3_moe":
+        return window   # in all layers
     full = config.get("max_window_layers", 28)  # the number of first layers with full attention
     kinds = config.get("layer_types")
     windowed = "sliding_attention" in kinds if kinds else full < config["num_hidden_layers"]

@@ -191,7 +191,7 @@ class Decoder:
         self.n_ingested = 0     # pairs of row 0 in the head's cache, for the next turn of a chat
         if compile:
             compile_layers(model.layers)
-            compile_layers([] if head is None else [head.layer])
+            compile_layers([] if head is None else head.layers)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, seed: int | None = None,

@@ -13,14 +13,15 @@ several hidden states of the target, the LM head is the head's own. Its own outp
 Shapes: B batch, T new tokens, K key/value heads, S cache slots, V vocabulary, Vd draft vocabulary, n captured hidden
 states, t target width, h head width.
 """
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_weights, read_json, resolve_checkpoint
+from checkpoint import iterate_weights, load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from head_config import (Eagle3Spec, eagle3_spec, head_args, head_kind, official_config, official_key,
                          refuse_output_bias, stored_shapes)
@@ -41,17 +42,22 @@ class EagleHead(nn.Module):
     draft_ids: Tensor | None    # [Vd] target ids of the draft vocabulary; None is the whole vocabulary
 
     def __init__(self, config: ModelArgs, target: Transformer, bias: bool = True):
+        self.begin(config, target)
+        self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
+        self.layer = TransformerBlock(config, attention_norm=False)
+        self.requires_grad_(False)
+
+    def begin(self, config: ModelArgs, target: Transformer) -> None:
+        """What heads of every kind hold."""
         super().__init__()
         self.config = config
         # Not a submodule: the target's embedding and LM head are neither saved nor trained with the head.
         self.__dict__["target"] = target
-        self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
-        self.layer = TransformerBlock(config, attention_norm=False)
-        self.register_buffer("inv_freq", rope_inv_freq(config, "cpu").to(self.fc.weight.device), persistent=False)
+        inv_freq = rope_inv_freq(config, "cpu").to(torch.empty(0).device)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("kv_cache", None, persistent=False)
-        self.draft_output: nn.Module | None = None                  # LM head over the draft vocabulary
+        self.draft_output: nn.Module | None = None                  # LM head over a smaller draft vocabulary
         self.register_buffer("draft_ids", None, persistent=False)
-        self.requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, target: Transformer, shard: Any = None, *,
@@ -64,9 +70,11 @@ class EagleHead(nn.Module):
         its target is told with both sizes.
         """
         folder = resolve_checkpoint(checkpoint)
-        raw = read_json(folder / "config.json")
-        if head_kind(raw) == "eagle3":
-            spec = eagle3_spec(raw, stored_shapes(folder), target.config, aux_layers=aux_layers, rope_theta=rope_theta)
+        raw, shapes = read_json(folder / "config.json"), stored_shapes(folder)
+        if head_kind(raw, shapes) == "eagle3":
+            spec = eagle3_spec(raw, shapes, target.config, aux_layers=aux_layers, rope_theta=rope_theta)
+            if "embed_tokens.weight" in shapes and not spec.own_embedding:
+                spec = replace(spec, own_embedding=not is_embedding_of(target, folder))
             head = Eagle3Head.load(folder, spec, target)
             if shard is not None:   # every rank holds the whole head, beside its part of the target's embedding
                 shard.connect(head)
@@ -95,6 +103,11 @@ class EagleHead(nn.Module):
         tune(head)
         return head.eval()
 
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        """The decoder layers, which `Decoder` compiles."""
+        return [self.layer]
+
     def weights(self) -> dict[str, Tensor]:
         """The official key -> our parameter, or the part of our parameter that it fills."""
         layer = {f"layers.0.{key}": part for key, part in block_targets(self.layer, self.config).items()}
@@ -114,10 +127,7 @@ class EagleHead(nn.Module):
         self.draft_ids, self.draft_output = None, None
         if ids is None:
             return
-        vocab = self.config.vocab_size
-        if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < vocab for i in ids)
-                and len(set(ids)) == len(ids)):
-            raise ValueError(f"a draft vocabulary is a list of different token ids below {vocab}")
+        check_ids(ids, range(self.config.vocab_size), f"below {self.config.vocab_size}")
         self.draft_ids = torch.tensor(ids, device=self.target.norm.weight.device)
         self.draft_output = rows_of(self.target.output, self.draft_ids)
 
@@ -145,7 +155,7 @@ class EagleHead(nn.Module):
         return self.layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[0])
 
     def draft_logits(self, features: Tensor) -> Tensor:
-        """[..., dim] -> [..., Vd]: the target's LM head, over the draft vocabulary where there is one."""
+        """[..., h] -> [..., Vd]: by the target's LM head, over the draft vocabulary where there is one."""
         return (self.draft_output or self.target.output)(features)
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
@@ -157,6 +167,12 @@ class EagleHead(nn.Module):
             return probs
         out = probs.new_zeros(*probs.shape[:-1], self.config.vocab_size)
         return out.index_copy_(-1, self.draft_ids, probs)
+
+
+def check_ids(ids: object, known: Container[int], which: str) -> None:
+    if not (isinstance(ids, list) and ids and all(type(i) is int and i in known for i in ids)
+            and len(set(ids)) == len(ids)):
+        raise ValueError(f"a draft vocabulary is a list of different token ids {which}")
 
 
 def rows_of(linear: nn.Module, ids: Tensor) -> nn.Module:
@@ -171,6 +187,19 @@ def rows_of(linear: nn.Module, ids: Tensor) -> nn.Module:
     output = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta", dtype=rows.dtype)
     output.weight = nn.Parameter(rows, requires_grad=False)
     return output
+
+
+def is_embedding_of(target: Transformer, folder: Path) -> bool:
+    """Whether a head's embed_tokens.weight is its target's table, up to the rounding of a 16-bit file."""
+    is_table = lambda key: official_key(key) == "embed_tokens.weight"
+    for _, table, _ in iterate_weights(folder, wanted=is_table):
+        if len(table) != target.config.vocab_size:
+            return True     # of a wrong shape: loading says so
+        for ids in torch.arange(len(table)).split(4096):
+            theirs = target.tok_embeddings(ids.to(target.norm.weight.device)).float().cpu()
+            if table.shape[1:] != theirs.shape[1:] or not torch.allclose(table[ids].float(), theirs, 0.01, 1e-4):
+                return table.shape[1:] != theirs.shape[1:]
+    return True
 
 
 class Eagle3Head(EagleHead):
@@ -188,10 +217,9 @@ class Eagle3Head(EagleHead):
     own_ids: Tensor     # [Vd] target ids of all rows of `output`
 
     def __init__(self, spec: Eagle3Spec, target: Transformer):
-        nn.Module.__init__(self)
         c, n = spec.args, len(spec.capture)
-        self.spec, self.config, self.capture = spec, c, spec.capture
-        self.__dict__["target"] = target
+        self.begin(c, target)
+        self.spec, self.capture = spec, spec.capture
         norm = lambda dim: RMSNorm(dim, c.norm_eps)
         self.embedding = nn.Embedding(c.vocab_size, c.dim) if spec.own_embedding else None
         self.fc_norm = nn.ModuleList(norm(spec.target_dim) for _ in range(n)) if spec.fc_norm else None
@@ -202,12 +230,12 @@ class Eagle3Head(EagleHead):
         self.more_layers = nn.ModuleList(TransformerBlock(c) for _ in range(c.n_layer - 1))
         self.norm = norm(c.dim)
         self.output = nn.Linear(c.dim, spec.draft_vocab_size, bias=False)
-        self.register_buffer("inv_freq", rope_inv_freq(c, "cpu").to(self.fc.weight.device), persistent=False)
-        self.register_buffer("kv_cache", None, persistent=False)
         self.register_buffer("own_ids", torch.zeros(spec.draft_vocab_size, dtype=torch.long), persistent=False)
-        self.register_buffer("draft_ids", None, persistent=False)
-        self.draft_output: nn.Module | None = None      # over a smaller draft vocabulary
         self.requires_grad_(False)
+
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        return [self.layer, *(layer for layer in self.more_layers if isinstance(layer, TransformerBlock))]
 
     @classmethod
     def load(cls, folder: Path, spec: Eagle3Spec, target: Transformer) -> "Eagle3Head":
@@ -224,9 +252,7 @@ class Eagle3Head(EagleHead):
         if not spec.own_embedding:      # a copy of the target's
             optional["embed_tokens.weight"] = meta(spec.args.vocab_size, spec.target_dim)
         targets = head.weights()
-        if spec.draft_vocab_size == spec.args.vocab_size:
-            optional["d2t"] = offsets
-        else:
+        if spec.has_table:
             targets["d2t"] = offsets
         load_weights(targets, folder, optional, rename=official_key)
         ids = torch.arange(spec.draft_vocab_size) + offsets
@@ -243,8 +269,7 @@ class Eagle3Head(EagleHead):
                    "layers.0.hidden_norm.weight": self.hidden_norm.weight}
         for name, linear in (("fc", self.fc), ("lm_head", self.output)):
             targets |= {f"{name}.{kind}": tensor for kind, tensor in stored(linear).items()}
-        for i, layer in enumerate((self.layer, *self.more_layers)):
-            assert isinstance(layer, TransformerBlock)
+        for i, layer in enumerate(self.layers):
             targets |= {f"layers.{i}.{key}": part for key, part in block_targets(layer, self.config).items()}
         for i, norm in enumerate(self.fc_norm or ()):
             assert isinstance(norm, RMSNorm)
@@ -257,15 +282,11 @@ class Eagle3Head(EagleHead):
 
     def set_draft_vocab(self, ids: list[int] | None) -> None:
         """Draft only these of the head's own tokens, the likeliest first; None is all of them."""
-        is_whole = self.spec.draft_vocab_size == self.config.vocab_size
-        self.draft_ids, self.draft_output = None if is_whole else self.own_ids, None
+        self.draft_ids, self.draft_output = self.own_ids if self.spec.has_table else None, None
         if ids is None:
             return
         row = {token: i for i, token in enumerate(self.own_ids.tolist())}
-        if not (isinstance(ids, list) and ids and all(type(i) is int and i in row for i in ids)
-                and len(set(ids)) == len(ids)):
-            raise ValueError(f"a draft vocabulary of this EAGLE-3 head is a list of different token ids out of its own "
-                             f"{len(row)}")
+        check_ids(ids, row, f"out of its own {len(row)}")
         device = self.own_ids.device
         self.draft_ids = torch.tensor(ids, device=device)
         self.draft_output = rows_of(self.output, torch.tensor([row[i] for i in ids], device=device))
@@ -279,6 +300,7 @@ class Eagle3Head(EagleHead):
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
                    cache_pos: Tensor, is_draft: bool) -> Tensor:
+        # The width tells, unless one hidden state is captured and as wide as the head.
         is_draft = is_draft or features.shape[-1] != self.fc.in_features
         g = features if is_draft else self.fuse(features)
         normed = self.hidden_norm(g)
@@ -290,5 +312,5 @@ class Eagle3Head(EagleHead):
         return self.norm(x) if self.spec.norm_output else x
 
     def draft_logits(self, features: Tensor) -> Tensor:
-        """[B, T, h] -> [B, T, Vd]: the head's own LM head behind its own norm."""
+        """[..., h] -> [..., Vd]: by the head's own norm and LM head."""
         return (self.draft_output or self.output)(features if self.spec.norm_output else self.norm(features))

@@ -1,6 +1,6 @@
 """What a head's folder says: the kind of head, its dialect, and every flag. Knows no modules.
 
-    kind = head_kind(read_json(folder / "config.json"))             # "eagle1" (EAGLE-1 and 2) or "eagle3"
+    kind = head_kind(config, stored_shapes(folder))                 # "eagle1" (EAGLE-1 and 2) or "eagle3"
     args = head_args(config, target_args)                           # EAGLE-1 and 2
     spec = eagle3_spec(config, stored_shapes(folder), target_args)  # EAGLE-3
 
@@ -21,12 +21,12 @@ from config import ModelArgs
 SAID = "the head's config.json"
 
 
-def head_kind(config: dict) -> str:
-    """"eagle1" for EAGLE-1 and 2, "eagle3"."""
+def head_kind(config: dict, shapes: dict[str, tuple[int, ...]] | None = None) -> str:
+    """"eagle1" for EAGLE-1 and 2, or "eagle3", by config.json and the weights (`stored_shapes`)."""
     config = official_config(config)
     is_eagle3 = config.get("eagle_version") == 3 or "Eagle3" in str(config.get("architectures"))
     is_eagle3 = is_eagle3 or "draft_vocab_size" in config or "eagle_aux_hidden_state_layer_ids" in config
-    return "eagle3" if is_eagle3 else "eagle1"
+    return "eagle3" if is_eagle3 or "layers.0.hidden_norm.weight" in (shapes or {}) else "eagle1"
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -126,29 +126,39 @@ class Eagle3Spec:
     target_dim: int                     # t
     capture: tuple[int, ...]            # the hidden states it reads, as Transformer.forward and transformers count
     draft_vocab_size: int
-    own_embedding: bool                 # an embedding table of its own, because h is not t
+    own_embedding: bool                 # an embedding table of its own: h is not t, or it was trained
+    has_d2t: bool = False               # d2t says which tokens they are, though they are as many as the target's
     fc_norm: bool = False               # a norm on each captured hidden state
     norm_before_fc: bool = False        # one norm over all of them, joined
     norm_before_residual: bool = False  # the residual is the normed hidden state
     norm_output: bool = False           # it feeds its output back normed
+    norm_output_is_told: bool = False   # config.json says norm_output in SpecForge's sense: before lm_head only
     rope_source: str = ""               # where the RoPE base came from
     capture_source: str = ""            # where the list of captured states came from
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a draft id is another number than the target's for the same token."""
+        return self.has_d2t or self.draft_vocab_size != self.args.vocab_size
 
     def describe(self) -> str:
         """One line that says what the file was taken to mean."""
         norms = [name for name in ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
                  if getattr(self, name)]
+        norms += ["norm_output before lm_head only"] if self.norm_output_is_told else []
         vocab = (f"draft vocabulary {self.draft_vocab_size:,} of {self.args.vocab_size:,}"
                  if self.draft_vocab_size != self.args.vocab_size else "whole vocabulary")
         layers = f", {self.args.n_layer} layers" if self.args.n_layer > 1 else ""
         return (f"EAGLE-3 head{layers}: hidden states {', '.join(map(str, self.capture))} ({self.capture_source}), "
                 f"norms {', '.join(norms) or 'as in the paper'}, RoPE base {self.args.rope_theta:g} "
-                f"({self.rope_source}), {vocab}")
+                f"({self.rope_source}), {vocab}" + (", its own embedding" if self.own_embedding else ""))
 
 
 FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
-# Keys of config.json that decide nothing here, or are read by ModelArgs.
+# Other names for it in use. How they count is not known.
+OTHER_LAYERS_KEYS = ("target_layer_ids", "aux_hidden_state_layer_ids", "aux_hidden_states_layer_ids")
+# Keys of config.json that decide nothing here, or are read.
 NEUTRAL = {
     "architectures", "auto_map", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "torch_dtype", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size", "layer_types",
@@ -158,10 +168,19 @@ NEUTRAL = {
     "vocab_size", "draft_vocab_size", "target_hidden_size", "eagle_config", "eagle_version", "target",
     "speculators_config", "speculators_model_type", "speculators_version", "has_no_defaults_at_init", "bias",
     "attention_bias", "target_model_type", "target_vocab_size", "original_max_position_embeddings",
-    "truncated_vocab_size", "layernorms", "add_para_norm", "use_aux_hidden_state", LAYERS_KEY, *FLAGS,
+    "truncated_vocab_size", "layernorms", "add_para_norm", "use_aux_hidden_state", "num_aux_hidden_states",
+    "embed_requires_grad", "enable_sp_ulysses", "parallel_draft_heads_num_layers", "return_dict",
+    "output_hidden_states", "output_attentions", LAYERS_KEY, *OTHER_LAYERS_KEYS, *FLAGS,
 }
+# Keys that say, with this value, what is so in every EAGLE-3 head. NVIDIA's Model Optimizer writes most of them.
+GIVEN = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False,
+         "next_layer_regular": True, "has_lm_head": True, "parallel_draft_step": 1, "eagle_decoder_type": "llama",
+         "position_embedding_type": "rope", "is_causal": True, "logit_scale": 1.0,
+         "transformer_layer_architecture": "LlamaDecoderLayer"}
 # Words in the name of an unknown key that make it a flag of the head.
-TELLING = re.compile("norm|residual|fc|aux|hidden|eagle|draft|layer|rope|mask|window|bias")
+TELLING = re.compile("norm|residual|fc|aux|hidden|eagle|draft|layer|rope|mask|window|bias|scale|multiplier|softcap")
+# The kinds of layers that a head may have: they differ from LLaMA's in q/k norms and biases, which the weights show.
+LAYER_TYPES = (None, "llama", "mistral", "qwen2", "qwen3", "eagle", "eagle3", "speculator_model")
 
 
 def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelArgs, *,
@@ -178,11 +197,15 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
     nested = config.get("eagle_config") or {}
     if not isinstance(nested, dict):
         raise ValueError(f"{SAID}: eagle_config {nested!r} is not an object")
-    config = config | {key: value for key, value in nested.items() if key not in config or config[key] is None}
-    refuse_unknown_flags(config)
-    if "fc.weight" not in shapes or len(shapes["fc.weight"]) != 2:
-        raise ValueError("this EAGLE-3 head has no weight fc.weight [h, n * t]: it is not whole, or of a dialect "
-                         "that is not known here")
+    for key, value in nested.items():
+        if value is not None and config.get(key) not in (None, value):
+            raise ValueError(f"{SAID}: {key} is {config[key]!r}, and {value!r} in eagle_config: take the wrong one out")
+    config = config | {key: value for key, value in nested.items() if value is not None}
+    refuse_unknown_flags(config, shapes)
+    for key, shape in (("fc.weight", "[h, n * t]"), ("lm_head.weight", "[draft vocabulary, h]")):
+        if len(shapes.get(key, ())) != 2:
+            raise ValueError(f"this EAGLE-3 head has no weight {key} {shape}: it is not whole, or of a dialect that is "
+                             "not known here")
     h, n_in = shapes["fc.weight"]
     t = config.get("target_hidden_size") or target.dim
     for key, theirs, ours in (("hidden_size", config.get("hidden_size", h), h), ("target_hidden_size", t, target.dim),
@@ -193,41 +216,56 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
     if n_in % t:
         raise ValueError(f"this head does not fit its target: fc.weight takes {n_in} columns, which is no multiple "
                          f"of the target's width {t}")
-    args, rope_source = eagle3_args(config, shapes, target, h)
-    if rope_theta is not None:
-        args, rope_source = replace(args, rope_theta=rope_theta), "--draft-rope-theta"
+    args, rope_source = eagle3_args(config, shapes, target, h, rope_theta)
     capture, capture_source = captured_states(config, n_in // t, target.n_layer, aux_layers)
-    n_draft = shapes.get("lm_head.weight", (0,))[0]
+    n_draft = shapes["lm_head.weight"][0]
     if config.get("draft_vocab_size") not in (None, n_draft):
         raise ValueError(f"{SAID}: draft_vocab_size {config['draft_vocab_size']!r} is not the {n_draft} rows of "
-                         "lm_head.weight")
+                         "lm_head.weight: one of the two is of another head")
     if n_draft != target.vocab_size and "d2t" not in shapes:
         raise ValueError(f"lm_head.weight has {n_draft} rows, the target {target.vocab_size} tokens, and the head has "
                          "no table d2t that says which tokens they are")
     if h != t and "embed_tokens.weight" not in shapes:
         raise ValueError(f"the head is {h} wide, its target {t}, and it has no embed_tokens.weight of its own")
+    norm_output = bool(config.get("norm_output"))
     return Eagle3Spec(
-        args, t, capture, n_draft, own_embedding=h != t,
+        args, t, capture, n_draft, own_embedding=h != t, has_d2t="d2t" in shapes,
         fc_norm=bool(config.get("fc_norm")) or "fc_norm.0.weight" in shapes,
         norm_before_fc=bool(config.get("norm_before_fc")) or "input_norm.weight" in shapes,
         norm_before_residual=bool(config.get("norm_before_residual")),
         # SpecForge means the norm before lm_head, which is always there.
-        norm_output=bool(config.get("norm_output")) and is_speculators,
+        norm_output=norm_output and is_speculators, norm_output_is_told=norm_output and not is_speculators,
         rope_source=rope_source, capture_source=capture_source)
 
 
-def refuse_unknown_flags(config: dict) -> None:
+def refuse_unknown_flags(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     for key, value in config.items():
-        if key not in NEUTRAL and value and (value is True or TELLING.search(key)):
-            raise ValueError(f"{SAID}: {key} {value!r} is not known here: what the head would lack is not known either")
         if key in FLAGS and not isinstance(value, bool | None):
             raise ValueError(f"{SAID}: {key} {value!r} is neither true nor false")
+        if key in GIVEN and value not in (None, GIVEN[key]):
+            raise ValueError(f"{SAID}: {key} {value!r} is not supported: it is {GIVEN[key]!r} in an EAGLE-3 head")
+        if key in NEUTRAL or key in GIVEN or key.startswith("_"):
+            continue
+        if value and (value is True or TELLING.search(key)):
+            raise ValueError(f"{SAID}: {key} {value!r} is not known here, so neither is what it changes; if it changes "
+                             "nothing, take it out of the file")
     for key in ("attention_bias", "bias", "mlp_bias"):
         if config.get(key):
             raise ValueError(f"{SAID}: {key} {config[key]!r}: an EAGLE-3 head has no biases")
+    for flag, weight in (("fc_norm", "fc_norm.0.weight"), ("norm_before_fc", "input_norm.weight")):
+        if config.get(flag) is False and weight in shapes:
+            raise ValueError(f"{SAID}: {flag} is false, and the weights hold {weight}: one of the two is wrong")
+    if config.get("model_type") not in LAYER_TYPES:
+        raise ValueError(f"{SAID}: model_type {config['model_type']!r} is not supported: the layers of an EAGLE-3 head "
+                         "are LLaMA's, Qwen2's, Qwen3's or Mistral's")
+    is_windowed = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ())
+    if is_windowed or config.get("model_type") == "mistral" and config.get("sliding_window"):
+        raise ValueError(f"{SAID}: sliding_window {config.get('sliding_window')!r} of the head's own attention is not "
+                         "read: take it out of the file and give --draft-window N")
 
 
-def eagle3_args(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelArgs, h: int) -> tuple[ModelArgs, str]:
+def eagle3_args(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelArgs, h: int,
+                rope_theta: float | None) -> tuple[ModelArgs, str]:
     """Sizes of the head's layers, and where its RoPE base came from."""
     n_head = config.get("num_attention_heads")
     rows = shapes.get("layers.0.self_attn.q_proj.weight", (0,))[0]
@@ -235,12 +273,31 @@ def eagle3_args(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
         raise ValueError(f"{SAID}: num_attention_heads {n_head!r} does not divide the {rows} rows of q_proj")
     n_layer = 1 + max((int(key.split(".")[1]) for key in shapes if re.match(r"layers\.\d+\.", key)), default=0)
     has_qk_norm = "layers.0.self_attn.q_norm.weight" in shapes
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope, theta, source = rope_settings(config)
+    if rope_theta is not None:
+        theta, source = rope_theta, "--draft-rope-theta"
     args = layer_args(config | {
         "model_type": "llama", "num_hidden_layers": n_layer, "hidden_size": h, "vocab_size": target.vocab_size,
-        "head_dim": config.get("head_dim") or rows // n_head, "tie_word_embeddings": False})
-    has_theta = "rope_theta" in config or isinstance(settings, dict) and "rope_theta" in settings
-    return replace(args, qk_norm=has_qk_norm), "config.json" if has_theta else "the default: config.json has none"
+        "head_dim": config.get("head_dim") or rows // n_head, "tie_word_embeddings": False, "rope_parameters": None,
+        "rope_scaling": rope, "rope_theta": theta})
+    return replace(args, qk_norm=has_qk_norm), source
+
+
+def rope_settings(config: dict) -> tuple[dict, float | None, str]:
+    """Scaling of RoPE, its base, and where the base came from. Files have it in three places; none means 10000."""
+    rope, bases = {}, {"rope_theta": config.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        place = config.get(key) or {}
+        if not isinstance(place, dict):
+            raise ValueError(f"{SAID}: {key} {place!r} is not an object")
+        rope |= place
+        bases[f"{key}.rope_theta"] = place.get("rope_theta")
+    bases = {key: value for key, value in bases.items() if value is not None}
+    rope.pop("rope_theta", None)
+    if len(set(bases.values())) > 1:
+        told = ", ".join(f"{key} {value!r}" for key, value in bases.items())
+        raise ValueError(f"{SAID} names several RoPE bases: {told}. Take the wrong ones out of the file")
+    return rope, next(iter(bases.values()), None), "config.json" if bases else "the default: config.json has none"
 
 
 def captured_states(config: dict, n: int, n_layer: int,
@@ -251,23 +308,33 @@ def captured_states(config: dict, n: int, n_layer: int,
     with 1), which is hidden state j + 1.
     """
     listed, source = config.get(LAYERS_KEY), LAYERS_KEY
+    remedy = f"Name the {n} hidden states that it reads: --aux-layers{' J' * n}"
     if aux_layers is not None:
-        capture, source = tuple(aux_layers), "--aux-layers"
+        capture, source, remedy = tuple(aux_layers), "--aux-layers", f"Name {n} between 0 and {n_layer}"
+    elif other := next((key for key in OTHER_LAYERS_KEYS if config.get(key)), None):
+        raise ValueError(f"{SAID}: whether {other} {config[other]!r} counts inputs or outputs of layers is not known. "
+                         f"{remedy}")
     elif listed is None and n == 1:
         capture, source = (n_layer,), "the default for one state: the final one"
     elif listed is None:
         capture, source = (2, n_layer // 2, n_layer - 3), "the default"
     elif not isinstance(listed, list) or not listed or not all(type(j) is int for j in listed):
-        raise ValueError(f"{SAID}: {LAYERS_KEY} {listed!r} is no list of layers")
+        raise ValueError(f"{SAID}: {LAYERS_KEY} {listed!r} is no list of layers. {remedy}")
     elif listed[0] == 2:
         capture = tuple(listed)
     elif listed[0] == 1:
         capture, source = tuple(j + 1 for j in listed), f"{LAYERS_KEY} {listed}, which counts outputs"
     else:
         raise ValueError(f"{SAID}: {LAYERS_KEY} {listed!r} begins with neither 1 nor 2: whether it counts inputs or "
-                         "outputs of layers is not known. Name the hidden states: --aux-layers J J J")
+                         f"outputs of layers is not known. {remedy}")
     if len(capture) != n:
-        raise ValueError(f"fc.weight takes {n} hidden states, and {source} names {len(capture)}: {list(capture)}")
+        raise ValueError(f"fc.weight takes {n} hidden states, and {source} names {len(capture)}: {list(capture)}. "
+                         f"{remedy}")
+    for key, told in (("use_aux_hidden_state", n > 1), ("num_aux_hidden_states", n)):
+        value = config.get(key)
+        if aux_layers is None and value not in (None, told) and not (key == "use_aux_hidden_state" and value is True):
+            raise ValueError(f"{SAID}: {key} {value!r}, and fc.weight takes {n} hidden states. {remedy}")
     if not all(0 <= j <= n_layer for j in capture):
-        raise ValueError(f"hidden states {list(capture)} ({source}) do not lie within the target's {n_layer} layers")
+        raise ValueError(f"hidden states {list(capture)} ({source}) do not lie within the target's {n_layer} layers. "
+                         f"{remedy}")
     return capture, source

@@ -1,4 +1,4 @@
-"""LLaMA 1/2/3.x, Vicuna, Mistral, Mixtral and Qwen2/3 in one file: static KV caches, any block of new tokens.
+"""LLaMA, Vicuna, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE in one file: static KV caches, any block of new tokens.
 
     model = Transformer.from_pretrained("checkpoints/SmolLM2-135M-Instruct", dtype=torch.bfloat16)
     model.setup_caches(max_batch_size=1, max_seq_length=1024)
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         # On the meta device `normal_` here, and `pow` in rope_inv_freq, would import torch's compiler: a second.
         embedding = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding.from_pretrained(embedding if embedding.is_meta else embedding.normal_())
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(TransformerBlock(config.layer(i)) for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -295,7 +295,7 @@ class FeedForward(nn.Module):
 
 
 class MoEFeedForward(nn.Module):
-    """Mixtral: each token goes to its top experts, weighted by a softmax over the chosen ones.
+    """Mixtral, Qwen3-MoE: each token goes to its top experts, weighted by the router's probabilities.
 
     There are three ways to the same sum. For few rows: gather the weights of the chosen experts. For a block of drafts:
     run every expert over all rows, so that it is read once and no shape depends on the routing. For a long prefill,
@@ -305,8 +305,8 @@ class MoEFeedForward(nn.Module):
 
     def __init__(self, config: ModelArgs):
         super().__init__()
-        E, dim, hidden = config.n_expert, config.dim, config.intermediate_size
-        self.n_expert_active = config.n_expert_active
+        E, dim, hidden = config.n_expert, config.dim, config.expert_size
+        self.n_expert_active, self.norm_topk_prob = config.n_expert_active, config.norm_topk_prob
         self.gate = nn.Linear(dim, E, bias=False)
         self.w13 = Experts(E, dim, 2 * hidden)
         self.w2 = Experts(E, hidden, dim)
@@ -315,7 +315,9 @@ class MoEFeedForward(nn.Module):
         rows = x.reshape(-1, x.shape[-1])                                       # [N, dim]
         probs = self.gate(rows).softmax(-1, dtype=torch.float)
         weights, experts = probs.topk(self.n_expert_active, dim=-1)             # [N, k]
-        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
         if experts.numel() < self.w2.shape[0]:
             out = self._gathered(rows, weights, experts)
         elif x.shape[1] <= self.PREFILL_ROWS:
@@ -407,10 +409,12 @@ def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tenso
         for kind, tensor in stored(ffn.w13).items():
             targets[f"mlp.gate_proj.{kind}"], targets[f"mlp.up_proj.{kind}"] = tensor.chunk(2)
         return targets | {f"mlp.down_proj.{kind}": tensor for kind, tensor in stored(ffn.w2).items()}
-    targets["block_sparse_moe.gate.weight"] = ffn.gate.weight
+    is_qwen = config.model_type == "qwen3_moe"
+    moe, *names = ("mlp", "gate_proj", "up_proj", "down_proj") if is_qwen else ("block_sparse_moe", "w1", "w3", "w2")
+    targets[f"{moe}.gate.weight"] = ffn.gate.weight
     for e in range(config.n_expert):
-        prefix = f"block_sparse_moe.experts.{e}"
+        gate, up, down = (f"{moe}.experts.{e}.{name}" for name in names)
         for kind, tensor in stored(ffn.w13).items():
-            targets[f"{prefix}.w1.{kind}"], targets[f"{prefix}.w3.{kind}"] = tensor[e].chunk(2)     # gate, up
-        targets |= {f"{prefix}.w2.{kind}": tensor[e] for kind, tensor in stored(ffn.w2).items()}
+            targets[f"{gate}.{kind}"], targets[f"{up}.{kind}"] = tensor[e].chunk(2)
+        targets |= {f"{down}.{kind}": tensor[e] for kind, tensor in stored(ffn.w2).items()}
     return targets

@@ -44,12 +44,12 @@ from train_data import read_dialogues
 from train_features import file_digest, target_stamp, tokens_digest
 
 # The keys of weights that are quantised, and the linear of model.py that each is a part of. Its parts share an input.
-LINEAR = re.compile(r"(?:self_attn\.([qkvo])_proj|mlp\.(gate|up|down)_proj|experts\.(\d+)\.(w[123])|^(fc))\.weight$")
+LINEAR = re.compile(r"(?:self_attn\.([qkvo])_proj|mlp\.(gate|up|down)_proj"
+                    r"|experts\.(\d+)\.(w[123]|gate|up|down)(?:_proj)?|^(fc))\.weight$")
 INPUT = {"q": "wqkv", "k": "wqkv", "v": "wqkv", "o": "wo", "gate": "w13", "up": "w13", "down": "w2",
          "w1": "w13", "w3": "w13", "w2": "w2", "fc": "fc"}
 LAYER = re.compile(r"(?:model\.)?layers\.\d+\.")
-# The largest weight that is accepted: squares of larger ones overflow in a norm, and scales may too.
-LARGEST = torch.finfo(torch.float32).max ** 0.5
+LARGEST = torch.finfo(torch.float32).max ** 0.5     # a weight: squares of larger ones overflow in a norm
 
 
 @command(stopped="stopped; the same command goes on from here")
@@ -357,7 +357,7 @@ class Calibration:
 
     def _block(self, unit: str, tensors: dict[str, Tensor]) -> TransformerBlock:
         with torch.device("meta"):
-            block = TransformerBlock(self.config)
+            block = TransformerBlock(self.config.layer(int(unit.split(".")[-2])))
             if any(key.endswith(".scales") for key in tensors):
                 install(block, self.settings)
         block.to(self.dtype).to_empty(device=self.device)

@@ -322,7 +322,7 @@ def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.T
     if not all(file.is_file() for file in files):
         raise FileNotFoundError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model, "
                                 "or vocab.json with merges.txt")
-    by_model = "Qwen2Tokenizer" if config.get("model_type") in ("qwen2", "qwen3") else None
+    by_model = "Qwen2Tokenizer" if config.get("model_type") in ("qwen2", "qwen3", "qwen3_moe") else None
     kind = str(settings.get("tokenizer_class") or by_model).removesuffix("Fast")
     if kind not in ("Qwen2Tokenizer", "GPT2Tokenizer"):
         raise ValueError(f"{folder} has vocab.json and merges.txt only, which are read for tokenizer_class "

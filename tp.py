@@ -10,8 +10,7 @@ after the feed-forward and one after the embedding. Query heads are dealt out; i
 heads, some ranks share one. The LM head gives each rank the logits of its part of the vocabulary, and `ShardedLogits`
 answers what decoding asks of logits by exchanging candidates. EAGLE-3 heads, and any that do not divide, stay whole.
 
-All ranks run the same program on the same numbers, with generators seeded alike. Features are whole everywhere. With
-EAGLE_TP_CHECK=1 the ranks compare their tokens after each step.
+All ranks run the same program on the same numbers, seeded alike. EAGLE_TP_CHECK=1 compares their tokens at each step.
 
 Shapes: B batch, T new tokens, V vocabulary, W ranks, n vocabulary rows of one rank (the last rank may have fewer).
 """
@@ -37,10 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from console import command, launched, say
-from eagle_head import EagleHead
 from checkpoint import read_json, resolve_checkpoint
 from config import ModelArgs
+from console import command, launched, say
+from eagle_head import EagleHead
 from linears import install_quantized, weight_bytes
 from model import Transformer
 
@@ -64,7 +63,8 @@ class Shard:
     @classmethod
     def world(cls) -> "Shard":
         """This process in the default process group."""
-        return cls(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_group().group_name)
+        group: Any = dist.group.WORLD
+        return cls(group.rank(), group.size(), group.group_name)
 
     def local(self, config: ModelArgs) -> ModelArgs:
         """The config of one rank's part. vocab_size and dim stay those of the whole model.
@@ -74,9 +74,11 @@ class Shard:
         if not divides(config, self.size):
             sizes = ", ".join(str(n) for n in range(1, config.n_head + 1) if divides(config, n))
             raise ValueError(f"{config.n_head} heads, {config.n_kv_head} key/value heads and a feed-forward of "
-                             f"{config.intermediate_size} do not divide over {self.size} processes; {sizes} do")
+                             f"{' and '.join(map(str, config.feed_forward_sizes))} do not divide over {self.size} "
+                             f"processes; {sizes} do")
         return replace(config, n_head=config.n_head // self.size, n_kv_head=max(config.n_kv_head // self.size, 1),
-                       intermediate_size=config.intermediate_size // self.size)
+                       intermediate_size=config.intermediate_size // self.size,
+                       moe_intermediate_size=config.moe_intermediate_size // self.size)
 
     def even(self, n: int) -> slice:
         return slice(self.rank * (n // self.size), (self.rank + 1) * (n // self.size))
@@ -90,16 +92,13 @@ class Shard:
         """A function that maps a checkpoint's key and the shape stored under it to the slice this rank reads.
 
         `config` describes the whole model. Scales and zero points of quantised weights are cut like the weights. A head
-        that does not divide is read whole, but for the target's embedding. The function raises ValueError for a shape
-        that `config` does not allow.
+        that does not divide is read whole, but for the target's embedding. Other shapes raise ValueError.
         """
-        first_kv = self.rank * config.n_kv_head // self.size        # some ranks share a head if there are too few
-        n_kv = max(config.n_kv_head // self.size, 1)
+        first_kv, n_kv = self.rank * config.n_kv_head // self.size, max(config.n_kv_head // self.size, 1)
         kv_rows = slice(first_kv * config.head_dim, (first_kv + n_kv) * config.head_dim)
-        q_rows, hidden = config.n_head * config.head_dim, config.intermediate_size
-        whole = {"q_proj": q_rows, "o_proj": q_rows, "fc": config.dim}
+        whole = {"fc": config.dim} | dict.fromkeys(("q_proj", "o_proj"), config.n_head * config.head_dim)
         whole |= dict.fromkeys(KV, config.n_kv_head * config.head_dim) | dict.fromkeys(VOCAB, config.vocab_size)
-        whole |= dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), hidden)
+        whole |= dict.fromkeys(("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"), config.intermediate_size)
         if not divides(config, self.size):
             whole = dict.fromkeys(VOCAB, config.vocab_size)
 
@@ -107,12 +106,13 @@ class Shard:
             *_, name, kind = "", *key.split(".")
             if name not in whole or len(shape) <= (name in COLUMNS):    # a bias of o_proj, say, which loading refuses
                 return (slice(None),)
+            n = config.expert_size if ".experts." in key else whole[name]
             if name in COLUMNS:     # int4: a byte has two columns, a scale has a group of them. int8: a scale has a row
-                if kind == "weight" and shape[1:] not in ([whole[name]], [whole[name] // 2]):
-                    raise ValueError(f"{key} has shape {list(shape)}, config.json makes it {whole[name]} columns wide")
+                if kind == "weight" and shape[1:] not in ([n], [n // 2]):
+                    raise ValueError(f"{key} has shape {list(shape)}, config.json makes it {n} columns wide")
                 return slice(None), slice(None) if shape[1] == 1 else self.even(shape[1])
-            if shape[0] != whole[name]:
-                raise ValueError(f"{key} has shape {list(shape)}, config.json gives it {whole[name]} rows")
+            if shape[0] != n:
+                raise ValueError(f"{key} has shape {list(shape)}, config.json gives it {n} rows")
             return (kv_rows if name in KV else self.vocab(shape[0]) if name in VOCAB else self.even(shape[0]),)
         return part
 
@@ -155,9 +155,8 @@ class Shard:
 
 def divides(config: ModelArgs, size: int) -> bool:
     """Whether a model can be split over so many ranks: each needs vocabulary rows too."""
-    kv = config.n_kv_head
-    rows = -(-config.vocab_size // size)
-    return (not any(n % size for n in (config.n_head, config.intermediate_size, config.dim))
+    kv, rows = config.n_kv_head, -(-config.vocab_size // size)
+    return (not any(n % size for n in (config.n_head, config.dim, *config.feed_forward_sizes))
             and (kv % size == 0 or size % kv == 0) and (size - 1) * rows < config.vocab_size)
 
 
@@ -165,7 +164,7 @@ def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
     """Say how large the weights of a rank will be. Raises ValueError if they do not fit a GPU of n_byte."""
     folder = resolve_checkpoint(checkpoint, weights=False)
     with torch.device("meta"):
-        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json"))).bfloat16()
+        target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json")))
         install_quantized(target, folder)
     weights = weight_bytes(target.bfloat16())
     if weights > n_byte:
@@ -289,7 +288,7 @@ class ShardedLogits:
         return all_gather(self.part.logsumexp(-1, keepdim=True), self.shard).logsumexp(-1, keepdim=keepdim)
 
     def max(self, dim: int) -> Top:
-        """The lowest token of equal logits, as in one process."""
+        """The largest logit; of equal ones the lowest token, as in one process."""
         top = self.topk(1, dim)
         return Top(top.values[..., 0], top.indices[..., 0])
 

@@ -129,16 +129,19 @@ def draft_rows(head: EagleHead, tokens: Tensor) -> Tensor:
     return rows[tokens, None]
 
 
-def level_mask(n_pair: int, n_level: int, device: torch.device, rows: Tensor | None = None) -> Tensor:
+def level_mask(n_pair: int, n_level: int, device: torch.device, rows: Tensor | None = None,
+               window: int | None = None) -> Tensor:
     """[1, n_level * n_pair, n_level * n_pair] bool, or [1, R, n_level * n_pair] for the given `rows` [R] only.
 
     The pair at position j on level d is a draft, d steps after position j - d. It sees the true pairs (level 0) up to
-    there, then the drafts between, one a level, and itself.
+    there, the last `window` of them if given, then the drafts between, one a level, and itself.
     """
     index = torch.arange(n_level * n_pair, device=device)
     rows = (index if rows is None else rows)[:, None]
     start_of = lambda index: index % n_pair - index // n_pair
     true_pairs = index <= start_of(rows)                    # of level 0, as a start lies below n_pair
+    if window is not None:
+        true_pairs &= index > start_of(rows) - window
     own_drafts = (index >= n_pair) & (index // n_pair <= rows // n_pair) & (start_of(index) == start_of(rows))
     # A start before the text has nothing to see. Its rows never count, but a row of a softmax may not be empty.
     return (true_pairs | own_drafts | (index == rows))[None]
@@ -197,9 +200,11 @@ def evaluate(learner: Learner, features: Features, held_out: list[int], rank: in
 
 
 @torch.inference_mode()
-def draft_ranks(head: EagleHead, tokens: Tensor, features: Tensor, max_depth: int) -> Tensor:
-    """For every position i at once: draft from pair (f_i, t_{i+1}) along the tokens that really follow, and rank
-    t_{i+2}, t_{i+3}, ... among the guesses. tokens [T], features [T, dim] -> [max_depth, positions], 0 the likeliest.
+def draft_ranks(head: EagleHead, tokens: Tensor, features: Tensor, max_depth: int, begin: int = 0) -> Tensor:
+    """For every position i >= begin at once: draft from pair (f_i, t_{i+1}) along the tokens that really follow, and
+    rank t_{i+2}, t_{i+3}, ... among the guesses.
+
+    tokens [T], features [T, ...] as the head takes them -> [max_depth, positions], 0 the likeliest.
 
     The head's cache holds one level (`level_mask`) after the other. All depths of a column lie inside the text. Masks
     are made for a block of positions at a time, so that none is larger than that of a training step on this text.
@@ -209,17 +214,20 @@ def draft_ranks(head: EagleHead, tokens: Tensor, features: Tensor, max_depth: in
     head.setup_caches(1, n_pair * max_depth)
     pos = torch.arange(n_pair, device=ids.device)
     ranks = []
-    for level in range(min(max_depth, n_pair - 1)):
-        j = pos[level:]     # drafts that began at j - level: tokens t_{j+1}, features of the level before
+    for level in range(min(max_depth, n_pair - begin - 1)):
+        # Drafts that began at j - level: tokens t_{j+1}, features of the level before. Level 0 fills the cache.
+        j = pos[begin + level:] if level else pos
         n_slot = (level + 1) * n_pair
-        before = hidden if level == 0 else hidden[:, :-1]
+        before = hidden[:, :-1] if level else hidden
         n = max(n_pair ** 2, MASK_AT_ONCE) // n_slot
         hidden = torch.cat([head(ids[:, at + 1], inputs, at, level * n_pair + at,
-                                 level_mask(n_pair, level + 1, ids.device, level * n_pair + at))
+                                 level_mask(n_pair, level + 1, ids.device, level * n_pair + at, head.window),
+                                 is_draft=level > 0)
                             for at, inputs in zip(j.split(n), before.split(n, dim=1))], dim=1)
-        ranks.append(rank_of(head, hidden[0, :-1], ids[0, j[:-1] + 2]))
+        hidden = hidden if level else hidden[:, begin:]
+        ranks.append(rank_of(head, hidden[0, :-1], ids[0, begin + level + 2:]))
     head.register_buffer("kv_cache", None, persistent=False)    # freed
-    width = max(n_pair - max_depth, 0)
+    width = max(n_pair - begin - max_depth, 0)
     return torch.stack([rank[:width] for rank in ranks]) if width else ids.new_zeros(max_depth, 0)
 
 

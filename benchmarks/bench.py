@@ -211,7 +211,7 @@ def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
     head = random_head(model, args.shape, args.head)
     if args.draft_vocab:
         head.set_draft_vocab(list(range(args.draft_vocab)))
-    make_fast(head, [head.layer], args)
+    make_fast(head, head.layers, args)
     head.setup_caches(1, model.kv_cache.shape[4])
     return head
 

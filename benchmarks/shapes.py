@@ -20,9 +20,9 @@ from linears import install
 
 def shape(dim: int, n_layer: int, n_head: int, n_kv_head: int, intermediate_size: int, vocab_size: int,
           block_size: int, **others) -> ModelArgs:
-    facts = {"model_type": "llama", "norm_eps": 1e-5, "rope_theta": 1e4} | others
-    return ModelArgs(dim=dim, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, head_dim=dim // n_head,
-                     intermediate_size=intermediate_size, vocab_size=vocab_size, block_size=block_size, **facts)
+    facts = {"model_type": "llama", "head_dim": dim // n_head, "norm_eps": 1e-5, "rope_theta": 1e4} | others
+    return ModelArgs(dim=dim, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, intermediate_size=intermediate_size,
+                     vocab_size=vocab_size, block_size=block_size, **facts)
 
 
 SHAPES = {  # from the published config.json files; Vicuna-7B and 13B are LLaMA's
@@ -39,6 +39,9 @@ SHAPES = {  # from the published config.json files; Vicuna-7B and 13B are LLaMA'
     "vicuna-33b": shape(6656, 60, 52, 52, 17920, 32000, 2048, norm_eps=1e-6),
     "mixtral-8x7b": shape(4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=1e6, model_type="mixtral", n_expert=8,
                           n_expert_active=2),
+    "qwen3-30b-a3b": shape(2048, 48, 32, 4, 6144, 151936, 40960, head_dim=128, norm_eps=1e-6, rope_theta=1e6,
+                           model_type="qwen3_moe", qk_norm=True, n_expert=128, n_expert_active=8,
+                           moe_intermediate_size=768),
     "smollm2-135m": shape(576, 30, 9, 3, 1536, 49152, 8192, rope_theta=1e5, tie_word_embeddings=True),
 }
 TINY = shape(64, 2, 8, 8, 128, 256, 4096)     # for dry runs of the scripts

@@ -85,9 +85,9 @@ def write_tree(args: argparse.Namespace, finalists: list["Candidate"], rates: li
         f"step, {rate / plain:.2f}x plain decoding on these questions and this device; wrote {out}")
 
 
-def encode_all(texts: list[str], tokenizer: Tokenizer, room: int) -> list[list[int]]:
+def encode_all(texts: list[str], tokenizer: Tokenizer, room: int, raw: bool = False) -> list[list[int]]:
     """Prompts of at most `room` tokens; longer ones are left out by name."""
-    prompts = [encode(text, tokenizer, raw=False) for text in texts]
+    prompts = [encode(text, tokenizer, raw) for text in texts]
     for n, prompt in enumerate(prompts, start=1):
         if len(prompt) > room:
             say(f"question {n} has {len(prompt)} tokens, more than the {room} that leave room for an answer: left out")
@@ -103,11 +103,16 @@ def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]],
     answers = Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
     columns = []
     for prompt, answer in tqdm(list(zip(prompts, answers)), desc="acceptance", unit="answer"):
-        ids = torch.tensor(prompt + answer, device=model.inv_freq.device)
-        model.setup_caches(1, len(ids))
-        features = model.features(ids[None], torch.arange(len(ids), device=ids.device))[0]
-        columns.append(draft_ranks(head, ids, features, max_depth)[:, len(prompt) - 2:])
+        ids, features = features_of(model, prompt + answer, head.capture)
+        columns.append(draft_ranks(head, ids, features, max_depth, begin=len(prompt) - 2))
     return columns
+
+
+def features_of(model: Transformer, tokens: list[int], capture: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A text's ids [T] and what a head with this `capture` reads of it, [T, ...], in one pass of the target."""
+    ids = torch.tensor(tokens, device=model.inv_freq.device)
+    model.setup_caches(1, len(ids))
+    return ids, model.features(ids[None], torch.arange(len(ids), device=ids.device), capture=capture)[0]
 
 
 def rank_frequencies(ranks: Tensor, max_rank: int) -> list[list[float]]:
@@ -132,7 +137,7 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
         tokens = torch.ones(1, n, dtype=torch.long, device=model.inv_freq.device)
         pos = torch.arange(used, used + n, device=tokens.device)[None]
         mask = causal_mask(pos, view)
-        return lambda: model(tokens, pos, mask=mask)
+        return lambda: model(tokens, pos, mask=mask, capture=head.capture)
 
     deep_root, flat_root = deep.ingest(view), flat.ingest(view)
     draft = flat.grow(flat_root, view)

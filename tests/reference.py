@@ -33,6 +33,12 @@ KINDS = {
     "qwen2": ("qwen2", dict(rope_theta=1e6)),
     "qwen2_tied": ("qwen2", dict(rope_theta=1e6, tie_word_embeddings=True)),
     "qwen3": ("qwen3", dict(head_dim=16, rope_theta=1e6, tie_word_embeddings=True)),
+    "qwen3_moe": ("qwen3_moe", dict(head_dim=16, rope_theta=1e7, num_experts=8, num_experts_per_tok=3,
+                                    moe_intermediate_size=160, norm_topk_prob=True)),
+    # Layer 3 has experts, and their weights do not add up to 1.
+    "qwen3_moe_mixed": ("qwen3_moe", dict(rope_theta=1e5, num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
+                                          moe_intermediate_size=160, norm_topk_prob=False, decoder_sparse_step=2,
+                                          mlp_only_layers=[1])),
 }
 
 # of write_checkpoint
@@ -90,6 +96,8 @@ def to_old_style(folder):
         if rope["rope_type"] in ("linear", "dynamic"):
             rope["type"] = rope.pop("rope_type")        # Vicuna and LongChat; LLaMA-3.1 says rope_type
         config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+        if config["model_type"] == "qwen3_moe":
+            config["num_experts"] = config.pop("num_local_experts")
         config["torch_dtype"] = config.pop("dtype")
         config["transformers_version"] = "4.31.0"
 
@@ -126,8 +134,8 @@ class edited_json:
         self.file.write_text(json.dumps(self.content, indent=2))
 
 
-def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT):
-    """A tiny model with a byte-level tokenizer and a chat template, in `folder`.
+def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT, **overrides):
+    """A tiny model with a byte-level tokenizer and a chat template, in `folder`. overrides: keys of config.json.
 
     It never says a special token, unless drawn; with ascii_only it says nothing but printable ASCII.
     """
@@ -143,7 +151,7 @@ def write_checkpoint(folder, *, merges=40, ascii_only=False, context=CONTEXT):
     assert bpe.get_vocab_size() == vocab
     end = bpe.token_to_id("<|end|>")
     tiny("gqa", folder, vocab_size=vocab, max_position_embeddings=context, eos_token_id=end, bos_token_id=None,
-         pad_token_id=None)
+         pad_token_id=None, **overrides)
     bpe.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": None, "eos_token": "<|end|>", "chat_template": TEMPLATE}))

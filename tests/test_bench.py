@@ -14,8 +14,8 @@ from benchmarks import bench, shapes, simulate, timing
 PARAMETERS = {  # what the published weight files add up to
     "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "vicuna-33b": 32_528_943_616,
-    "mixtral-8x7b": 46_702_792_704, "smollm2-135m": 134_515_008, "llama-3.1-8b": 8_030_261_248,
-    "qwen3-8b": 8_190_735_360,
+    "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624, "smollm2-135m": 134_515_008,
+    "llama-3.1-8b": 8_030_261_248, "qwen3-8b": 8_190_735_360,
 }
 HEAD_PARAMETERS = {  # EAGLE's README rounds Vicuna-33B's to 0.56 B and LLaMA-3-70B's to 0.99 B
     "llama-2-7b": 235_937_792, "llama-2-13b": 369_633_280, "llama-2-70b": 989_872_128, "llama-3-8b": 251_662_336,
@@ -82,14 +82,15 @@ def test_step_reads_every_weight_once_and_the_embeddings_of_its_rows(tmp_path, k
         assert bench.step_bytes(model, n_row, n_slot) == weights + 2 * table[:n_row].numel() + cache
 
 
-def test_step_reads_the_experts_its_rows_can_be_routed_to(tmp_path):
-    folder, _ = tiny("mixtral", tmp_path)
+@pytest.mark.parametrize("kind, n_active", [("mixtral", 2), ("qwen3_moe", 3), ("qwen3_moe_mixed", 4)])    # of 8
+def test_step_reads_the_experts_its_rows_can_be_routed_to(tmp_path, kind, n_active):
+    folder, _ = tiny(kind, tmp_path)
     model = Transformer.from_pretrained(folder, dtype=torch.float32)
     c = model.config
-    experts = 4 * sum(weights.weight.numel() for layer in model.layers
+    experts = 4 * sum(weights.weight.numel() for i, layer in enumerate(model.layers) if i not in c.dense_layers
                       for weights in (layer.feed_forward.w13, layer.feed_forward.w2))
     rest = 4 * sum(p.numel() for p in model.parameters()) - experts - 4 * model.tok_embeddings.weight.numel()
-    for n_row, share in (1, 2 / 8), (3, 6 / 8), (4, 1), (26, 1):
+    for n_row, share in (1, n_active / 8), (2, 2 * n_active / 8), (4, 1), (26, 1):
         assert bench.step_bytes(model, n_row, 0) == rest + share * experts + 4 * n_row * c.dim
 
 

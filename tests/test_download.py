@@ -169,7 +169,7 @@ def test_ctrl_c_while_pip_waits_ends_with_130_and_leaves_nothing(tmp_path):
         os.killpg(child.pid, signal.SIGINT)     # as a terminal does: to all processes of the group
         out, err = child.communicate(timeout=60)
         connection.close()
-    assert child.returncode == 130 and out == "" and "Traceback" not in err
+    assert (child.returncode, out) == (130, "") and "Traceback" not in err, err
     assert_nothing_in(tmp_path / "checkpoints")
 
 

@@ -603,7 +603,7 @@ def test_a_step_never_waits_for_the_device(narrow, tree, sampling, draw, batch):
             step(64)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "mixtral", "llama3.1", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral", "llama3.1", "qwen3", "qwen3_moe_mixed"])
 def test_a_step_of_a_large_batch_never_waits_for_the_device(zoo, kind):
     """B * N rows: more than a prefill has, but it is a decode step all the same."""
     z = zoo(kind)

@@ -20,7 +20,7 @@ from model import Transformer
 from reference import VOCAB, naive_decode, tiny, tokens_of
 from sampling import Sampling
 
-KINDS = ("gqa", "llama2", "qwen2", "mixtral", "gqa")
+KINDS = ("gqa", "llama2", "qwen2", "mixtral", "gqa", "qwen3_moe", "qwen3_moe_mixed")   # 7: each has seeds of all kinds
 # Cache slots: a few EAGLE steps, then plain ones where the tree no longer fits.
 TREES = {"chain": (StaticTree.chain(3), 16), "paper": (StaticTree.paper(), 34), "dynamic": (DynamicTree(3, 3, 8), 18)}
 all_trees = pytest.mark.parametrize("tree, n_slot", TREES.values(), ids=list(TREES))
@@ -104,7 +104,7 @@ def cut(tokens, stop_ids):
 # ---------------------------------------------------------------------------------------------------------------------
 # Greedy
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(70))
 def test_greedy_eagle_equals_plain_decoding_to_the_last_slot_of_the_cache(zoo, seed):
     """Chain, paper tree and dynamic tree; alone and in a ragged batch; all tokens drafted and few; a random head and
     one that is right half of the time, by turns or, in the batch, side by side."""

@@ -74,7 +74,7 @@ def watch_features(model, monkeypatch):
 
 # --- greedy decoding --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["gqa", "llama2_tied", "llama3.1", "mixtral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["gqa", "llama2_tied", "llama3.1", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
 def test_greedy_generate_equals_naive_decoding(zoo, kind):
     z = zoo(kind)
     for length in (1, 2, 33):
@@ -154,7 +154,7 @@ def test_attention_follows_the_used_length_not_the_allocated_one(gqa):
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["gqa", "mixtral", "qwen3"])
+@pytest.mark.parametrize("kind", ["gqa", "mixtral", "qwen3", "qwen3_moe_mixed"])
 def test_each_row_of_a_ragged_batch_gets_what_it_gets_alone(zoo, kind):
     z, prompts = zoo(kind), [tokens_of(130, seed=1), tokens_of(1, seed=2), tokens_of(40, seed=3)]
     together = generate(z.model, prompts, 20)
@@ -608,7 +608,7 @@ def test_prompts_of_new_lengths_compile_nothing(compiled):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["gqa", "qwen2", "llama2_tied", "mixtral"])
+@pytest.mark.parametrize("kind", ["gqa", "qwen2", "llama2_tied", "mixtral", "qwen3_moe_mixed"])
 def test_packed_modules_give_close_logits_and_text_that_the_plain_model_finds_likely(zoo, kind):
     z, prompt = zoo(kind), tokens_of(40)
     plain, packed = load(z.folder, torch.bfloat16), pack_for_cpu(load(z.folder, torch.bfloat16))

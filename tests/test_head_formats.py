@@ -114,9 +114,11 @@ def test_biases_of_attention_as_sglang_has_them(target, tmp_path):
     (lambda config: nested(config) | {"truncated_vocab_size": 32}, "truncated_vocab_size 32 is not supported"),
     (lambda config: nested(config | {"add_para_norm": True}), "add_para_norm True, more norms than EAGLE has"),
     (lambda config: speculators(config) | {"layernorms": True}, "layernorms True, more norms than EAGLE has"),
-    (lambda config: speculators(config) | {"speculators_model_type": "eagle3"}, "this is an EAGLE-3 head"),
+    (lambda config: speculators(config) | {"speculators_model_type": "eagle3"},
+     "this EAGLE-3 head has no weight lm_head.weight"),
     (lambda config: speculators(config) | {"speculators_model_type": "mtp"}, "speculators_model_type 'mtp' is not"),
-    (lambda config: nested(config | {"architectures": ["LlamaForCausalLMEagle3"]}), "this is an EAGLE-3 head"),
+    (lambda config: nested(config | {"architectures": ["LlamaForCausalLMEagle3"]}),
+     "this EAGLE-3 head has no weight lm_head.weight"),
     (lambda config: nested(config | {"hidden_size": 16}), "hidden_size is 16 in the head, 64 in the target"),
     (lambda config: nested({}), "no key 'hidden_size'"),
 ], ids=range(8))

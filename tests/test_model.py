@@ -5,6 +5,7 @@
 Shapes: B batch, T new tokens, S cache slots, N tree nodes, V vocabulary.
 """
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -186,6 +187,29 @@ def test_output_of_features_is_logits_bit_for_bit(zoo, kind, dtype):
         assert torch.equal(model.output(features), logits)
 
 
+@all_kinds
+def test_captured_hidden_states_equal_those_of_transformers(zoo, kind):
+    """Each index alone, and several at once in the order asked for: a block after a prefill, and a prefill."""
+    z, tokens = zoo(kind), tokens_of(20)
+    theirs = z.hf(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    n_layer = z.model.config.n_layer
+    assert len(theirs) == n_layer + 1
+    for capture in [(i,) for i in range(n_layer + 1)] + [(n_layer, 0, n_layer - 1)]:
+        z.model.setup_caches(1, SLOTS)
+        wanted = torch.cat([theirs[i][0] for i in capture], dim=-1)
+        for start, end in (0, 16), (16, 20):
+            block, pos = torch.tensor([tokens[start:end]]), torch.arange(start, end)
+            logits, captured = z.model(block, pos, capture=capture)
+            assert_equal_outputs((logits[0], captured[0]), (expected(z.hf, tokens)[0][start:end], wanted[start:end]))
+            assert torch.equal(captured, z.model.features(block, pos, capture=capture))
+
+
+def test_a_captured_index_beyond_the_layers_is_refused(zoo):
+    for capture in (3,), (0, -1):
+        with refused("capture", capture, "2, the number of layers"):
+            zoo("gqa").model(torch.tensor([[1]]), torch.arange(1), capture=capture)
+
+
 def test_greedy_decoding_equals_transformers_generate(zoo):
     z, prompt = zoo("gqa"), tokens_of(12)
     theirs = z.hf.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=None)
@@ -307,6 +331,13 @@ def test_config_fields_are_those_of_config_json(zoo, kind):
     assert (ours.dim, ours.n_layer, ours.n_head, ours.n_kv_head, ours.head_dim) == (
         theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads, theirs.num_key_value_heads, head_dim)
     assert (ours.intermediate_size, ours.vocab_size) == (theirs.intermediate_size, theirs.vocab_size)
+    if ours.n_expert:
+        size = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert (ours.n_expert, ours.n_expert_active, ours.expert_size) == (
+            theirs.num_local_experts, theirs.num_experts_per_tok, size)
+        assert ours.norm_topk_prob is getattr(theirs, "norm_topk_prob", True)
+        dense = [i for i, layer in enumerate(zoo(kind).hf.model.layers) if not hasattr(layer.mlp, "experts")]
+        assert list(ours.dense_layers) == dense and (len(dense) == 3) == (kind == "qwen3_moe_mixed")
     stretched = 4 if kind == "llama_linear" else 1
     assert ours.block_size == theirs.max_position_embeddings * stretched
 
@@ -367,10 +398,16 @@ def test_where_two_keys_scale_rope_transformers_takes_rope_scaling(tmp_path):
         assert_close(load(folder).inv_freq, theirs)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["mixtral", "mistral", "qwen2", "qwen3", "qwen3_moe"])
 def test_what_config_json_leaves_out_is_what_transformers_takes(zoo, kind):
     from transformers import AutoConfig
     config = json.loads((zoo(kind).folder / "config.json").read_text())
+    if kind == "qwen3_moe":
+        for key in ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "head_dim"):
+            del config[key]
+        ours, theirs = ModelArgs.from_config(config), AutoConfig.for_model(**config)
+        assert (ours.norm_topk_prob, ours.dense_layers) == (theirs.norm_topk_prob, ()) == (False, ())
+        assert theirs.decoder_sparse_step == 1 and theirs.mlp_only_layers == [] and ours.head_dim == 32 // 4
     for key in ("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window"):
         config.pop(key, None)
     ours, theirs = ModelArgs.from_config(config), AutoConfig.for_model(**config)
@@ -425,6 +462,19 @@ YARN = dict(factor=4.0, original_max_position_embeddings=64)
     ("llama2", dict(quantization_config=dict(quant_method="gptq", bits=4)), ["quantization_config", "gptq"]),
     ("mixtral", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
     ("qwen2", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
+    ("qwen3_moe", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
+    ("qwen3_moe", dict(num_experts=0), ["num_experts_per_tok 3", "num_experts 0"]),
+    ("qwen3_moe", dict(num_experts=8.5), ["num_experts", "8.5"]),
+    ("qwen3_moe", dict(num_local_experts=4), ["num_experts 8", "num_local_experts 4"]),
+    ("qwen3_moe", dict(num_experts_per_tok=9), ["num_experts_per_tok 9", "num_experts 8"]),
+    ("mixtral", dict(num_experts_per_tok=0), ["num_experts_per_tok 0", "num_local_experts 8"]),
+    ("qwen3_moe", dict(moe_intermediate_size=0), ["moe_intermediate_size", "0"]),
+    ("qwen3_moe", dict(decoder_sparse_step=0), ["decoder_sparse_step", "0"]),
+    ("qwen3_moe", dict(mlp_only_layers="0"), ["mlp_only_layers", "'0'"]),
+    ("qwen3_moe", dict(mlp_only_layers=[0.5]), ["mlp_only_layers", "0.5"]),
+    ("qwen3_moe", dict(norm_topk_prob="yes"), ["norm_topk_prob", "yes"]),
+    ("qwen3_moe", dict(attention_bias=True), ["attention_bias", "True"]),
+    ("qwen3_moe", dict(model_type="qwen3_next"), ["model_type", "qwen3_next", "qwen3 and qwen3_moe are"]),
 ], ids=lambda value: str(value)[:40])
 def test_an_unknown_feature_is_refused_by_key_and_value(zoo, tmp_path, kind, changes, names):
     folder = shutil.copytree(zoo(kind).folder, tmp_path / "copy")
@@ -467,7 +517,7 @@ def test_a_sliding_window_that_qwen2_does_not_use_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("kind, keys", [
-    ("qwen2", dict(max_window_layers=1)), ("qwen3", dict(max_window_layers=0)),
+    ("qwen2", dict(max_window_layers=1)), ("qwen3", dict(max_window_layers=0)), ("qwen3_moe", {}),
     ("qwen2", dict(max_window_layers=2, layer_types=["full_attention", "sliding_attention"]))], ids=str)
 def test_a_sliding_window_that_qwen_uses_in_some_layers_is_refused(tmp_path, kind, keys):
     folder, _ = tiny(kind, tmp_path, use_sliding_window=True, sliding_window=16, **keys)
@@ -496,7 +546,7 @@ def test_mistral_has_a_window_whatever_the_switch_of_qwen_says(zoo):
 # ---------------------------------------------------------------------------------------------------------------------
 # loading
 
-@pytest.mark.parametrize("kind", ["llama2_tied", "mixtral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama2_tied", "mixtral", "qwen2", "qwen3", "qwen3_moe_mixed"])
 def test_every_file_layout_gives_the_same_weights(zoo, tmp_path, kind):
     reference = zoo(kind).model.state_dict()
     for sharded, binary in (True, False), (False, True), (True, True):
@@ -756,10 +806,25 @@ def test_host_memory_while_loading_stays_near_one_shard(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mixtral reads few experts
+# Mixtral and Qwen3-MoE read few experts
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_router_chooses_and_weighs_as_in_transformers(zoo, monkeypatch, kind, dtype):
+    """To the bit: logits in the model's dtype, their softmax in fp32. Weights add up to 1 where config.json says so."""
+    router = copy.deepcopy(zoo(kind).hf.model.layers[-1].mlp.gate).to(dtype)
+    ours = load(zoo(kind).folder, dtype).layers[-1].feed_forward
+    x, seen = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(0)).to(dtype), []
+    monkeypatch.setattr(ours, "_every_expert", lambda rows, *chosen: seen.extend(chosen) or rows)
+    ours(x)
+    (weights, experts), (_, their_weights, their_experts) = seen, router(x[0])
+    assert torch.equal(experts, their_experts) and torch.equal(weights, their_weights.to(dtype))
+    total = weights.float().sum(-1)
+    assert total.max() < 0.999 if kind == "qwen3_moe_mixed" else torch.allclose(total, torch.ones(100), atol=1e-2)
+
 
 def routed_experts(hf, tokens):
-    """[layer][T, 2]: the experts to which transformers sends each token."""
+    """[layer][T, k]: the experts to which transformers sends each token."""
     chosen = []
     hooks = [layer.mlp.gate.register_forward_hook(lambda module, args, out: chosen.append(out[2]))
              for layer in hf.model.layers]
@@ -769,17 +834,18 @@ def routed_experts(hf, tokens):
     return chosen
 
 
-def test_one_token_reads_only_its_routed_experts(zoo, tmp_path):
+@pytest.mark.parametrize("kind, n_active", [("mixtral", 2), ("qwen3_moe", 3)])
+def test_one_token_reads_only_its_routed_experts(zoo, tmp_path, kind, n_active):
     """Every other expert is NaN in the checkpoint; zero times NaN would reach the logits."""
-    z = zoo("mixtral")
+    z = zoo(kind)
     for token in (5, 50, 90):
         folder = shutil.copytree(z.folder, tmp_path / str(token))
         routed = [set(experts.flatten().tolist()) for experts in routed_experts(z.hf, [token])]
-        assert all(len(experts) == 2 for experts in routed)
+        assert all(len(experts) == n_active for experts in routed)
 
         def poison(weights):
             for key in weights:
-                found = re.search(r"layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)", key)
+                found = re.search(r"layers\.(\d+)\..*\.experts\.(\d+)", key)
                 if found and int(found[2]) not in routed[int(found[1])]:
                     weights[key].fill_(float("nan"))
 
@@ -792,12 +858,12 @@ def test_one_token_reads_only_its_routed_experts(zoo, tmp_path):
 class ExpertReads(TorchDispatchMode):
     """Counts the elements of expert weights read by each operation that is not a view, however they are stored.
 
-    Expert weights are the parameters with the intermediate size in their shape. Indexing reads what it returns.
+    Expert weights are the parameters with the width of an expert in their shape. Indexing reads what it returns.
     """
 
     def __init__(self, model):
         super().__init__()
-        sizes = {model.config.intermediate_size, 2 * model.config.intermediate_size}
+        sizes = {model.config.expert_size, 2 * model.config.expert_size}
         weights = [p for p in model.parameters() if sizes & set(p.shape)]
         self.storages = {p.untyped_storage().data_ptr() for p in weights}
         self.total = sum(p.numel() for p in weights)
@@ -816,13 +882,14 @@ class ExpertReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (1, 6), (2, 7), (1, 26), (3, 1), (3, 50), (1, 150)], ids=str)
-def test_a_pass_reads_each_expert_at_most_once_and_one_token_reads_two(zoo, shape):
-    """Reads per pass in whole experts: 2 of 8 for one token, at most 2 T below T * 2 = 8, at most 8 from there on."""
-    z, (B, T) = zoo("mixtral"), shape
+@pytest.mark.parametrize("kind, n_active", [("mixtral", 2), ("qwen3_moe", 3)])
+def test_a_pass_reads_each_expert_at_most_once_and_one_token_reads_its_own(zoo, shape, kind, n_active):
+    """Reads per pass in whole experts, of 8: k for one token, at most k T below k T = 8, at most 8 from there on."""
+    z, (B, T) = zoo(kind), shape
     z.model.setup_caches(B, max(T, SLOTS))
     tokens = torch.tensor([tokens_of(T, seed=b) for b in range(B)])
     with ExpertReads(z.model) as count:
         logits, features = z.model(tokens, torch.arange(T))
-    assert 0 < count.read <= count.total * min(2 * B * T, 8) // 8
+    assert 0 < count.read <= count.total * min(n_active * B * T, 8) // 8
     for b in range(B):
         assert_equal_outputs((logits[b], features[b]), expected(z.hf, tokens[b].tolist()))

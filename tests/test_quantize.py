@@ -313,7 +313,7 @@ def test_gptq_damps_more_where_a_hessian_needs_it_and_refuses_one_that_nothing_h
 
 @pytest.mark.parametrize("options", [("--mode", "int8"), ("--mode", "int4"), ("--mode", "int4", "--lm-head", "int8"),
                                      ("--mode", "int8", "--lm-head", "int4")], ids=str)
-@pytest.mark.parametrize("kind", ["gqa", "qwen2_tied", "qwen3", "mixtral"])
+@pytest.mark.parametrize("kind", ["gqa", "qwen2_tied", "qwen3", "mixtral", "qwen3_moe", "qwen3_moe_mixed"])
 def test_a_folder_loads_as_the_values_it_stores(kind, options, tmp_path):
     folder, out = quantized_folder(kind, tmp_path, *options)
     model, twin = Transformer.from_pretrained(out, dtype=torch.float32), dense_twin(folder, out)
@@ -325,11 +325,14 @@ def test_a_folder_loads_as_the_values_it_stores(kind, options, tmp_path):
     plain = {key: tensor for key, tensor, _ in iterate_weights(folder)}
     kept = [key for key in plain if any(part in key for part in ("norm", "embed", "bias", ".gate.weight"))]
     assert all(torch.equal(stored[key], plain[key]) for key in kept)
+    linears = [key for key in plain if "layers." in key and key not in kept]
+    assert linears and all(key[:-6] + "scales" in stored for key in linears)
 
 
 @pytest.mark.parametrize("mode, bound", [("int8", 0.02), ("int4", 0.25)])
-def test_quantised_experts_are_near_the_16_bit_ones(mode, bound, tmp_path):
-    folder, out = quantized_folder("mixtral", tmp_path, "--mode", mode)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_quantised_experts_are_near_the_16_bit_ones(kind, mode, bound, tmp_path):
+    folder, out = quantized_folder(kind, tmp_path, "--mode", mode)
     for dtype, rounding in ((torch.float32, 0), (torch.bfloat16, 0.02)):
         ours, exact = (Transformer.from_pretrained(f, dtype=dtype).layers[0].feed_forward for f in (out, folder))
         for n in (1, 3, 24, 140):   # one expert gets all rows or none; packed kernels or the dense product
@@ -338,7 +341,7 @@ def test_quantised_experts_are_near_the_16_bit_ones(mode, bound, tmp_path):
             assert difference.max() < bound + rounding  # routers keep 16 bits, so the same experts are chosen
 
 
-@pytest.mark.parametrize("kind", ["gqa", "qwen2", "mixtral"])
+@pytest.mark.parametrize("kind", ["gqa", "qwen2", "mixtral", "qwen3_moe", "qwen3_moe_mixed"])
 def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "tok")
     if kind != "gqa":
@@ -362,25 +365,27 @@ def test_gptq_folder_is_nearer_to_the_model_than_rounding(kind, tmp_path, capsys
         ours = Transformer.from_pretrained(out, dtype=torch.float32)(tokens, pos)[0]
         errors[method] = (ours - exact).norm().item()
     assert errors["gptq"] < errors["rtn"]
-    if kind == "mixtral":   # routers that never choose the last four experts
+    if n_active := {"mixtral": 2, "qwen3_moe": 3}.get(kind):    # routers that never choose the last experts
         weights = load_file(folder / "model.safetensors")
         for key in weights:
-            if key.endswith("block_sparse_moe.gate.weight"):
-                weights[key] = weights[key][:1] * torch.tensor([1, -1, 0.9, -0.9, 0.1, -0.1, 0.1, -0.1])[:, None]
+            if key.endswith((".block_sparse_moe.gate.weight", ".mlp.gate.weight")):
+                weights[key] = weights[key][:1] * torch.tensor([1, -1, 0.9, -0.9, 0.8, -0.8, 0.1, 0.1])[:, None]
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         options = ("--mode", "int4", "--method", "gptq", "--data", data)
         assert run("--checkpoint", folder, "--out", tmp_path / "idle", *options) == 0
-        assert "model.layers.0.: no token reached w13.4, w13.5, w13.6, w13.7, w2.4, " in capsys.readouterr().err
+        idle = ", ".join(f"{name}.{e}" for name in ("w13", "w2") for e in range(2 * n_active, 8))
+        assert f"model.layers.0.: no token reached {idle} with" in capsys.readouterr().err
     else:
         assert "no token reached" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind, n_active", [("mixtral", 2), ("qwen3_moe", 3)])
 def test_calibration_sums_over_all_dialogues_through_the_quantised_layers_before_and_by_the_routers_choice(
-        sound, tmp_path, monkeypatch):
+        sound, tmp_path, monkeypatch, kind, n_active):
     tokens_from, data = sound
-    folder, out = tmp_path / "mixtral", tmp_path / "q"
+    folder, out = tmp_path / kind, tmp_path / "q"
     config = json.loads((tokens_from / "config.json").read_text())
-    tiny("mixtral", folder, **WIDE, vocab_size=config["vocab_size"], eos_token_id=config["eos_token_id"])
+    tiny(kind, folder, **WIDE, vocab_size=config["vocab_size"], eos_token_id=config["eos_token_id"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokens_from / name, folder)
     found, hessians = {}, quantize.Calibration.hessians
@@ -400,7 +405,7 @@ def test_calibration_sums_over_all_dialogues_through_the_quantised_layers_before
             model(dialogue.tokens[None].long(), torch.arange(len(dialogue.tokens)))
         rows = {name: torch.cat(parts) for name, parts in inputs.items()}
         x, ffn = rows.pop("experts"), layer.feed_forward
-        chosen = ffn.gate(x).topk(2).indices
+        chosen = ffn.gate(x).topk(n_active).indices
         for e in range(8):
             to_e = x[(chosen == e).any(1)]
             gate, up = (to_e @ ffn.w13[e].T).chunk(2, -1)
@@ -687,7 +692,7 @@ def random_head(folder, target):
 
 
 @pytest.mark.parametrize("options", [("--mode", "int8", "--lm-head", "int4"), ("--mode", "int4")], ids=str)
-@pytest.mark.parametrize("kind", ["gqa", "mixtral"])
+@pytest.mark.parametrize("kind", ["gqa", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("draft_vocab", [None, 40])
 def test_greedy_eagle_with_a_quantised_head_equals_plain_decoding_of_the_quantised_target(
         kind, options, draft_vocab, tmp_path):

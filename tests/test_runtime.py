@@ -53,7 +53,7 @@ def answers(model, head, tree, prompts, *, traced, sampling=Sampling(), seed=Non
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
-@pytest.mark.parametrize("kind, n_row", [("gqa", 1), ("gqa", 3), ("qwen2", 1), ("mixtral", 3)])
+@pytest.mark.parametrize("kind, n_row", [("gqa", 1), ("gqa", 3), ("qwen2", 1), ("mixtral", 3), ("qwen3_moe", 1)])
 def test_traced_steps_decode_what_naive_decoding_does(tree, kind, n_row, tmp_path):
     model = load(kind, tmp_path)
     head = head_of(model)

@@ -326,7 +326,8 @@ def test_declared_tokens_of_a_converted_sentencepiece_model_are_those_of_transfo
     assert tok.encode(PIECES, bos=True) == reference.encode(PIECES)
 
 
-@pytest.mark.parametrize("model_type, kind", [("qwen2", "Qwen2Tokenizer"), ("qwen3", None), ("llama", "GPT2Tokenizer")])
+@pytest.mark.parametrize("model_type, kind", [
+    ("qwen2", "Qwen2Tokenizer"), ("qwen3", None), ("qwen3_moe", None), ("llama", "GPT2Tokenizer")])
 def test_vocab_json_with_merges_gives_what_transformers_gives(qwen_like, tmp_path, model_type, kind):
     decoder = {str(i): {"content": text, "special": text != "<think>"} for i, text in enumerate(QWEN_ADDED, 300)}
     settings = {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder}

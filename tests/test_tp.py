@@ -49,11 +49,13 @@ from scripts import plan
 from test_eagle import head_config, head_weights, write_head
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {   # kind of reference.py, and keys of its config.json: heads, key/value heads and the rest must divide
+KINDS = {   # kind of reference.py, and changes of its config.json so that its sizes divide
     "gqa": ("gqa", {}),                                             # 8 heads on 2: four ranks share two key/value heads
     "tied": ("llama2_tied", dict(num_key_value_heads=1, vocab_size=97)),    # the last rank has fewer rows
     "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe_mixed": ("qwen3_moe_mixed", {}),                     # dense layers of another width than the experts
     "head held whole": ("llama2", dict(hidden_size=96, num_attention_heads=12, num_key_value_heads=12)),
 }
 # The same, options of quantize.py, and more options for the target. On four ranks a row of wo has 16 weights.
@@ -62,17 +64,21 @@ QUANTISED = {
     "gqa, int8": ("gqa", {}, ["--mode", "int8"], ["--lm-head", "int8"]),
     "mixtral, int8": ("mixtral", {}, ["--mode", "int8"]),
     "mixtral, int4": ("mixtral", dict(hidden_size=64, intermediate_size=64), ["--mode", "int4", "--group-size", "32"]),
+    "qwen3_moe, int8": ("qwen3_moe_mixed", {}, ["--mode", "int8"]),
+    "qwen3_moe, int4": ("qwen3_moe", dict(hidden_size=64, moe_intermediate_size=64),
+                        ["--mode", "int4", "--group-size", "32"]),
 }
-HEADS = {   # keys of a head's config.json; those of quantised targets are quantised alike
+HEADS = {   # changes of a head's config.json; the heads of quantised targets are quantised in the same way
     "head held whole": dict(num_key_value_heads=3),                 # neither divides nor is divided
     "qwen2": dict(qkv_bias=True, bias=False),
     "gqa, int4": dict(intermediate_size=64), "mixtral, int4": dict(intermediate_size=64),
+    "qwen3_moe, int4": dict(intermediate_size=64),
 }
 WORLDS = (2, 4)
 
 
 class Group:
-    """`world` processes; group(function, *args) runs it on all and returns what each returned."""
+    """`world` processes. group(function, *args) runs the function on each and returns all results."""
 
     def __init__(self, context, world, folder):
         self.pipes, self.processes = [], []
@@ -115,7 +121,7 @@ def serve(rank, world, store, pipe):
 
 @pytest.fixture(scope="module")
 def group(forkserver, tmp_path_factory):
-    """group(world) -> the Group of so many processes."""
+    """group(world) -> the Group of that many processes, started once."""
     make = functools.cache(lambda world: Group(forkserver, world, tmp_path_factory.mktemp("group")))
     made = {}
 
@@ -153,7 +159,7 @@ def zoo(tmp_path_factory):
 
 @functools.cache
 def load(folder, head_folder):
-    """On a rank its part, in a process without a group the whole."""
+    """Target and head: a rank's part of them or, without a group, the whole."""
     shard = tp.Shard.world() if torch.distributed.is_initialized() else None
     model = Transformer.from_pretrained(folder, dtype=torch.float32, shard=shard)
     return model, EagleHead.from_pretrained(head_folder, model, shard=shard)
@@ -164,7 +170,7 @@ def whole(logits):
 
 
 def passes(folder, head_folder):
-    """Logits and features of a batch of three, by a prefill and a block; and the head's over them."""
+    """Logits and features of a batch of three, for a prefill and a block, from the target and from the head."""
     model, head = load(folder, head_folder)
     head.set_draft_vocab(None)
     tokens = torch.tensor([tokens_of(12, seed) for seed in range(3)])
@@ -179,8 +185,10 @@ def passes(folder, head_folder):
 
 
 def answers(folder, head_folder, cases, batches=(1, 3)):
-    """Of each case (tree, draft vocabulary, options of generate), new tokens for batches of these sizes. Greedy cases
-    never put all logits together."""
+    """New tokens for batches of these sizes, for each case: tree, draft vocabulary, options of generate.
+
+    Greedy cases may not put all logits together.
+    """
     model, head = load(folder, head_folder)
     found = []
     for tree, draft_vocab, options in cases:
@@ -229,7 +237,8 @@ def test_text_of_two_equals_one_process(group, zoo, kind):
 
 
 @pytest.mark.parametrize("kind, world", [
-    ("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2)])
+    ("gqa, int4", 2), ("gqa, int8", 4), ("mixtral, int8", 4), ("mixtral, int4", 2), ("qwen3_moe, int8", 4),
+    ("qwen3_moe, int4", 2)])
 def test_quantised_logits_and_text_equal_one_process(group, zoo, kind, world):
     cases = [CASES[name] for name in ("plain, drawn", "draft vocabulary")]
     assert group(world)(answers, *zoo(kind), cases) == [answers(*zoo(kind), cases)] * world
@@ -249,6 +258,7 @@ def test_a_group_that_two_ranks_would_share_is_refused(zoo):
     "tied": ["draft vocabulary"],
     "mixtral": ["plain", "plain, drawn", "static", "dynamic, drawn"],
     "qwen2": ["plain", "plain, drawn", "draft vocabulary", "static, drawn drafts"],
+    "qwen3_moe": ["static"], "qwen3_moe_mixed": ["plain, drawn", "dynamic"],
     "head held whole": ["static, drawn from a draft vocabulary"]}.items())
 def test_text_of_four_equals_one_process(group, zoo, kind, names):
     cases = [CASES[name] for name in names]
@@ -258,7 +268,7 @@ def test_text_of_four_equals_one_process(group, zoo, kind, names):
 @pytest.mark.parametrize("kind, names", {
     "mixtral": ["plain, drawn", "static"], "gqa, int4": ["static, drawn drafts"]}.items())
 def test_compiled_text_equals_one_process(group, zoo, kind, names):
-    """After the others: the layers stay compiled."""
+    """Runs after the others, because the layers stay compiled."""
     cases = [CASES[name] for name in names]
     compiled = [(tree, draft_vocab, options | dict(compile=True)) for tree, draft_vocab, options in cases]
     assert group(2)(answers, *zoo(kind), compiled, (1,)) == [answers(*zoo(kind), cases, (1,))] * 2
@@ -268,7 +278,7 @@ def test_compiled_text_equals_one_process(group, zoo, kind, names):
 # The vocabulary
 
 def ties(logits):
-    """What a rank finds in its part of logits [.., V] that all know."""
+    """The answers of ShardedLogits where each rank has its part of the logits [..., V]."""
     shard = tp.Shard.world()
     n = -(-logits.shape[-1] // shard.size)
     padded = torch.nn.functional.pad(logits, (0, n * shard.size - logits.shape[-1]), value=-torch.inf)
@@ -349,9 +359,29 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do(zoo, size, mess
         Transformer.from_pretrained(zoo("gqa")[0], shard=tp.Shard(0, size))
 
 
+def test_only_widths_that_the_layers_have_must_divide(zoo):
+    folder, _ = zoo("qwen3_moe_mixed")
+    config, _ = plan.describe(folder)
+    assert (config.intermediate_size, config.expert_size, config.n_head) == (56, 160, 4)
+    sizes = lambda **changes: [n for n in (1, 2, 4) if tp.divides(dataclasses.replace(config, **changes), n)]
+    assert sizes() == [1, 2, 4]
+    assert sizes(intermediate_size=58) == sizes(moe_intermediate_size=158) == [1, 2]
+    assert sizes(intermediate_size=57, dense_layers=()) == sizes(moe_intermediate_size=57, n_expert=0) == [1, 2, 4]
+    with pytest.raises(ValueError, match="a feed-forward of 56 and 160 do not divide over 3 processes; 1, 2, 4 do"):
+        tp.Shard(0, 3).local(config)
+    part = tp.Shard(1, 2).part(config)
+    assert part("model.layers.3.mlp.experts.7.up_proj.weight", [160, 32]) == (slice(80, 160),)
+    assert part("model.layers.0.mlp.down_proj.weight", [32, 56]) == (slice(None), slice(28, 56))
+    for key, shape, message in (("model.layers.3.mlp.experts.7.gate_proj.weight", [56, 32], "160 rows"),
+                                ("model.layers.3.mlp.experts.7.down_proj.weight", [32, 56], "160 columns"),
+                                ("model.layers.0.mlp.gate_proj.weight", [160, 32], "56 rows")):
+        with pytest.raises(ValueError, match=f"{re.escape(key)}.*{message}"):
+            part(key, shape)
+
+
 @pytest.mark.parametrize("vocab_size, sizes", [(9, [1, 2]), (10, [1, 2, 4]), (16, [1, 2, 4, 8]), (3, [1, 2])])
 def test_every_rank_has_a_part_of_the_vocabulary(zoo, vocab_size, sizes):
-    """Four ranks would take three of 9 tokens each, and the last one none."""
+    """If four ranks took three of 9 tokens each, the last one would have none."""
     config = dataclasses.replace(plan.describe(zoo("gqa")[0])[0], vocab_size=vocab_size)
     assert [size for size in (1, 2, 4, 8) if tp.divides(config, size)] == sizes
     for size in sizes:
@@ -372,7 +402,7 @@ def test_a_weight_of_the_wrong_size_is_refused(zoo, tmp_path):
     message = r"down_proj.weight has shape \[64, 56\], config.json makes it 40 columns wide"
     with pytest.raises(ValueError, match=message):
         Transformer.from_pretrained(tmp_path / "broken", shard=tp.Shard(0, 2))
-    config, _ = plan.describe(str(tmp_path / "broken"))     # what the loader then refuses as unexpected
+    config, _ = plan.describe(str(tmp_path / "broken"))     # the loader refuses it later, as unexpected
     assert tp.Shard(1, 2).part(config)("model.layers.0.self_attn.o_proj.bias", [64]) == (slice(None),)
 
 
@@ -391,7 +421,7 @@ def test_the_plan_counts_what_a_rank_allocates(zoo, kind, world):
                              context=64, batch=3)
 
     def size(tensors):
-        """In 16 bits."""
+        """Bytes, with 16 bits for each float."""
         return sum(tensor.numel() * (2 if tensor.is_floating_point() else 1) for tensor in tensors)
 
     def stored(module):
@@ -508,7 +538,7 @@ def free_port():
 
 
 def alone(capsys, *argv):
-    """What generate.py writes in one process: this."""
+    """What generate.py writes in this one process."""
     assert cli.main(cli.parse_args(list(map(str, argv)))) == 0
     return capsys.readouterr().out
 
@@ -556,7 +586,7 @@ def test_when_a_rank_is_killed_torchrun_ends_all_and_names_it(tmp_path):
 
 
 def test_ctrl_c_ends_all_ranks_without_a_traceback(tmp_path):
-    """torchrun's own stderr has one, of torchrun; what the ranks write goes to files of their own."""
+    """torchrun prints a traceback of its own, so what the ranks write goes to files."""
     checkpoint = write_checkpoint(tmp_path / "endless", ascii_only=True, context=100_000)
     run = torchrun(2, "generate.py", "--checkpoint", checkpoint, "--prompt", "hi", "--max-new-tokens", "90000",
                    nodes=["--standalone", "--redirects", "3", "--log-dir", tmp_path / "logs"], start_new_session=True)
@@ -592,7 +622,7 @@ def kill(signal_number=signal.SIGKILL):
 
 
 def work_alone(work=lambda: time.sleep(3) or "done"):
-    """Longer than a collective waits."""
+    """First rank 1, then rank 0, each for longer than a collective waits."""
     done = [tp.in_turn(turn == int(os.environ["RANK"]), work) for turn in (1, 0)]
     assert done == ([None, "done"] if os.environ["RANK"] == "0" else ["done", None])
     return wait() or (tp.on_rank_0(work) != "done")
@@ -666,10 +696,10 @@ MISHAPS = {
 
 
 def suffer(name, folder, env):
-    """A rank."""
+    """What a rank of this mishap runs."""
     os.setsid()
     os.environ |= env
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # not those of torchrun's part
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # the fork has torchrun's
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -689,7 +719,7 @@ def suffer(name, folder, env):
 
 
 class Program:
-    """Instead of subprocess.Popen: a fork of torchrun's part, which has imported torch already."""
+    """Replaces subprocess.Popen in torchrun: a fork does not have to import torch again."""
 
     def __init__(self, args, env):
         self.process = multiprocessing.get_context("fork").Process(target=suffer, args=(*args[1:], env))
@@ -724,7 +754,7 @@ def launch(name, machine, port, folder):
 
 @pytest.fixture(scope="module")
 def launchers(forkserver, tmp_path_factory):
-    """Of each mishap its folder, and the processes that take the part of torchrun: all run at once."""
+    """For each mishap its folder, and a process for each torchrun. All run at the same time."""
     started = {}
     for name, mishap in MISHAPS.items():
         folder, port = tmp_path_factory.mktemp("mishap"), free_port()
