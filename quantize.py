@@ -35,7 +35,7 @@ from tqdm import tqdm
 from checkpoint import iterate_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
-from head_config import head_kind, official_key
+from head_config import head_kind, official_key, stored_shapes
 from linears import GROUP_SIZES, Experts, Format, fit_grid, install, pack, round_to_nearest, to_grid
 from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    rope_cos_sin, rope_inv_freq)
@@ -134,7 +134,7 @@ def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: 
         raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
     if out.exists():
         raise ValueError(f"{out} exists: give --out another folder")
-    kind = head_kind(read_json(folder / "config.json")) if is_head(shapes) else None
+    kind = head_kind(read_json(folder / "config.json"), stored_shapes(folder)) if is_head(shapes) else None
     if kind is None:
         ModelArgs.from_config(read_json(folder / "config.json"))
     elif kind == "eagle1" and (args.lm_head or args.method == "gptq"):

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     config = read_json(folder / "config.json")
     if quantize_settings(folder) or config.get("quantization_config"):
         raise ValueError(f"{folder}: a quantised head is not exported; give the 16-bit one that it was made from")
-    if head_kind(config) == "eagle3":
+    if head_kind(config, stored_shapes(folder)) == "eagle3":
         spec, weights = read_eagle3(folder, config)
         config = official_config(config)
     else:
@@ -146,13 +146,15 @@ def read_eagle3(folder: Path, config: dict) -> tuple[Eagle3Spec, dict[str, Tenso
     # Of the target only its sizes are wanted. How many layers it has is not known here: only the default depends on it.
     sizes: Any = SimpleNamespace(dim=t, vocab_size=flat["vocab_size"], n_layer=UNKNOWN)
     spec = eagle3_spec(config, shapes, sizes)
+    # Without the target a copy of its embedding is not told from a table of the head's own: what is there is written.
+    spec = replace(spec, own_embedding="embed_tokens.weight" in shapes)
     if len(spec.capture) != 3:
         raise ValueError(f"{folder} takes {len(spec.capture)} hidden states: both engines give a head three")
     *_, (_, stored, _) = iterate_weights(folder, lambda key: official_key(key) == "fc.weight")
     target: Any = SimpleNamespace(config=sizes, norm=SimpleNamespace(weight=stored))
     head = Eagle3Head.load(folder, spec, target)
     weights = {key: tensor.contiguous().clone() for key, tensor in head.weights().items()}
-    if spec.draft_vocab_size < spec.args.vocab_size:
+    if spec.has_table:
         weights["d2t"] = head.own_ids - torch.arange(spec.draft_vocab_size)
         weights["t2d"] = torch.zeros(spec.args.vocab_size, dtype=torch.bool).index_fill_(0, head.own_ids, True)
     return spec, weights

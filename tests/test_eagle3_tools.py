@@ -31,8 +31,8 @@ N_LAYER = 8                         # of the target: the default hidden states a
 SPECULATORS = {"speculators_model_type": "eagle3", "norm_before_residual": True}
 
 
-def write_eagle3(folder, target, *, n_draft=VD, n_layer=1, prefix="midlayer.", outer="", dtype=torch.float32,
-                 **changes):
+def write_eagle3(folder, target, *, n_draft=VD, n_layer=1, prefix="midlayer.", outer="", shuffled=False,
+                 dtype=torch.float32, **changes):
     """A random head for a target's config. `changes` of config.json; norms come with their flags. outer is put before
     all keys."""
     generator = torch.Generator().manual_seed(3)
@@ -60,8 +60,9 @@ def write_eagle3(folder, target, *, n_draft=VD, n_layer=1, prefix="midlayer.", o
     weights = {key: 0.25 * torch.randn(size, generator=generator) + (1 if len(size) == 1 else 0)
                for key, size in sizes.items()}
     weights = {key: weight.to(dtype) for key, weight in weights.items()}
-    if n_draft < target.vocab_size:
-        ids = torch.randperm(target.vocab_size, generator=generator)[:n_draft].sort().values
+    if n_draft < target.vocab_size or shuffled:
+        ids = torch.randperm(target.vocab_size, generator=generator)[:n_draft]
+        ids = ids if shuffled else ids.sort().values
         weights["d2t"] = ids - torch.arange(n_draft)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -140,8 +141,7 @@ def test_a_quantised_head_drafts_as_the_values_that_it_stores(target, tmp_path, 
     folder = write_eagle3(tmp_path / "head", target.config, **head_keys)
     assert quantized(folder, tmp_path / "out", "--mode", mode, *(["--lm-head", lm_head] if lm_head else [])) == 0
     head = EagleHead.from_pretrained(tmp_path / "out", target)
-    layers = [head.layer, *head.more_layers]
-    quantised = [head.fc, *(linear for layer in layers for linear in (
+    quantised = [head.fc, *(linear for layer in head.layers for linear in (
         layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w13, layer.feed_forward.w2))]
     assert all(isinstance(linear, QuantLinear) and linear.format.mode == mode for linear in quantised)
     assert isinstance(head.output, QuantLinear) == (lm_head is not None)
@@ -430,6 +430,7 @@ DIALECTS = {    # keys of the head's config.json and weights; the hidden states 
     "outputs": (dict(eagle_config={LAYERS: [1, 4, 6]}), (2, 5, 7)),
     "inputs": ({LAYERS: [2, 3, 6], "prefix": "layers.0."}, (2, 3, 6)),
     "whole vocabulary": (dict(n_draft=V), (2, 4, 5)),
+    "whole vocabulary in another order": (dict(n_draft=V, shuffled=True), (2, 4, 5)),
     "scaled RoPE": (dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                            original_max_position_embeddings=64)), (2, 4, 5)),
     "no theta": (dict(rope_theta=None), (2, 4, 5)),
@@ -460,11 +461,12 @@ def test_an_exported_head_is_read_here_with_equal_drafts(target, tmp_path, expor
         layer, inner = "layers.0.", config["transformer_layer_config"]
     assert inner["rope_theta"] == (1e4 if "rope_theta" in changes else 5e4) and inner["head_dim"] == 16
     assert config["draft_vocab_size"] == len(weights["lm_head.weight"])
-    tables = {"d2t", "t2d"} if "n_draft" not in changes else set()
+    tables = {"d2t", "t2d"} if "n_draft" not in changes or "shuffled" in changes else set()
     assert set(weights) == {"fc.weight", "norm.weight", "lm_head.weight", f"{layer}hidden_norm.weight"} | tables | {
         f"{layer}{name}.weight" for name in (*LINEARS, "input_layernorm", "post_attention_layernorm")}
     if tables:
-        assert weights["t2d"].nonzero()[:, 0].tolist() == (weights["d2t"] + torch.arange(VD)).tolist()
+        ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
+        assert weights["t2d"].nonzero()[:, 0].tolist() == ids.sort().values.tolist()
 
 
 @pytest.mark.parametrize("changes, name", [
@@ -503,3 +505,17 @@ def test_heads_that_neither_engine_reads_are_refused_in_one_line(target, tmp_pat
     assert "takes 1 hidden states" in export(single, "sglang")
     assert quantized(write_eagle3(tmp_path / "plain", target.config), tmp_path / "q", "--mode", "int8") == 0
     assert "a quantised head is not exported" in export(tmp_path / "q", "vllm")
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_an_embedding_on_file_is_kept(target, tmp_path, export, engine, is_copy):
+    """Without the target a copy of its table is not told from one of the head's own."""
+    folder = write_eagle3(tmp_path / "head", target.config)
+    weights = read_safetensors(folder / "model.safetensors")
+    table = target.tok_embeddings.weight.clone() if is_copy else torch.randn(V, H)
+    save_file(weights | {"embed_tokens.weight": table}, folder / "model.safetensors")
+    assert torch.equal(export(folder, engine)[1]["embed_tokens.weight"], table)
+    ours, theirs = (EagleHead.from_pretrained(tmp_path / name, target) for name in ("head", "out"))
+    assert ours.spec.own_embedding == theirs.spec.own_embedding == (not is_copy)
+    assert_same_drafts(ours, theirs, target)
