@@ -143,7 +143,7 @@ def say_not_applied(generation_config: dict) -> None:
 def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | None = None) -> tuple[EagleHead, str]:
     """The head, and its tree as `load_tree` takes it. Defaults are draft_vocab.json and tree.json in the head's folder.
 
-    `--eagle` without a value means the head that ships for this target (shipped_head).
+    `--eagle` without a value means the head that ships for this target: its config.json names the `target`.
     """
     if args.eagle == "":
         args.eagle = shipped_head(args.checkpoint)
