@@ -145,7 +145,7 @@ def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | No
     """The head, and its tree as `load_tree` takes it. Defaults are draft_vocab.json and tree.json in the head's folder.
 
     Without tree.json it is the paper's static tree, or on a GPU with an EAGLE-3 head 8 levels and 60 nodes.
-    `--eagle` without a value means the head that ships for this target (shipped_head).
+    `--eagle` without a value means the head that ships for this target: its config.json names the `target`.
     """
     if args.eagle == "":
         args.eagle = shipped_head(args.checkpoint)

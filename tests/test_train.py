@@ -77,14 +77,6 @@ def command(checkpoint, data, out, *options):
                              "--log-every", 1, *options)]
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in old.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def train(checkpoint, data, tmp_path, capsys):
     """train(*options) -> (exit status, stderr, output folder)."""
