@@ -273,9 +273,7 @@ def eagle3_args(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
         raise ValueError(f"{SAID}: num_attention_heads {n_head!r} does not divide the {rows} rows of q_proj")
     n_layer = 1 + max((int(key.split(".")[1]) for key in shapes if re.match(r"layers\.\d+\.", key)), default=0)
     has_qk_norm = "layers.0.self_attn.q_norm.weight" in shapes
-    rope, theta, source = rope_settings(config)
-    if rope_theta is not None:
-        theta, source = rope_theta, "--draft-rope-theta"
+    rope, theta, source = rope_settings(config, rope_theta)
     args = layer_args(config | {
         "model_type": "llama", "num_hidden_layers": n_layer, "hidden_size": h, "vocab_size": target.vocab_size,
         "head_dim": config.get("head_dim") or rows // n_head, "tie_word_embeddings": False, "rope_parameters": None,
@@ -283,7 +281,7 @@ def eagle3_args(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
     return replace(args, qk_norm=has_qk_norm), source
 
 
-def rope_settings(config: dict) -> tuple[dict, float | None, str]:
+def rope_settings(config: dict, rope_theta: float | None) -> tuple[dict, float | None, str]:
     """Scaling of RoPE, its base, and where the base came from. Files have it in three places; none means 10000."""
     rope, bases = {}, {"rope_theta": config.get("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
@@ -294,9 +292,12 @@ def rope_settings(config: dict) -> tuple[dict, float | None, str]:
         bases[f"{key}.rope_theta"] = place.get("rope_theta")
     bases = {key: value for key, value in bases.items() if value is not None}
     rope.pop("rope_theta", None)
+    if rope_theta is not None:
+        return rope, rope_theta, "--draft-rope-theta"
     if len(set(bases.values())) > 1:
         told = ", ".join(f"{key} {value!r}" for key, value in bases.items())
-        raise ValueError(f"{SAID} names several RoPE bases: {told}. Take the wrong ones out of the file")
+        raise ValueError(f"{SAID} names several RoPE bases: {told}. Take the wrong ones out of the file, "
+                         "or give --draft-rope-theta")
     return rope, next(iter(bases.values()), None), "config.json" if bases else "the default: config.json has none"
 
 

@@ -652,7 +652,8 @@ def test_a_weight_twice_a_config_that_says_nothing_and_a_shallow_target(target, 
 
 def test_options_override_the_file(target, fitted, tmp_path):
     sequence = tokens_of(12, seed=2, vocab=V)
-    for keys in ({}, {KEY: [7, 7, 7]}, dict(target_layer_ids=[1, 2, 3])):
+    for keys in ({}, {KEY: [7, 7, 7]}, dict(target_layer_ids=[1, 2, 3]),
+                 dict(rope_theta=1e6, rope_parameters=dict(rope_theta=1e4))):
         folder = save(tmp_path / "head", *changed(fitted.config, fitted.weights, keys))
         head = EagleHead.from_pretrained(folder, target.model, aux_layers=[0, 3, L], rope_theta=77.0)
         assert head.capture == (0, 3, L)
