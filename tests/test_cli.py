@@ -666,7 +666,7 @@ class Chat:
     def watch(self):
         self.turns = []         # {"prompt": ids, "said": ids, "computed": positions}
         self.interrupt_at = {}  # turn -> the pass of the model that Ctrl-C comes in
-        decode, features = Decoder.generate, Transformer.features
+        decode, run = Decoder.generate, Transformer.hidden_states
 
         def watched_decode(decoder, prompts, *args, on_tokens, **options):
             turn = {"prompt": prompts[0], "said": [], "computed": [], "passes": 0}
@@ -678,16 +678,16 @@ class Chat:
 
             return decode(decoder, prompts, *args, on_tokens=watched_on_tokens, **options)
 
-        def watched_features(model, tokens, input_pos, *args, **options):
+        def watched_pass(model, tokens, input_pos, *args, **options):
             turn = self.turns[-1]
             if turn["passes"] == self.interrupt_at.get(len(self.turns) - 1):
                 raise KeyboardInterrupt
             turn["passes"] += 1
             turn["computed"] += input_pos.expand(tokens.shape)[0].tolist()
-            return features(model, tokens, input_pos, *args, **options)
+            return run(model, tokens, input_pos, *args, **options)
 
         self.monkeypatch.setattr(Decoder, "generate", watched_decode)
-        self.monkeypatch.setattr(Transformer, "features", watched_features)
+        self.monkeypatch.setattr(Transformer, "hidden_states", watched_pass)
 
     def __call__(self, *lines, argv=()):
         """Each line is a message, or an exception that input() raises; then Ctrl-D. Returns (stdout, stderr)."""

@@ -62,13 +62,13 @@ def make_decoder(model, n_row=1, n_slot=CONTEXT, sampling=Sampling(), **options)
 
 def watch_features(model, monkeypatch):
     """A list that grows by the positions [T] (row 0) of every pass."""
-    passes, features = [], model.features
+    passes, run = [], model.hidden_states
 
     def watched(tokens, input_pos, *args, **kwargs):
         passes.append(input_pos.expand(tokens.shape)[0].tolist())
-        return features(tokens, input_pos, *args, **kwargs)
+        return run(tokens, input_pos, *args, **kwargs)
 
-    monkeypatch.setattr(model, "features", watched)
+    monkeypatch.setattr(model, "hidden_states", watched)
     return passes
 
 
