@@ -50,7 +50,7 @@ class Generation:
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, head: EagleHead | None = None,
-             tree: Tree | str = "static", draw_drafts: bool | None = None, temperature: float = 0.0,
+             tree: Tree | str = "static", copy: int = 0, draw_drafts: bool | None = None, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
              stop_ids: Iterable[int] = (), stop: Stop | None = None, compile: bool = False,
              max_seq_length: int | None = None,
@@ -73,13 +73,13 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     tree = load_tree(tree) if isinstance(tree, str) else tree
     check_limit(max_new_tokens)
     if max_seq_length is None:
-        room = tree.n_room if head is not None else 0
+        room = max(tree.n_room, tree.n_node + copy) if head is not None else 0
         max_seq_length = slots_for(max(map(len, prompts), default=0) + max_new_tokens + room, model)
     check_prompts(prompts, max_seq_length, model.config.vocab_size)
     with restored_caches(model, head):
         setup_caches(model, head, len(prompts), max_seq_length)
         decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head,
-                          tree=tree, draw_drafts=draw_drafts)
+                          tree=tree, draw_drafts=draw_drafts, copy=copy)
         decoder.can_trace = False   # a trace hardly pays in one call, and torch never frees it
         return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, stop=stop, on_tokens=on_tokens)
 
@@ -168,14 +168,16 @@ class Decoder:
     TRACE_FROM: int = 64    # new tokens from which a trace, which takes a quarter of a second, pays
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
-                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):
+                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None,
+                 copy: int = 0):
         sampling.check()
         check_caches(model, head, batch_size)
         self.model, self.head, self.compile = model, head, compile
         self.caches = {module: module.kv_cache for module in (model, head) if module is not None}
         self.eagle, device = None, model.inv_freq.device
         if head is not None:
-            self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts)
+            self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts,
+                                   copy)
             tokens, pos = self.eagle.tokens, self.eagle.pos     # shared: plain steps go on where EAGLE's end
         else:
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
@@ -323,11 +325,11 @@ class Decoder:
         return self.eagle if eagle and self.eagle is not None else self.plain
 
     def _tree_fits(self, length: int) -> bool:
-        return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
+        return self.eagle is not None and length - 1 + self.eagle.n_room <= self.n_slot
 
     def _n_slot(self, eagle: bool, length: int) -> int:
         """Cache slots to read: one of few sizes if each is captured, else close to the length."""
-        used = length - 1 + (self.eagle.tree.n_room if eagle and self.eagle is not None else 1)
+        used = length - 1 + (self.eagle.n_room if eagle and self.eagle is not None else 1)
         return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
 
     def _clock(self) -> float:

@@ -195,7 +195,8 @@ class StaticPlan(NamedTuple):
     child_slot: Tensor  # [N] place of each node in `children`, flattened; 0 for the root
 
 
-def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> StaticPlan:
+def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: torch.dtype,
+                n_copy: int = 0) -> StaticPlan:
     def tensor(values: Sequence) -> Tensor:
         return torch.tensor(values, device=device)
 
@@ -219,7 +220,7 @@ def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: 
     children = [[n for n in nodes if n > 0 and tree.parents[n] == parent] for parent in expanded]
     filled = [of_one + of_one[:1] * (tree.n_child - len(of_one)) for of_one in children]
     slots = {n: e * tree.n_child + r for e, of_one in enumerate(children) for r, n in enumerate(of_one)}
-    row, order, is_later = common_plan(tree, batch_size, device)
+    row, order, is_later = common_plan(tree, batch_size, device, n_copy)
     return StaticPlan(
         tree=tree, row=row, order=order, is_later=is_later, parents=tensor(tree.parents)[None],
         depths=tensor(tree.depths)[None], seen=visible(ancestors, dtype),
@@ -230,10 +231,10 @@ def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: 
         child_slot=tensor([slots.get(n, 0) for n in nodes]))
 
 
-def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields row, order and is_later of both kinds of plans."""
+def common_plan(tree: Tree, batch_size: int, device: torch.device, n_copy: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields row, order and is_later of both kinds of plans, for a step with a copied branch of n_copy nodes."""
     row = torch.arange(batch_size, device=device)[:, None]
-    order = torch.arange(max(tree.n_room, tree.depth + 2), device=device)[None]
+    order = torch.arange(max(tree.n_room, tree.n_node + n_copy, tree.depth + 2, n_copy + 2), device=device)[None]
     nodes = order[:, :tree.n_node]
     return row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
 
@@ -292,12 +293,13 @@ class DynamicPlan(NamedTuple):
     root_scores: Tensor # [B, 2] 0, the score of the root's path, and inf, so that the root is always kept
 
 
-def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> DynamicPlan:
+def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype: torch.dtype,
+                 n_copy: int = 0) -> DynamicPlan:
     R, E, N = tree.n_child, tree.n_expand, tree.n_node
     depths = [d for d in range(1, tree.depth) for _ in range(R)]
     first = [0] + [1 + (d > 1) * R + max(d - 2, 0) * R ** 2 for d in depths]
     origin = [[0, 0]] + [[e, d + 1] for e, d in enumerate([0, *depths]) for _ in range(R)]
-    row, order, is_later = common_plan(tree, batch_size, device)
+    row, order, is_later = common_plan(tree, batch_size, device, n_copy)
     return DynamicPlan(
         tree=tree, row=row, order=order, is_later=is_later, inner_depths=torch.tensor(depths, device=device).long() - 1,
         itself=visible(torch.eye(E, device=device)[None] > 0, dtype),

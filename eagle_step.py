@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
                         draft_static, plan_dynamic, plan_static, shown_columns)
 from eagle_head import EagleHead
@@ -28,11 +29,16 @@ class Accepted(NamedTuple):
     bonus: Tensor       # [B, 1] the target's own token after the last accepted one
 
 
-def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan) -> Accepted:
-    """A node is accepted if its token is the likeliest after its parent. logits [B, N, V]."""
-    if isinstance(plan, DynamicPlan):
+def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan,
+                  is_nothing: Tensor | None = None) -> Accepted:
+    """A node is accepted if its token is the likeliest after its parent. logits [B, N, V].
+
+    is_nothing [B, N] marks the nodes of a copied branch that found nothing; it is None without a branch.
+    """
+    if isinstance(plan, DynamicPlan) or is_nothing is not None:
         token = next_tokens(logits, Sampling())
-        path, n_accepted, last = walk(draft, draft.tokens != token.gather(1, draft.parents), plan)
+        is_wrong = draft.tokens != token.gather(1, draft.parents)
+        path, n_accepted, last = walk(draft, is_wrong if is_nothing is None else is_wrong | is_nothing, plan)
         return Accepted(path, n_accepted, token.gather(1, last))
     # Only nodes with children need a token: 11 of the paper's 26. All 26 would take a CPU 1% of a step more.
     token = next_tokens(logits[:, plan.expanded], Sampling())
@@ -109,10 +115,16 @@ def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tupl
     siblings is right. Returns path [B, D + 1] and n_accepted [B, 1] (see Accepted), and the last node [B, 1].
     """
     N, end = is_wrong.shape[1], plan.tree.depth + 1
+    n_copy = N - plan.tree.n_node
+    end = max(end, n_copy + 1)
     above = draft.ancestors                                                             # [B, N, N]
     is_cut_off = (above[:, :, 1:] & is_wrong[:, None, 1:]).any(-1)
-    # At most one node of each depth is reached, and deeper nodes have higher numbers.
-    last = plan.order[:, :N].masked_fill(is_cut_off, 0).amax(1, keepdim=True)
+    if n_copy:
+        # The tree and the copied branch may both be right: the deepest node wins.
+        last = (draft.depths * N + plan.order[:, :N]).masked_fill(is_cut_off, 0).amax(1, keepdim=True) % N
+    else:
+        # At most one node of each depth is reached, and deeper nodes have higher numbers.
+        last = plan.order[:, :N].masked_fill(is_cut_off, 0).amax(1, keepdim=True)
     # Nodes off the path are written past the end.
     depths = torch.where(above[plan.row, last][:, 0], draft.depths, plan.order[:, end:end + 1])
     path = plan.order[:, :end + 1].expand(len(last), -1).scatter(1, depths, plan.order[:, :N].expand_as(depths))
@@ -131,7 +143,7 @@ class EagleStep:
     """
 
     def __init__(self, model: Transformer, head: EagleHead, tree: Tree, batch_size: int,
-                 sampling: Sampling = Sampling(), draw_drafts: bool | None = None):
+                 sampling: Sampling = Sampling(), draw_drafts: bool | None = None, copy: int = 0):
         """draw_drafts: draw children from the draft's distribution and verify them by multi-round speculative sampling.
         Without it they are the likeliest tokens. Default: draw where that is possible (static trees at a temperature),
         because more drafts are accepted (dev/log.md)."""
@@ -147,13 +159,17 @@ class EagleStep:
             raise ValueError(f"the tree takes {tree.n_child} children of a node, "
                              f"the draft vocabulary has {vocab} tokens")
         self.model, self.head, self.sampling, self.draw_drafts = model, head, sampling, draw_drafts
-        device, dtype, width = model.inv_freq.device, model.norm.weight.dtype, tree.depth + 1
+        if copy and sampling.temperature > 0:
+            raise ValueError("a copied branch is for greedy decoding: temperature 0")
+        device, dtype, width = model.inv_freq.device, model.norm.weight.dtype, max(tree.depth, copy) + 1
         self.plan: StaticPlan | DynamicPlan
         if isinstance(tree, StaticTree):
-            self.plan = plan_static(tree.without_gaps() if draw_drafts else tree, batch_size, device, dtype)
+            self.plan = plan_static(tree.without_gaps() if draw_drafts else tree, batch_size, device, dtype, copy)
         else:
-            self.plan = plan_dynamic(tree, batch_size, device, dtype)
+            self.plan = plan_dynamic(tree, batch_size, device, dtype, copy)
         self.tree: Tree = self.plan.tree
+        self.n_room = max(tree.n_room, tree.n_node + copy)      # cache slots that a step needs from the root's slot on
+        self.branch = CopyBranch(copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype) if copy else None
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
         self.n_pair = torch.ones_like(self.tokens)
@@ -164,7 +180,8 @@ class EagleStep:
 
     @property
     def state(self) -> list[Tensor]:
-        return [self.tokens, self.pos, self.n_pair, self.pair_tokens, self.pair_features]
+        history = [] if self.branch is None else [self.branch.history]
+        return [self.tokens, self.pos, self.n_pair, self.pair_tokens, self.pair_features, *history]
 
     def prefill(self, prompts: list[list[int]], n_cached: int = 0) -> None:
         """Fill both caches with the prompts. Their last tokens are the roots of the first step.
@@ -174,6 +191,8 @@ class EagleStep:
         self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
         self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
         self.n_pair.fill_(1)
+        if self.branch is not None:
+            self.branch.begin(prompts)
         self.pair_tokens.copy_(self.tokens.expand_as(self.pair_tokens))
         self.pair_features.zero_()      # a prompt of one token has no feature before its root
         last = (self.pos - 1).clamp(min=0)
@@ -190,14 +209,16 @@ class EagleStep:
     def __call__(self, n_slot: int) -> None:
         """One target pass. It reads n_slot slots of the caches: at least pos + tree.n_room of every row."""
         # A finished row may be at the end of the cache. It goes on where the tree still fits.
-        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.tree.n_room)
-        draft = self.grow(self.ingest(n_slot), n_slot)
+        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.n_room)
+        draft, is_nothing = self.grow(self.ingest(n_slot), n_slot), None
+        if self.branch is not None:
+            draft, is_nothing = self.branch.graft(draft, self.pos, n_slot)
         logits, features = self.verify(draft, n_slot)
-        self.commit(draft, features, self.accept(logits, draft))
+        self.commit(draft, features, self.accept(logits, draft, is_nothing))
 
     def ingest(self, n_slot: int) -> Tensor:
         """Run the head over the pending pairs. The last one's output [B, 1, dim] drafts the root's children."""
-        pair_pos = (self.pos - self.n_pair + self.plan.order[:, :self.tree.depth + 1]).clamp(min=0)
+        pair_pos = (self.pos - self.n_pair + self.plan.order[:, :self.pair_tokens.shape[1]]).clamp(min=0)
         hidden = self.head(self.pair_tokens, self.pair_features, pair_pos,
                            mask=causal_mask(pair_pos, n_slot, self.head.window))
         return hidden[self.plan.row, self.n_pair - 1]
@@ -210,26 +231,28 @@ class EagleStep:
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
         """The target over all nodes: logits [B, N, V], features [B, N, dim]."""
-        slots = self.pos + self.plan.order[:, :self.tree.n_node]
+        slots = self.pos + self.plan.order[:, :draft.tokens.shape[1]]
         bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
         return self.model(draft.tokens, self.pos + draft.depths, slots, bias, self.head.capture)
 
-    def accept(self, logits: Tensor, draft: Draft) -> Accepted:
+    def accept(self, logits: Tensor, draft: Draft, is_nothing: Tensor | None = None) -> Accepted:
         if self.draw_drafts and isinstance(self.plan, StaticPlan):
             return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
         if self.sampling.temperature > 0:
             return accept_likeliest(logits, draft, self.plan, self.sampling)
-        return accept_greedy(logits, draft, self.plan)
+        return accept_greedy(logits, draft, self.plan, is_nothing)
 
     def commit(self, draft: Draft, features: Tensor, accepted: Accepted) -> None:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
-        order = self.plan.order[:, :self.tree.depth + 1]
-        if not self.tree.is_chain:
+        order = self.plan.order[:, :self.pair_tokens.shape[1]]
+        if not self.tree.is_chain or self.branch is not None:
             move_slots(self.model.kv_cache, self.pos + accepted.path, self.pos + order, self.plan.row)
         following = draft.tokens.gather(1, accepted.path.roll(-1, 1))       # the next node's token; unused past the end
         bonus = accepted.bonus.clamp(min=0)                                 # not NOT_FINITE, which has no embedding
         self.pair_tokens.copy_(torch.where(order < accepted.n_accepted, following, bonus))
         self.produced.copy_(self.pair_tokens.masked_fill(order > accepted.n_accepted, -1))
+        if self.branch is not None:
+            self.branch.extend(self.pos, self.pair_tokens)
         self.produced[:, :1].masked_fill_(accepted.bonus < 0, NOT_FINITE)
         self.pair_features.copy_(features[self.plan.row, accepted.path])
         self.n_pair.copy_(accepted.n_accepted + 1)
