@@ -235,7 +235,7 @@ def common_plan(tree: Tree, batch_size: int, device: torch.device, n_copy: int) 
     """The fields row, order and is_later of both kinds of plans, for a step with a copied branch of n_copy nodes."""
     row = torch.arange(batch_size, device=device)[:, None]
     order = torch.arange(max(tree.n_room, tree.n_node + n_copy, tree.depth + 2, n_copy + 2), device=device)[None]
-    nodes = order[:, :tree.n_node]
+    nodes = order[:, :tree.n_node + n_copy]
     return row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copy_branch import CopyBranch
+from copy_branch import Copied, CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
                         draft_static, plan_dynamic, plan_static, shown_columns)
 from eagle_head import EagleHead
@@ -30,15 +30,13 @@ class Accepted(NamedTuple):
 
 
 def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan,
-                  is_nothing: Tensor | None = None) -> Accepted:
-    """A node is accepted if its token is the likeliest after its parent. logits [B, N, V].
-
-    is_nothing [B, N] marks the nodes of a copied branch that found nothing; it is None without a branch.
-    """
-    if isinstance(plan, DynamicPlan) or is_nothing is not None:
+                  copied: Copied | None = None) -> Accepted:
+    """A node is accepted if its token is the likeliest after its parent. logits [B, N, V]."""
+    if isinstance(plan, DynamicPlan) or copied is not None:
         token = next_tokens(logits, Sampling())
         is_wrong = draft.tokens != token.gather(1, draft.parents)
-        path, n_accepted, last = walk(draft, is_wrong if is_nothing is None else is_wrong | is_nothing, plan)
+        # Of the head's branch and a copied one that are both right, the deeper one is taken.
+        path, n_accepted, last = walk(draft, is_wrong if copied is None else is_wrong | copied.found_nothing, plan)
         return Accepted(path, n_accepted, token.gather(1, last))
     # Only nodes with children need a token: 11 of the paper's 26. All 26 would take a CPU 1% of a step more.
     token = next_tokens(logits[:, plan.expanded], Sampling())
@@ -47,7 +45,8 @@ def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan,
     return Accepted(path, n_accepted, next_tokens(logits[plan.row, last], Sampling()))
 
 
-def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, sampling: Sampling) -> Accepted:
+def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, sampling: Sampling,
+                     copied: Copied | None = None) -> Accepted:
     """Draw the target's token at every node and step into the child that carries it. logits [B, N, V].
 
     Every token of the result is a draw from the target's own distribution, so the output is lossless. One uniform
@@ -57,18 +56,22 @@ def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPla
     tokens, parents = draft.tokens, draft.parents
     probs = logits_to_probs(logits, *sampling)                                          # [B, N, V]
     mass = probs[plan.row, parents, tokens]                                             # [B, N] of each node's token
+    if copied is not None:
+        mass = mass.masked_fill(copied.is_idle, 0)
     # The masses of siblings lie side by side in the unit interval. The rest of it belongs to all other tokens.
     is_no_older_sibling = (parents[:, :, None] != parents[:, None]) | plan.is_later
     begin = mass[:, None].masked_fill(is_no_older_sibling, 0).sum(-1)
     draw = torch.rand_like(mass).gather(1, parents)
-    path, n_accepted, last = walk(draft, ~((begin <= draw) & (draw < begin + mass)), plan)
+    is_wrong = ~((begin <= draw) & (draw < begin + mass))
+    path, n_accepted, last = walk(draft, is_wrong if copied is None else copied.decide(is_wrong), plan)
     p = probs[plan.row, last][:, 0]                                                     # [B, V]
     x = tokens[:, 1:]
-    of_children = p.gather(1, x).masked_fill(parents[:, 1:] != last, 0)
+    of_children = mass[:, 1:].masked_fill(parents[:, 1:] != last, 0)
     return Accepted(path, n_accepted, draw_rest(p.scatter_add(1, x, -of_children), p))
 
 
-def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sampling, head: EagleHead) -> Accepted:
+def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sampling, head: EagleHead,
+                   copied: Copied | None = None) -> Accepted:
     """Multi-round speculative sampling [1, algorithm 1] over children drawn without replacement from draft.probs.
 
     Child x is accepted with probability min(1, p(x) / q(x)). If it is rejected, p becomes norm(max(0, p - q)), and q
@@ -77,6 +80,8 @@ def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sam
     All rounds are computed from the first distributions P and Q: after k rejections, p is norm(max(0, P - c Q)) for
     some number c, because a token that q has lost has no mass left in p either. Each round adds m / s to c: m is the
     sum of max(0, P - c Q), s the mass left of Q.
+
+    A copied child is one more proposal, after all drawn ones, with q = 1 at its token: accepted with probability p(x).
     """
     assert draft.probs is not None
     P = logits_to_probs(logits[:, plan.expanded], *sampling)                            # [B, E + 1, V]
@@ -96,11 +101,26 @@ def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sam
     odds = torch.addcmul(P_x, c_all[:, :, :-1], Q_x, value=-1) * s
     accepted = (torch.rand_like(Q_x) * Q_x * torch.cat(m, dim=2) < odds) & is_drawn     # [B, E + 1, R]
     is_wrong = accepted.cumsum(2) * accepted != 1                                       # all but the first accepted
-    path, n_accepted, last = walk(draft, is_wrong.flatten(1)[:, plan.child_slot], plan)
-    expanded = plan.expanded_row[last]
-    c_last = c_all[plan.row, expanded][:, 0, -1:].masked_fill(plan.is_leaf[last], 0)
+    is_wrong = is_wrong.flatten(1)[:, plan.child_slot]                                  # [B, N]
+    if copied is not None:
+        N = plan.tree.n_node
+        x_copy = draft.tokens[:, N:]                                                    # [B, C]
+        p_copy = logits_to_probs(logits[:, N:-1], *sampling).gather(2, x_copy[:, 1:, None])[:, :, 0]
+        rest = torch.addcmul(P[:, 0], c_all[:, 0, -1:], Q[:, 0], value=-1).clamp_min(0)     # [B, V] of the root
+        p_first = rest.gather(1, x_copy[:, :1]) / rest.sum(1, keepdim=True).clamp_min(1e-30)
+        p_first = p_first.masked_fill(accepted[:, :1].any(-1), 0)                       # a drawn child was accepted
+        drawn = torch.rand_like(p_copy.new_empty(x_copy.shape)) < torch.cat((p_first, p_copy), 1)
+        is_wrong = copied.decide(torch.cat((is_wrong, ~drawn), 1))
+    path, n_accepted, last = walk(draft, is_wrong, plan)
+    in_tree = last if copied is None else last.where(last < plan.tree.n_node, 0)
+    expanded = plan.expanded_row[in_tree]
+    c_last = c_all[plan.row, expanded][:, 0, -1:].masked_fill(plan.is_leaf[in_tree] | (in_tree != last), 0)
     p = logits_to_probs(logits[plan.row, last], *sampling)[:, 0]
-    return Accepted(path, n_accepted, draw_rest(torch.addcmul(p, c_last, Q[plan.row, expanded][:, 0], value=-1), p))
+    rest = torch.addcmul(p, c_last, Q[plan.row, expanded][:, 0], value=-1)
+    if copied is not None:      # the copied child was rejected
+        is_child = (draft.parents[:, N:] == last) & ~copied.is_idle[:, N:]
+        rest = rest.masked_fill(torch.zeros_like(rest).scatter_add(1, x_copy, is_child.to(rest.dtype)) > 0, 0)
+    return Accepted(path, n_accepted, draw_rest(rest, p))
 
 
 def draw_rest(rest: Tensor, p: Tensor) -> Tensor:
@@ -159,8 +179,6 @@ class EagleStep:
             raise ValueError(f"the tree takes {tree.n_child} children of a node, "
                              f"the draft vocabulary has {vocab} tokens")
         self.model, self.head, self.sampling, self.draw_drafts = model, head, sampling, draw_drafts
-        if copy and sampling.temperature > 0:
-            raise ValueError("a copied branch is for greedy decoding: temperature 0")
         device, dtype, width = model.inv_freq.device, model.norm.weight.dtype, max(tree.depth, copy) + 1
         self.plan: StaticPlan | DynamicPlan
         if isinstance(tree, StaticTree):
@@ -210,11 +228,11 @@ class EagleStep:
         """One target pass. It reads n_slot slots of the caches: at least pos + tree.n_room of every row."""
         # A finished row may be at the end of the cache. It goes on where the tree still fits.
         self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.n_room)
-        draft, is_nothing = self.grow(self.ingest(n_slot), n_slot), None
+        draft, copied = self.grow(self.ingest(n_slot), n_slot), None
         if self.branch is not None:
-            draft, is_nothing = self.branch.graft(draft, self.pos, n_slot)
+            draft, copied = self.branch.graft(draft, self.pos, n_slot)
         logits, features = self.verify(draft, n_slot)
-        self.commit(draft, features, self.accept(logits, draft, is_nothing))
+        self.commit(draft, features, self.accept(logits, draft, copied))
 
     def ingest(self, n_slot: int) -> Tensor:
         """Run the head over the pending pairs. The last one's output [B, 1, dim] drafts the root's children."""
@@ -235,12 +253,12 @@ class EagleStep:
         bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
         return self.model(draft.tokens, self.pos + draft.depths, slots, bias, self.head.capture)
 
-    def accept(self, logits: Tensor, draft: Draft, is_nothing: Tensor | None = None) -> Accepted:
+    def accept(self, logits: Tensor, draft: Draft, copied: Copied | None = None) -> Accepted:
         if self.draw_drafts and isinstance(self.plan, StaticPlan):
-            return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
+            return accept_sampled(logits, draft, self.plan, self.sampling, self.head, copied)
         if self.sampling.temperature > 0:
-            return accept_likeliest(logits, draft, self.plan, self.sampling)
-        return accept_greedy(logits, draft, self.plan, is_nothing)
+            return accept_likeliest(logits, draft, self.plan, self.sampling, copied)
+        return accept_greedy(logits, draft, self.plan, copied)
 
     def commit(self, draft: Draft, features: Tensor, accepted: Accepted) -> None:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""

@@ -1,0 +1,192 @@
+"""copy_branch.py: the lookup against a slow one, and decoding with a copied branch against decoding without."""
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import test_eagle_lossless as lossless
+from copy_branch import N_GRAM, CopyBranch
+from decoder import Decoder, generate, setup_caches
+from draft_tree import DynamicTree, StaticTree
+from eagle_head import EagleHead
+from eagle_step import EagleStep
+from model import Transformer
+from reference import naive_decode, tiny, tokens_of
+from sampling import Sampling
+from test_eagle_lossless import CUT, T1, V, chi_square_p, exact, randomise
+
+TREES = {"chain": StaticTree.chain(3), "chain of one": StaticTree.chain(1), "paper": StaticTree.paper(),
+         "wide": StaticTree.from_paths([[0], [1], [2], [0, 0], [2, 0]]), "dynamic": DynamicTree(3, 3, 8)}
+
+
+# The lookup
+
+
+def slow_lookup(tokens, length):
+    """What followed the last tokens of a list the last time: the longest match, then the latest; None without one."""
+    end = len(tokens)
+    for n in range(N_GRAM, 1, -1):
+        for place in range(end - 1, n - 1, -1):
+            if end > n - 1 and tokens[place - n:place] == tokens[end - n:]:
+                text = list(tokens)
+                for k in range(length):
+                    text.append(text[place + k])
+                return text[end:]
+    return None
+
+
+@pytest.mark.parametrize("n_token", [2, 3, 5])
+def test_the_lookup_on_the_device_equals_a_slow_one_row_by_row_and_over_turns(n_token):
+    rng, found = random.Random(n_token), 0
+    branch = CopyBranch(length=6, n_node=4, batch_size=3, n_slot=64, device=torch.device("cpu"), dtype=torch.float32)
+    for _ in range(60):
+        rows = [[rng.randrange(n_token) for _ in range(rng.randrange(1, 30))] for _ in range(3)]
+        branch.begin(rows)
+        for _ in range(4):
+            pos = torch.tensor([[len(row) - 1] for row in rows])
+            tokens, has = branch.lookup(pos, rng.choice([40, 64]) if max(map(len, rows)) < 40 else 64)
+            for row, copied, is_there in zip(rows, tokens.tolist(), has[:, 0].tolist()):
+                wanted = slow_lookup(row, 6)
+                assert is_there == (wanted is not None) and (not is_there or copied == wanted), row
+                found += is_there
+            new = [[rng.randrange(n_token) for _ in range(5)] for _ in rows]
+            kept = [rng.randrange(1, 6) for _ in rows]
+            branch.extend(pos, torch.tensor(new))
+            rows = [row + more[:n] for row, more, n in zip(rows, new, kept)]
+    assert found > 200
+
+
+# Greedy decoding
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A target over twelve tokens, which repeats itself now and then."""
+    folder, _ = tiny("gqa", tmp_path_factory.mktemp("narrow"), vocab_size=12)
+    return Transformer.from_pretrained(folder, dtype=torch.float32)
+
+
+def head_of(target, seed):
+    torch.manual_seed(seed)
+    head = EagleHead(replace(target.config, n_layer=1), target)
+    randomise(head, 0.3)
+    return head
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_decoding_with_a_copied_branch_equals_plain_decoding(narrow, seed):
+    """To the last slot of the cache, in batches and alone: 8 seeds x 5 trees x 4 lengths x 4 ways."""
+    head = head_of(narrow, seed)
+    prompts = [tokens_of(n, seed=10 * seed + n, vocab=12) for n in (1, 9, 5 + seed)]
+    wanted = [naive_decode(narrow, prompt, 30) for prompt in prompts]
+    longest, lengths = max(map(len, prompts)) + 22, set()
+    for tree, n_copy in itertools.product(TREES.values(), (1, 3, 5, 9)):
+        for rows, n_slot in (([1], None), ([0, 1, 2], None), ([2], longest), ([0, 1, 2], longest)):
+            result = generate(narrow, [prompts[row] for row in rows], 30, head=head, tree=tree, copy=n_copy,
+                              max_seq_length=n_slot)
+            for row, tokens in zip(rows, result.tokens):
+                assert tokens == wanted[row][:30 if n_slot is None else n_slot - len(prompts[row])]
+            lengths.update(n for row in result.accept_lengths for n in row)
+    assert 1 in lengths and max(lengths) > 2
+
+
+def test_a_copied_branch_accepts_what_the_head_does_not_know(narrow):
+    head = head_of(narrow, 0)
+    prompt = tokens_of(6, seed=3, vocab=12)
+    prompt = prompt + naive_decode(narrow, prompt, 40) + prompt      # what comes may have been said
+    without, with_copy = (generate(narrow, [prompt], 80, head=head, tree="chain:2", copy=n) for n in (0, 6))
+    assert with_copy.tokens == without.tokens
+    assert with_copy.mean_accept_length > 1.3 * without.mean_accept_length
+
+
+def test_a_kept_decoder_forgets_the_last_text_and_traces_the_branch(narrow):
+    head = head_of(narrow, 1)
+    setup_caches(narrow, head, 1, 160)
+    decoder = Decoder(narrow, 1, head=head, tree=TREES["wide"], copy=4)
+    prompts = [tokens_of(9, seed=n, vocab=12) for n in range(3)]
+    for prompt in prompts + prompts[:1]:
+        result = decoder.generate([prompt], 100)
+        assert True in decoder.traces
+        fresh = generate(narrow, [prompt], 100, head=head, tree=TREES["wide"], copy=4, max_seq_length=160)
+        assert result.tokens == fresh.tokens and result.accept_lengths == fresh.accept_lengths
+
+
+def test_a_second_turn_looks_up_the_whole_conversation(narrow):
+    head = head_of(narrow, 2)
+    setup_caches(narrow, head, 1, 200)
+    decoder = Decoder(narrow, 1, head=head, tree=TREES["wide"], copy=5)
+    prompt = tokens_of(20, seed=5, vocab=12)
+    answer = decoder.generate([prompt], 30).tokens[0]
+    again = prompt + answer + prompt[:15]
+    result = decoder.generate([again], 40, n_cached=len(prompt + answer) - 1)
+    fresh = generate(narrow, [again], 40, head=head, tree=TREES["wide"], copy=5, max_seq_length=200)
+    assert result.tokens == fresh.tokens and result.accept_lengths == fresh.accept_lengths
+
+
+# Sampling: the joint distribution of the first three tokens against the exact one
+
+
+@pytest.fixture(scope="module")
+def small():
+    with torch.no_grad():
+        torch.manual_seed(5)
+        target = Transformer(lossless.ModelArgs(
+            model_type="llama", dim=8, n_layer=1, n_head=1, n_kv_head=1, head_dim=8, vocab_size=V,
+            intermediate_size=8, block_size=64, norm_eps=1e-5, rope_theta=100.0))
+        randomise(target, 0.5)
+        head = EagleHead(target.config, target)
+        randomise(head, 0.5)
+        return target, head
+
+
+def first_three(target, head, tree, sampling, draw_drafts, prompt, n_copy, rows, runs):
+    """As in test_eagle_lossless, with a copied branch. Also how many steps went along the branch alone."""
+    n_slot = len(prompt) + 4 + tree.n_room + n_copy
+    setup_caches(target, head, rows, n_slot)
+    step = EagleStep(target, head, tree, rows, sampling, draw_drafts, n_copy)
+    step.prefill([prompt] * rows)
+    prefilled, counts, deep = [tensor.clone() for tensor in step.state], torch.zeros(V ** 3), 0
+    for _ in range(runs):
+        for tensor, value in zip(step.state, prefilled):
+            tensor.copy_(value)
+        produced = []
+        for _ in range(3):
+            step(n_slot)
+            produced.append(step.produced.clone())
+            deep += int(((step.produced >= 0).sum(1) > tree.depth + 1).sum())
+        produced = torch.cat(produced, dim=1)
+        order = (produced < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :3]
+        counts += torch.bincount(produced.gather(1, order) @ torch.tensor([V * V, V, 1]), minlength=V ** 3)
+    return counts.view(V, V, V), deep
+
+
+@pytest.mark.parametrize("tree", [StaticTree.chain(1), TREES["wide"], DynamicTree(2, 2, 4)],
+                         ids=["chain", "wide", "dynamic"])
+@pytest.mark.parametrize("sampling", [T1, CUT], ids=["T 1", "top-k, top-p"])
+@pytest.mark.parametrize("draw_drafts", [False, True], ids=["likeliest", "drawn"])
+@torch.inference_mode()
+def test_sampling_with_a_copied_branch_has_the_distribution_of_plain_sampling(small, monkeypatch, tree, sampling,
+                                                                             draw_drafts):
+    """The copied token is one that the head drafts too, or one that it does not."""
+    if draw_drafts and isinstance(tree, DynamicTree):
+        pytest.skip("drafts of a dynamic tree are not drawn")
+    target, head = small
+    deepest = 0
+    for x in likely_and_unlikely(target, sampling):
+        prompt = [3, 11, x, 6, 3, 11]
+        monkeypatch.setattr(lossless, "PROMPT", prompt)
+        counts, deep = first_three(target, head, tree, sampling, draw_drafts, prompt, 3, rows=4000, runs=3)
+        assert chi_square_p(counts, exact(target, sampling)) > 1e-4, x
+        deepest += deep
+    assert deepest > 0
+
+
+def likely_and_unlikely(target, sampling):
+    """Tokens to follow the prompt's (3, 11) the first time: the target's likeliest the second time, and others."""
+    caches, target.kv_cache = target.kv_cache, None
+    logits = target(torch.tensor([[3, 11, 0, 6, 3, 11]]), torch.arange(6))[0][0, -1]
+    target.kv_cache = caches
+    order = logits.argsort(descending=True).tolist()
+    return order[0], order[1], order[3]
