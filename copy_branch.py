@@ -42,7 +42,7 @@ class Copied(NamedTuple):
 class CopyBranch:
     """The tokens of each row by position, and the chain that they give.
 
-    `history` [B, N_GRAM - 1 + S + C + 1] holds the token of position p in column N_GRAM - 1 + p; -1 where there is none.
+    `history` [B, N_GRAM + S + C] holds the token of position p in column N_GRAM - 1 + p, and -1 where there is none.
     """
 
     def __init__(self, length: int, n_node: int, batch_size: int, n_slot: int, device: torch.device,
@@ -76,7 +76,7 @@ class CopyBranch:
         for k in range(N_GRAM):     # the token k places before
             begin = N_GRAM - 1 - k
             last = self.history.gather(1, pos + begin)
-            matches = matches & (self.history[:, begin:begin + n_slot] == last) & (last >= 0)
+            matches = matches & (self.history[:, begin:begin + n_slot] == last)
             if k > 0:
                 score = torch.where(matches, place + k * n_slot, score)
         best = score.amax(1, keepdim=True)

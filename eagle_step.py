@@ -187,7 +187,8 @@ class EagleStep:
             self.plan = plan_dynamic(tree, batch_size, device, dtype, copy)
         self.tree: Tree = self.plan.tree
         self.n_room = max(tree.n_room, tree.n_node + copy)      # cache slots that a step needs from the root's slot on
-        self.branch = CopyBranch(copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype) if copy else None
+        n_slot = model.kv_cache.shape[4]
+        self.branch = CopyBranch(copy, tree.n_node, batch_size, n_slot, device, dtype) if copy else None
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
         self.n_pair = torch.ones_like(self.tokens)

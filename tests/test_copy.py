@@ -92,13 +92,21 @@ def test_greedy_decoding_with_a_copied_branch_equals_plain_decoding(narrow, seed
     assert 1 in lengths and max(lengths) > 2
 
 
-def test_a_copied_branch_accepts_what_the_head_does_not_know(narrow):
-    head = head_of(narrow, 0)
-    prompt = tokens_of(6, seed=3, vocab=12)
-    prompt = prompt + naive_decode(narrow, prompt, 40) + prompt      # what comes may have been said
-    without, with_copy = (generate(narrow, [prompt], 80, head=head, tree="chain:2", copy=n) for n in (0, 6))
-    assert with_copy.tokens == without.tokens
-    assert with_copy.mean_accept_length > 1.3 * without.mean_accept_length
+def test_steps_are_as_long_as_the_slow_lookup_foretells(narrow):
+    """With a head that drafts one token which never comes."""
+    head, prompt = head_of(narrow, 0), tokens_of(6, seed=3, vocab=12)
+    prompt = prompt + naive_decode(narrow, prompt, 40) + prompt
+    wanted = naive_decode(narrow, prompt, 90)
+    head.set_draft_vocab([next(token for token in range(12) if token not in wanted)])
+    result = generate(narrow, [prompt], 80, head=head, tree="chain:1", copy=6)
+    foretold, text = [], list(prompt)
+    while len(text) < len(prompt) + 80:
+        copied, rest = slow_lookup(text, 6) or [], wanted[len(text) - len(prompt):]
+        n = next((n for n, (ours, theirs) in enumerate(zip(copied, rest)) if ours != theirs), len(copied))
+        foretold.append(n + 1)
+        text += rest[:n + 1]
+    assert result.tokens == [wanted[:80]] and result.accept_lengths == [foretold]
+    assert max(foretold) > 3 and foretold.count(1) > 2
 
 
 def test_a_kept_decoder_forgets_the_last_text_and_traces_the_branch(narrow):
@@ -181,6 +189,30 @@ def test_sampling_with_a_copied_branch_has_the_distribution_of_plain_sampling(sm
         assert chi_square_p(counts, exact(target, sampling)) > 1e-4, x
         deepest += deep
     assert deepest > 0
+
+
+@torch.inference_mode()
+def test_a_token_that_head_and_copy_both_draft_leads_into_the_copied_branch(small):
+    target, head = small
+    setup_caches(target, head, 1, 32)
+    for draw_drafts, tree in ((False, StaticTree.chain(1)), (True, StaticTree.from_paths([[r] for r in range(V)]))):
+        used = 0
+        for x in range(V) if not draw_drafts else (0, 5):
+            step = EagleStep(target, head, tree, 1, T1, draw_drafts, 3)
+            step.prefill([[3, 11, x, 6, 3, 11]])
+            draft, copied = step.branch.graft(step.grow(step.ingest(32), 32), step.pos, 32)
+            has_twin = bool((draft.tokens[0, 1:tree.n_node] == x).any())
+            assert bool(copied.twin.any()) == has_twin == bool(copied.is_idle.any())
+            if not has_twin:
+                continue
+            used += 1
+            logits = torch.full((1, tree.n_node + 3, V), -20.0)
+            for node, token in ((0, x), (tree.n_node, 6), (tree.n_node + 1, 3), (tree.n_node + 2, 0)):
+                logits[0, node, token] = 20.0       # the target goes where the copy went
+            accepted = step.accept(logits, draft, copied)
+            assert accepted.n_accepted.item() == 3 and accepted.bonus.item() == 0
+            assert accepted.path[0, 1:4].tolist() == [tree.n_node, tree.n_node + 1, tree.n_node + 2]
+        assert used
 
 
 def likely_and_unlikely(target, sampling):
