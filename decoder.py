@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draft_tree import Tree, load_tree
+from draft_tree import Tree, load_tree, room_of
 from eagle_head import EagleHead
 from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask, prefill
@@ -59,6 +59,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
 
     At temperature 0 every row gets what it would get alone, and the same with a head as without (exactly in fp32).
 
+    copy       length of a branch of drafts copied from the text so far, beside the tree; 0 is none
     seed       makes the draws repeatable; without it torch's generator is used as it is
     stop_ids   a row ends with its first token that is among these
     stop       another way to end a row (see Stop; chat.StopTexts is one)
@@ -73,7 +74,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     tree = load_tree(tree) if isinstance(tree, str) else tree
     check_limit(max_new_tokens)
     if max_seq_length is None:
-        room = max(tree.n_room, tree.n_node + copy) if head is not None else 0
+        room = room_of(tree, copy) if head is not None else 0
         max_seq_length = slots_for(max(map(len, prompts), default=0) + max_new_tokens + room, model)
     check_prompts(prompts, max_seq_length, model.config.vocab_size)
     with restored_caches(model, head):

@@ -138,6 +138,11 @@ class DynamicTree:
 Tree = StaticTree | DynamicTree
 
 
+def room_of(tree: Tree, n_copy: int = 0) -> int:
+    """Cache slots that a step needs from the root's slot on, with a copied branch of n_copy nodes."""
+    return max(tree.n_room, tree.n_node + n_copy)
+
+
 def load_tree(spec: str) -> Tree:
     """"static", "chain", "chain:DEPTH", "dynamic", "dynamic:DEPTH,CHILDREN,NODES", or a JSON file of paths."""
     kind, _, numbers = spec.partition(":")

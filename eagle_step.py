@@ -17,7 +17,7 @@ from torch import Tensor
 
 from copy_branch import Copied, CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
-                        draft_static, plan_dynamic, plan_static, shown_columns)
+                        draft_static, plan_dynamic, plan_static, room_of, shown_columns)
 from eagle_head import EagleHead
 from model import Transformer, causal_mask, prefill
 from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
@@ -164,7 +164,9 @@ class EagleStep:
 
     def __init__(self, model: Transformer, head: EagleHead, tree: Tree, batch_size: int,
                  sampling: Sampling = Sampling(), draw_drafts: bool | None = None, copy: int = 0):
-        """draw_drafts: draw children from the draft's distribution and verify them by multi-round speculative sampling.
+        """copy: length of a branch copied from the text so far, beside the tree (copy_branch.py); 0 is none.
+
+        draw_drafts: draw children from the draft's distribution and verify them by multi-round speculative sampling.
         Without it they are the likeliest tokens. Default: draw where that is possible (static trees at a temperature),
         because more drafts are accepted (dev/log.md)."""
         sampling.check()
@@ -186,7 +188,7 @@ class EagleStep:
         else:
             self.plan = plan_dynamic(tree, batch_size, device, dtype, copy)
         self.tree: Tree = self.plan.tree
-        self.n_room = max(tree.n_room, tree.n_node + copy)      # cache slots that a step needs from the root's slot on
+        self.n_room, self.n_node = room_of(tree, copy), tree.n_node + copy
         n_slot = model.kv_cache.shape[4]
         self.branch = CopyBranch(copy, tree.n_node, batch_size, n_slot, device, dtype) if copy else None
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)

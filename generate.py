@@ -27,7 +27,7 @@ from console import (Parser, add_chat_options, check_writable, command, device_n
 from decoder import Decoder, check_prompts, setup_caches, slots_for
 from decoder import Generation as Generation    # `from generate import generate, Generation`
 from decoder import generate as generate
-from draft_tree import load_tree
+from draft_tree import load_tree, room_of
 from eagle_head import Eagle3Head, EagleHead
 from linears import Format, quantize_in_place
 from model import Transformer
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Refuse at the start options that would have no effect, or would fail only after the work is done."""
     for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draft-mode", args.draft_mode),
-                        ("--draw-drafts", args.draw_drafts), ("--draft-window", args.draft_window),
+                        ("--draw-drafts", args.draw_drafts), ("--copy", args.copy), ("--draft-window", args.draft_window),
                         ("--aux-layers", args.aux_layers), ("--draft-rope-theta", args.draft_rope_theta)):
         if value is not None and args.eagle is None:
             raise ValueError(f"{name} needs --eagle")
@@ -233,7 +233,7 @@ def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead |
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     tree = load_tree(args.tree) if head is not None else None
     return Decoder(model, batch_size, sampling, compile=args.compile, head=head, tree=tree,
-                   draw_drafts=args.draw_drafts)
+                   draw_drafts=args.draw_drafts, copy=args.copy or 0)
 
 
 def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
@@ -241,7 +241,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     """Answer the prompts of the command line, all in one batch."""
     prompts = [encode(text, tokenizer, args.raw, args.system, args.plain_text) for text in args.texts]
     longest = max(map(len, prompts)) + args.max_new_tokens
-    room = 0 if head is None else load_tree(args.tree).n_room
+    room = 0 if head is None else room_of(load_tree(args.tree), args.copy or 0)
     n_slot = args.max_seq_length or slots_for(longest + room, model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
@@ -290,6 +290,16 @@ def peak_memory(model: Transformer) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def copy_length(text: str) -> int:
+    """An argparse type: N, or off for 0."""
+    return 0 if text == "off" else int(number(int, 1)(text))
+
+
+def add_copy_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--copy", type=copy_length, metavar="N|off", help="draft one branch more, of N tokens copied "
+                        "from what followed the last three or two tokens before (default: off)")
+
+
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
                         "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
@@ -311,6 +321,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tree", metavar="TREE", help="static, chain[:DEPTH], dynamic[:DEPTH,CHILDREN,NODES] or a "
                         "JSON file of paths (default: tree.json or tree-int4.json beside the head, else static)")
     add_draft_options(parser)
+    add_copy_option(parser)
     parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction,
                         help="at a temperature, draw drafts from the head instead of taking its likeliest tokens "
                         "(default: where the tree is not dynamic)")

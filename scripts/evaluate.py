@@ -180,8 +180,9 @@ class Arm:
             for _ in prefill(model, [prompt]):
                 pass
         for length in answer.accept_lengths:
-            drafts = self.tree is not None and begin - 1 + self.tree.n_room <= decoder.n_slot
-            n_row = self.tree.n_node if self.tree is not None and drafts else 1
+            step = decoder.eagle
+            drafts = step is not None and begin - 1 + step.n_room <= decoder.n_slot
+            n_row = step.n_node if step is not None and drafts else 1
             rows = text[begin - 1:begin - 1 + n_row]
             ids = torch.tensor([rows + rows[-1:] * (n_row - len(rows))], device=model.inv_freq.device)
             pos = torch.arange(begin - 1, begin - 1 + n_row, device=ids.device)[None]
@@ -201,7 +202,8 @@ def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
     decoders = {"plain": Decoder(model, 1, sampling, compile=args.compile)}
     for spec in trees:
         tree = load_tree(args.tree if spec == "tuned" else spec)
-        decoders[report.arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=head, tree=tree)
+        decoders[report.arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=head, tree=tree,
+                                                   copy=args.copy or 0)
     return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
@@ -294,7 +296,7 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
 # Resuming
 
 
-DRAFTING = ("draft_window", "aux_layers", "draft_rope_theta")     # options of generate.py that a run is bound to
+DRAFTING = ("copy", "draft_window", "aux_layers", "draft_rope_theta")     # a run is bound to these too
 SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode",
             *DRAFTING, "also", "system", "temperature", "top_k", "top_p", "seed", "question_set", "max_new_tokens",
             "max_seq_length", "arms")
@@ -344,6 +346,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tree", nargs="+", default=["tuned"], metavar="TREE",
                         help="an arm for each; tuned, the default, is the one beside the head, or static")
     cli.add_draft_options(parser)
+    cli.add_copy_option(parser)
     parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT",
                         help="the same model in other formats, such as int4: arms too")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="N questions, evenly over the categories")
