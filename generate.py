@@ -49,7 +49,8 @@ def main(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Refuse at the start options that would have no effect, or would fail only after the work is done."""
     for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draft-mode", args.draft_mode),
-                        ("--draw-drafts", args.draw_drafts), ("--copy", args.copy), ("--draft-window", args.draft_window),
+                        ("--draw-drafts", args.draw_drafts), ("--copy", args.copy),
+                        ("--draft-window", args.draft_window),
                         ("--aux-layers", args.aux_layers), ("--draft-rope-theta", args.draft_rope_theta)):
         if value is not None and args.eagle is None:
             raise ValueError(f"{name} needs --eagle")

@@ -14,7 +14,6 @@ from eagle_head import EagleHead
 from eagle_step import EagleStep
 from model import Transformer
 from reference import naive_decode, tiny, tokens_of
-from sampling import Sampling
 from test_eagle_lossless import CUT, T1, V, chi_square_p, exact, randomise
 
 TREES = {"chain": StaticTree.chain(3), "chain of one": StaticTree.chain(1), "paper": StaticTree.paper(),
