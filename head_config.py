@@ -11,34 +11,28 @@ norms. A key or flag that is not known here is refused by name: one that is drop
 Shapes: h head width, t target width, n captured hidden states, V vocabulary, Vd draft vocabulary.
 """
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import iterate_weights
+from checkpoint import iterate_weights, list_shapes
 from config import ModelArgs
 
 SAID = "the head's config.json"
+LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 
 
-def head_kind(config: dict, shapes: dict[str, tuple[int, ...]] | None = None) -> str:
-    """"eagle1" for EAGLE-1 and 2, or "eagle3", by config.json and the weights (`stored_shapes`)."""
+def head_kind(config: dict, keys: Iterable[str] = ()) -> str:
+    """"eagle1" for EAGLE-1 and 2, or "eagle3", by config.json and the official keys of the weights."""
     config = official_config(config)
     is_eagle3 = config.get("eagle_version") == 3 or "Eagle3" in str(config.get("architectures"))
-    is_eagle3 = is_eagle3 or "draft_vocab_size" in config or "eagle_aux_hidden_state_layer_ids" in config
-    return "eagle3" if is_eagle3 or "layers.0.hidden_norm.weight" in (shapes or {}) else "eagle1"
+    is_eagle3 = is_eagle3 or "draft_vocab_size" in config or LAYERS_KEY in config
+    return "eagle3" if is_eagle3 or "layers.0.hidden_norm.weight" in keys else "eagle1"
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Official key -> shape of every tensor in the folder, read from headers. 4-bit weights count as unpacked."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def no_value(key: str, shape: list[int]) -> tuple[slice, ...]:
-        shapes[official_key(key)] = tuple(shape)
-        return (slice(0, 0),) if shape else ()
-
-    for _ in iterate_weights(folder, part=no_value):
-        pass
+    """Official key -> shape of every tensor in the folder. 4-bit weights count as unpacked. Reads no values."""
+    shapes = {official_key(key): tuple(shape) for key, shape in list_shapes(folder).items()}
     for key in [key for key in shapes if key.removesuffix("weight") + "zeros" in shapes]:   # only int4 has zero points
         shapes[key] = (*shapes[key][:-1], 2 * shapes[key][-1])
     return shapes
@@ -155,8 +149,7 @@ class Eagle3Spec:
 
 
 FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
-LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
-# Other names for it in use. How they count is not known.
+# Other names for LAYERS_KEY in use. How they count is not known.
 OTHER_LAYERS_KEYS = ("target_layer_ids", "aux_hidden_state_layer_ids", "aux_hidden_states_layer_ids")
 # Keys of config.json that decide nothing here, or are read.
 NEUTRAL = {
