@@ -137,10 +137,7 @@ CONVERT = {"vllm": for_vllm, "sglang": for_sglang}
 def read_eagle3(folder: Path, config: dict) -> tuple[Eagle3Spec, dict[str, Tensor]]:
     """What the head is, and its weights as stored, with `layers.0.` for `midlayer.`. Strict, as in decoding."""
     flat, shapes = official_config(config), stored_shapes(folder)
-    nested: Any = flat.get("eagle_config")
     t = flat.get("target_hidden_size") or flat.get("hidden_size")
-    if isinstance(nested, dict):
-        t = flat.get("target_hidden_size") or nested.get("target_hidden_size") or t
     if not isinstance(t, int) or not isinstance(flat.get("vocab_size"), int):
         raise ValueError(f"{folder}: config.json has no whole number under hidden_size or vocab_size")
     # Of the target only its sizes are wanted. How many layers it has is not known here: only the default depends on it.
