@@ -137,7 +137,7 @@ class EagleHead(nn.Module):
         """Next features [B, T, h] from tokens t_{i+1} [B, T], features of i [B, T, ...], positions i [B, T] or [T].
 
         features are the target's (EAGLE-1: [B, T, t], EAGLE-3: the captured hidden states side by side [B, T, n * t]),
-        or the head's own output [B, T, h] for the row before (is_draft). cache_pos and mask as in
+        or with is_draft the head's own outputs [B, T, h] for the rows before. cache_pos and mask as in
         `Transformer.forward`; rope is `rope_cos_sin` of the positions, if already computed. Before `setup_caches` the
         block attends to itself alone.
         """
@@ -193,12 +193,12 @@ def is_embedding_of(target: Transformer, folder: Path) -> bool:
     """Whether a head's embed_tokens.weight is its target's table, up to the rounding of a 16-bit file."""
     is_table = lambda key: official_key(key) == "embed_tokens.weight"
     for _, table, _ in iterate_weights(folder, wanted=is_table):
-        if len(table) != target.config.vocab_size:
-            return True     # of a wrong shape: loading says so
-        for ids in torch.arange(len(table)).split(4096):
+        if table.shape != (target.config.vocab_size, target.config.dim):
+            return True     # loading says what is wrong
+        for ids, ours in zip(torch.arange(len(table)).split(4096), table.split(4096)):
             theirs = target.tok_embeddings(ids.to(target.norm.weight.device)).float().cpu()
-            if table.shape[1:] != theirs.shape[1:] or not torch.allclose(table[ids].float(), theirs, 0.01, 1e-4):
-                return table.shape[1:] != theirs.shape[1:]
+            if not torch.allclose(ours.float(), theirs, 0.01, 1e-4):
+                return False
     return True
 
 
@@ -300,8 +300,6 @@ class Eagle3Head(EagleHead):
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
                    cache_pos: Tensor, is_draft: bool) -> Tensor:
-        # The width tells, unless one hidden state is captured and as wide as the head.
-        is_draft = is_draft or features.shape[-1] != self.fc.in_features
         g = features if is_draft else self.fuse(features)
         normed = self.hidden_norm(g)
         x = torch.cat((self.input_norm((self.embedding or self.target.tok_embeddings)(tokens)), normed), dim=-1)
