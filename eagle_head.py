@@ -42,12 +42,12 @@ class EagleHead(nn.Module):
     draft_ids: Tensor | None    # [Vd] target ids of the draft vocabulary; None is the whole vocabulary
 
     def __init__(self, config: ModelArgs, target: Transformer, bias: bool = True):
-        self.begin(config, target)
+        self.init_shared(config, target)
         self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
         self.layer = TransformerBlock(config, attention_norm=False)
         self.requires_grad_(False)
 
-    def begin(self, config: ModelArgs, target: Transformer) -> None:
+    def init_shared(self, config: ModelArgs, target: Transformer) -> None:
         """What heads of every kind hold."""
         super().__init__()
         self.config = config
@@ -151,6 +151,7 @@ class EagleHead(nn.Module):
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
                    cache_pos: Tensor, is_draft: bool) -> Tensor:
+        """`forward` with RoPE and the attention's bias computed: the layers' output, [B, T, h]."""
         x = self.fc(torch.cat((self.target.tok_embeddings(tokens), features), dim=-1))
         return self.layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[0])
 
@@ -218,7 +219,7 @@ class Eagle3Head(EagleHead):
 
     def __init__(self, spec: Eagle3Spec, target: Transformer):
         c, n = spec.args, len(spec.capture)
-        self.begin(c, target)
+        self.init_shared(c, target)
         self.spec, self.capture = spec, spec.capture
         norm = lambda dim: RMSNorm(dim, c.norm_eps)
         self.embedding = nn.Embedding(c.vocab_size, c.dim) if spec.own_embedding else None
@@ -239,7 +240,7 @@ class Eagle3Head(EagleHead):
 
     @classmethod
     def load(cls, folder: Path, spec: Eagle3Spec, target: Transformer) -> "Eagle3Head":
-        """Fill a head with the weights of a folder, strictly."""
+        """A head with the weights of a folder. Raises ValueError for a weight or a table that does not fit spec."""
         weight = target.norm.weight
         with torch.device("meta"):
             head = cls(spec, target)
