@@ -138,7 +138,7 @@ class Eagle3Spec:
     norm_before_fc: bool = False        # one norm over all of them, joined
     norm_before_residual: bool = False  # the residual is the normed hidden state
     norm_output: bool = False           # it feeds its output back normed
-    norm_output_is_told: bool = False   # config.json says norm_output in SpecForge's sense: before lm_head only
+    says_norm_output: bool = False      # config.json says norm_output in SpecForge's sense: before lm_head only
     rope_source: str = ""               # where the RoPE base came from
     capture_source: str = ""            # where the list of captured states came from
 
@@ -150,7 +150,7 @@ class Eagle3Spec:
     def describe(self) -> str:
         """One line that says what the file was taken to mean."""
         norms = [flag for flag in FLAGS if getattr(self, flag)]
-        norms += ["norm_output before lm_head only"] if self.norm_output_is_told else []
+        norms += ["norm_output before lm_head only"] if self.says_norm_output else []
         vocab = (f"draft vocabulary {self.draft_vocab_size:,} of {self.args.vocab_size:,}"
                  if self.draft_vocab_size != self.args.vocab_size else "whole vocabulary")
         layers = f", {self.args.n_layer} layers" if self.args.n_layer > 1 else ""
@@ -224,7 +224,7 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
         raise ValueError(f"the head is {h} wide, its target {t}, and it has no embed_tokens.weight of its own")
     flags = {flag: bool(config.get(flag)) or FLAG_WEIGHTS.get(flag) in shapes for flag in FLAGS}
     if "speculators_model_type" not in config:  # SpecForge means the norm before lm_head, which is always there
-        flags |= {"norm_output": False, "norm_output_is_told": flags["norm_output"]}
+        flags |= {"norm_output": False, "says_norm_output": flags["norm_output"]}
     return Eagle3Spec(args, t, capture, n_draft, own_embedding=h != t, has_d2t="d2t" in shapes,
                       rope_source=rope_source, capture_source=capture_source, **flags)
 
