@@ -133,13 +133,13 @@ class EagleHead(nn.Module):
 
     def forward(self, tokens: Tensor, features: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
-                is_draft: bool = False) -> Tensor:
+                is_draft: bool | None = None) -> Tensor:
         """Next features [B, T, h] from tokens t_{i+1} [B, T], features of i [B, T, ...], positions i [B, T] or [T].
 
         features are the target's (EAGLE-1: [B, T, t], EAGLE-3: the captured hidden states side by side [B, T, n * t]),
-        or with is_draft the head's own outputs [B, T, h] for the rows before. cache_pos and mask as in
-        `Transformer.forward`; rope is `rope_cos_sin` of the positions, if already computed. Before `setup_caches` the
-        block attends to itself alone.
+        or the head's own outputs [B, T, h] for the rows before. is_draft says which; by default their width does, which
+        fails only if n * t = h. cache_pos and mask as in `Transformer.forward`; rope is `rope_cos_sin` of the
+        positions, if already computed. Before `setup_caches` the block attends to itself alone.
         """
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
@@ -150,7 +150,7 @@ class EagleHead(nn.Module):
         return self.run_layers(tokens, features, rope, bias, cache_pos, is_draft)
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
-                   cache_pos: Tensor, is_draft: bool) -> Tensor:
+                   cache_pos: Tensor, is_draft: bool | None) -> Tensor:
         """`forward` with RoPE and the attention's bias computed: the layers' output, [B, T, h]."""
         x = self.fc(torch.cat((self.target.tok_embeddings(tokens), features), dim=-1))
         return self.layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[0])
@@ -300,7 +300,9 @@ class Eagle3Head(EagleHead):
         return self.fc(hiddens if self.fc_input_norm is None else self.fc_input_norm(hiddens))
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
-                   cache_pos: Tensor, is_draft: bool) -> Tensor:
+                   cache_pos: Tensor, is_draft: bool | None) -> Tensor:
+        if is_draft is None:
+            is_draft = features.shape[-1] != self.fc.in_features
         g = features if is_draft else self.fuse(features)
         normed = self.hidden_norm(g)
         x = torch.cat((self.input_norm((self.embedding or self.target.tok_embeddings)(tokens)), normed), dim=-1)
