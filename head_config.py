@@ -64,9 +64,6 @@ def official_config(config: dict) -> dict:
     for key in ("layernorms", "add_para_norm"):
         if flat.get(key):
             raise ValueError(f"{SAID}: {key} {flat[key]!r}, more norms than EAGLE has: not supported")
-    if flat.get("truncated_vocab_size") not in (None, flat.get("vocab_size")):
-        raise ValueError(f"{SAID}: truncated_vocab_size {flat['truncated_vocab_size']} is not supported: "
-                         "its LM head is not the target's")
     for key in ("eagle_fc_bias", "fusion_bias"):
         if key in flat:
             flat.setdefault("bias", bool(flat[key]))
@@ -98,6 +95,9 @@ def refuse_output_bias(folder: Path) -> None:
 def head_args(config: dict, target: ModelArgs) -> ModelArgs:
     """ModelArgs of an EAGLE-1 or 2 head from its config.json, compared with its target's."""
     config = official_config(config)
+    if config.get("truncated_vocab_size") not in (None, config.get("vocab_size")):
+        raise ValueError(f"{SAID}: truncated_vocab_size {config['truncated_vocab_size']} is not supported: "
+                         "its LM head is not the target's")
     for key, ours in (("hidden_size", target.dim), ("vocab_size", target.vocab_size)):
         if key not in config:
             raise ValueError(f"{SAID} has no key {key!r}")
@@ -219,9 +219,12 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
     args, rope_source = eagle3_args(config, shapes, target, h, rope_theta)
     capture, capture_source = captured_states(config, n_in // t, target.n_layer, aux_layers)
     n_draft = shapes["lm_head.weight"][0]
-    if config.get("draft_vocab_size") not in (None, n_draft):
-        raise ValueError(f"{SAID}: draft_vocab_size {config['draft_vocab_size']!r} is not the {n_draft} rows of "
-                         "lm_head.weight: one of the two is of another head")
+    # vLLM's converters write truncated_vocab_size, and the target's size where they leave the LM head as it is.
+    for key, known in (("draft_vocab_size", (None, n_draft)),
+                       ("truncated_vocab_size", (None, n_draft, target.vocab_size))):
+        if config.get(key) not in known:
+            raise ValueError(f"{SAID}: {key} {config[key]!r} is not the {n_draft} rows of lm_head.weight: "
+                             "one of the two is of another head")
     if n_draft != target.vocab_size and "d2t" not in shapes:
         raise ValueError(f"lm_head.weight has {n_draft} rows, the target {target.vocab_size} tokens, and the head has "
                          "no table d2t that says which tokens they are")

@@ -417,7 +417,7 @@ def speculators(layer_keys=(), **changes):
 
 def flat(config):
     """The keys that the method written out reads, wherever a dialect has them."""
-    return config | config.get("transformer_layer_config", {})
+    return config | config.get("transformer_layer_config", {}) | config.get("model", {})
 
 
 LAYERS0, PREFIX = ("midlayer.", "layers.0."), ("", "model.")
@@ -461,6 +461,12 @@ DIALECTS = {
     "speculators, the whole config inside": (speculators(WHOLE), {}, [LAYERS0, PREFIX], T3),
     "vLLM": (head_config(architectures=["Eagle3LlamaForCausalLM"], target_hidden_size=T, num_aux_hidden_states=3,
                          eagle_aux_hidden_state_layer_ids=[2, 4, 5]), {}, [LAYERS0], {}),
+    "vLLM, the draft vocabulary under its name": (dict(
+        model_type="eagle", architectures=["Eagle3LlamaForCausalLM"], method="eagle3", truncated_vocab_size=VD,
+        model=head_config()), {}, [], {}),
+    "a truncated vocabulary that is announced": (head_config(truncated_vocab_size=VD), {}, [], {}),
+    "vLLM, not truncated": (dict(model_type="eagle", method="eagle3", truncated_vocab_size=V, model=head_config()),
+                            {}, [], {}),
     "narrow, its own embedding": (head_config(hidden_size=24, target_hidden_size=T), dict(embed="own"), [], {}),
     "wide heads, no head_dim": (head_config(), dict(head_dim=14), [], {}),
     "an embedding that was trained": (speculators(embed_requires_grad=True), dict(embed="own"), [LAYERS0], T3),
@@ -602,6 +608,7 @@ BAD = {
     "q_proj one width": ({}, {"midlayer.self_attn.q_proj.weight": torch.ones(T, T)}, r"q_proj.weight .* \[32, 32\]"),
     # vocabularies
     "draft_vocab_size": (dict(draft_vocab_size=32), {}, "draft_vocab_size 32 is not the 24 rows of lm_head.weight"),
+    "truncated_vocab_size": (dict(truncated_vocab_size=32), {}, "truncated_vocab_size 32 is not the 24 rows of lm_"),
     "no d2t": ({}, {"d2t": None}, "24 rows, the target 40 tokens, and the head has no table d2t"),
     "d2t too short": ({}, {"d2t": torch.zeros(VD - 1, dtype=torch.long)}, r"d2t has shape \[23\]"),
     "d2t beyond": ({}, {"d2t": torch.full((VD,), 20)}, "d2t does not name 24 different tokens .* vocabulary of 40"),
