@@ -212,7 +212,7 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
                               ("vocab_size", config.get("vocab_size", target.vocab_size), target.vocab_size)):
         if theirs != ours:
             where = "by its weights" if key == "hidden_size" else "in the target"
-            raise ValueError(f"this head does not fit its target: {key} is {theirs} in the head, {ours} {where}")
+            raise ValueError(f"this head does not fit its target: {key} is {theirs!r} in the head, {ours} {where}")
     if n_in % t:
         raise ValueError(f"this head does not fit its target: fc.weight takes {n_in} columns, which is no multiple "
                          f"of the target's width {t}")
@@ -261,7 +261,7 @@ def refuse_unknown_flags(config: dict, shapes: dict[str, tuple[int, ...]]) -> No
     if config.get("model_type") not in LAYER_TYPES:
         raise ValueError(f"{SAID}: model_type {config['model_type']!r} is not supported: the layers of an EAGLE-3 head "
                          "are LLaMA's, Qwen2's, Qwen3's or Mistral's")
-    is_windowed = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ())
+    is_windowed = config.get("use_sliding_window") or "sliding_attention" in str(config.get("layer_types"))
     if is_windowed or config.get("model_type") == "mistral" and config.get("sliding_window"):
         raise ValueError(f"{SAID}: sliding_window {config.get('sliding_window')!r} of the head's own attention is not "
                          "read: take it out of the file and give --draft-window N")
@@ -294,6 +294,9 @@ def rope_settings(config: dict, rope_theta: float | None) -> tuple[dict, float |
         rope |= place
         bases[f"{key}.rope_theta"] = place.get("rope_theta")
     bases = {key: value for key, value in bases.items() if value is not None}
+    for key, value in bases.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{SAID}: {key} {value!r} is not a positive number")
     rope.pop("rope_theta", None)
     if rope_theta is not None:
         return rope, rope_theta, "--draft-rope-theta"

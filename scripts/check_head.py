@@ -84,11 +84,10 @@ def main(args: argparse.Namespace) -> None:
     model, head, tokenizer, report = cli.load(args)
     assert head is not None
     resolution = describe(head, read_json(resolve_checkpoint(args.eagle) / "config.json"))
-    if not isinstance(head, Eagle3Head):
-        say(resolution)     # of EAGLE-3 heads, load has said it
     readings = all_readings(head, file_spec(args, model.config) if isinstance(head, Eagle3Head) else None)
     room = model.config.block_size - args.max_new_tokens
     prompts = encode_all([question["turns"][0] for question in questions], tokenizer, room, args.raw)
+    say(resolution)
     seconds, interrupted = 60 * args.minutes, False
     try:
         for prompt, answer in answers(model, prompts, args.max_new_tokens, tokenizer.stop_ids, seconds):

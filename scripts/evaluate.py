@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
     if not questions:
         raise ValueError(f"no question of {args.questions} leaves room for an answer in a context of {n_slot}: "
                          "see --max-seq-length")
+    cli.say_head(head)
     answer_all(questions, done, run, args, lambda question: ask(question, args, tokenizer, arms, peers, n_slot))
     if tp.writes():
         made = report.write_report(args.out)

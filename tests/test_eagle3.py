@@ -585,6 +585,7 @@ BAD = {
     "an activation": (dict(hidden_act="gelu"), {}, "hidden_act 'gelu' is not supported"),
     "a window": (dict(use_sliding_window=True, sliding_window=512), {}, "sliding_window 512 .* --draft-window N"),
     "a window by layer_types": (dict(layer_types=["sliding_attention"], sliding_window=128), {}, "sliding_window 128"),
+    "layer_types no list": (dict(layer_types={"0": "sliding_attention"}), {}, "sliding_window None of the head's own"),
     "attention_bias": (dict(attention_bias=True), {}, "attention_bias True: an EAGLE-3 head has no biases"),
     "bias": (dict(bias=True), {}, "bias True: an EAGLE-3 head has no biases"),
     "mlp_bias": (dict(mlp_bias=True), {}, "mlp_bias True: an EAGLE-3 head has no biases"),
@@ -594,6 +595,8 @@ BAD = {
     "heads that do not divide": (dict(num_attention_heads=5), {}, "num_attention_heads 5 does not divide the 32 rows"),
     "no number of heads": (dict(num_attention_heads=None), {}, "num_attention_heads None does not divide"),
     "YaRN": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), {}, "rope_type 'yarn' is not supported"),
+    "a RoPE base of zero": (dict(rope_theta=0), {}, "rope_theta 0 is not a positive number"),
+    "a RoPE base that is text": (dict(rope_parameters=dict(rope_theta="1e6")), {}, "rope_parameters.rope_theta '1e6' is"),
     "two RoPE bases": (dict(rope_theta=1e6, rope_parameters=dict(rope_theta=1e4)), {},
                        "names several RoPE bases: rope_theta 1000000.0, rope_parameters.rope_theta 10000.0"),
     # weights
@@ -619,6 +622,7 @@ BAD = {
     "another vocabulary": (dict(vocab_size=128), {}, "vocab_size is 128 in the head, 40 in the target"),
     # widths
     "another target": (dict(target_hidden_size=64), {}, "target_hidden_size is 64 in the head, 32 in the target"),
+    "a width that is text": (dict(target_hidden_size="32"), {}, "target_hidden_size is '32' in the head, 32 in the"),
     "another width": (dict(hidden_size=48), {}, "hidden_size is 48 in the head, 32 by its weights"),
     "narrow without embedding": (dict(hidden_size=24), {"fc.weight": torch.ones(24, 3 * T)}, "no embed_tokens.weight"),
     "an embedding of another size": ({}, {"embed_tokens.weight": torch.ones(V + 1, T)}, r"embed_tokens.* \[41, 32\]"),
@@ -717,6 +721,12 @@ def test_the_command_line_prints_what_it_took_and_ends_with_2_in_one_line(tmp_pa
             ((), r"hidden states [2, 1, -1] (the default) do not lie within the target's 2 layers. Name the 3"),
             (("--aux-layers", "1", "2"), "--aux-layers names 2"), (("--aux-layers", "0", "1", "9"), "[0, 1, 9]")):
         status, out = run(*options)
+        assert status == 2 and message in out.err and out.err.count("\n") == 1 and not out.out
+    # The line that says what was taken comes after all that may be wrong with the options.
+    for options, message in ((("--tree", "dynamic:99,10,60"), "a dynamic tree of depth 99"),
+                             (("--draft-vocab", "5"), "draft_vocab.json is missing"),
+                             (("--max-seq-length", "2"), "leaves no room")):
+        status, out = run("--aux-layers", "0", "1", "2", *options)
         assert status == 2 and message in out.err and out.err.count("\n") == 1 and not out.out
     (folder / "config.json").write_text("{}")
     status, out = run("--aux-layers", "0", "1", "2")
