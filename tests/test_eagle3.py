@@ -596,7 +596,7 @@ BAD = {
     "no number of heads": (dict(num_attention_heads=None), {}, "num_attention_heads None does not divide"),
     "YaRN": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), {}, "rope_type 'yarn' is not supported"),
     "a RoPE base of zero": (dict(rope_theta=0), {}, "rope_theta 0 is not a positive number"),
-    "a RoPE base that is text": (dict(rope_parameters=dict(rope_theta="1e6")), {}, "rope_parameters.rope_theta '1e6' is"),
+    "a RoPE base that is text": (dict(rope_parameters=dict(rope_theta="1e6")), {}, "rope_theta '1e6' is not a p"),
     "two RoPE bases": (dict(rope_theta=1e6, rope_parameters=dict(rope_theta=1e4)), {},
                        "names several RoPE bases: rope_theta 1000000.0, rope_parameters.rope_theta 10000.0"),
     # weights
