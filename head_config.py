@@ -148,10 +148,11 @@ class Eagle3Spec:
         norms += ["norm_output before lm_head only"] if self.norm_output_is_told else []
         vocab = (f"draft vocabulary {self.draft_vocab_size:,} of {self.args.vocab_size:,}"
                  if self.draft_vocab_size != self.args.vocab_size else "whole vocabulary")
+        scaling = f", scaled as {self.args.rope_scaling['rope_type']}" if self.args.rope_scaling else ""
         layers = f", {self.args.n_layer} layers" if self.args.n_layer > 1 else ""
         return (f"EAGLE-3 head{layers}: hidden states {', '.join(map(str, self.capture))} ({self.capture_source}), "
                 f"norms {', '.join(norms) or 'as in the paper'}, RoPE base {self.args.rope_theta:g} "
-                f"({self.rope_source}), {vocab}" + (", its own embedding" if self.own_embedding else ""))
+                f"({self.rope_source}){scaling}, {vocab}" + (", its own embedding" if self.own_embedding else ""))
 
 
 FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")

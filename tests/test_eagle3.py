@@ -661,6 +661,21 @@ def test_a_weight_twice_a_config_that_says_nothing_and_a_shallow_target(target, 
         EagleHead.from_pretrained(fitted.folder, Transformer.from_pretrained(folder, dtype=torch.float32))
 
 
+def test_scaled_rope_is_transformers_and_is_said(target, fitted, tmp_path):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64)
+    config = fitted.config | dict(rope_theta=5e5, rope_scaling=scaling)
+    head = EagleHead.from_pretrained(save(tmp_path / "head", config, fitted.weights), target.model)
+    theirs = LlamaConfig(hidden_size=T, num_attention_heads=4, rope_parameters=scaling | dict(rope_theta=5e5))
+    inv_freq, scale = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    torch.testing.assert_close(head.inv_freq, inv_freq)
+    plain = 5e5 ** -(torch.arange(len(inv_freq)) / len(inv_freq))
+    assert scale == 1 and not torch.allclose(head.inv_freq, plain)
+    assert "RoPE base 500000 (config.json), scaled as llama3, draft vocabulary" in head.spec.describe()
+
+
 def test_options_override_the_file(target, fitted, tmp_path):
     sequence = tokens_of(12, seed=2, vocab=V)
     for keys in ({}, {KEY: [7, 7, 7]}, dict(target_layer_ids=[1, 2, 3]),
