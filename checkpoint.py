@@ -144,6 +144,19 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
         yield from _read_shard(folder / name, wanted, part)
 
 
+def list_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of every tensor by its key. Reads no values."""
+    shapes: dict[str, list[int]] = {}
+
+    def nothing(key: str, shape: list[int]) -> tuple[slice, ...]:
+        shapes[key] = shape
+        return (slice(0, 0),) if shape else ()
+
+    for _ in iterate_weights(folder, part=nothing):
+        pass
+    return shapes
+
+
 def find_weights(folder: Path) -> Path | None:
     """The file of weights, or the index of its shards. If there are several, the one that transformers takes."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

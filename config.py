@@ -150,7 +150,7 @@ def _context(config: dict) -> int:
     """Tokens of context. Under linear scaling max_position_embeddings counts positions before they are stretched."""
     rope = _rope_parameters(config)
     positions = config.get("max_position_embeddings", POSITIONS[config["model_type"]])
-    if _rope_type(config) == "dynamic":
+    if rope_type(config) == "dynamic":
         # Beyond these positions dynamic scaling changes RoPE's base with the length, and the keys already in a cache
         # would be wrong.
         return positions
@@ -185,28 +185,29 @@ def _rope_settings(config: dict) -> dict:
     return rope
 
 
-def _rope_type(config: dict) -> str:
+def rope_type(config: dict) -> str:
+    """The kind of RoPE scaling, "default" for none."""
     rope = _rope_settings(config)
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
 def _rope_parameters(config: dict) -> dict:
     """RoPE's settings in one form, checked: {"rope_theta"} alone, or with "rope_type" and the keys of that type."""
-    rope_type = _rope_type(config)
+    kind = rope_type(config)
     rope = {key: value for key, value in _rope_settings(config).items() if key not in ("type", "rope_type")}
     rope.setdefault("rope_theta", config.get("rope_theta") or (1e6 if config["model_type"] == "mixtral" else 1e4))
-    if rope_type == "llama3":
+    if kind == "llama3":
         key = "original_max_position_embeddings"
         rope[key] = config.get(key) or rope.get(key) or config.get("max_position_embeddings")
-    if rope_type not in ("default", "linear", "dynamic", "llama3"):
-        raise ValueError(f"config.json: rope_type {rope_type!r} is not supported (linear, dynamic and llama3 are)")
+    if kind not in ("default", "linear", "dynamic", "llama3"):
+        raise ValueError(f"config.json: rope_type {kind!r} is not supported (linear, dynamic and llama3 are)")
     needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
                                                "original_max_position_embeddings"]}
-    for key in needed.get(rope_type, []):
+    for key in needed.get(kind, []):
         if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < 1e9:
-            raise ValueError(f"config.json: rope_type {rope_type!r} needs a number under the key {key!r}")
+            raise ValueError(f"config.json: rope_type {kind!r} needs a number under the key {key!r}")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    if rope_type in ("default", "dynamic"):  # dynamic scaling begins where _context ends
+    if kind in ("default", "dynamic"):  # dynamic scaling begins where _context ends
         return {"rope_theta": rope["rope_theta"]}
-    return {"rope_type": rope_type, **rope}
+    return {"rope_type": kind, **rope}

@@ -42,12 +42,12 @@ class EagleHead(nn.Module):
     draft_ids: Tensor | None    # [Vd] target ids of the draft vocabulary; None is the whole vocabulary
 
     def __init__(self, config: ModelArgs, target: Transformer, bias: bool = True):
-        self.begin(config, target)
+        self.init_shared(config, target)
         self.fc = nn.Linear(2 * config.dim, config.dim, bias=bias)
         self.layer = TransformerBlock(config, attention_norm=False)
         self.requires_grad_(False)
 
-    def begin(self, config: ModelArgs, target: Transformer) -> None:
+    def init_shared(self, config: ModelArgs, target: Transformer) -> None:
         """What heads of every kind hold."""
         super().__init__()
         self.config = config
@@ -133,13 +133,13 @@ class EagleHead(nn.Module):
 
     def forward(self, tokens: Tensor, features: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
-                is_draft: bool = False) -> Tensor:
+                is_draft: bool | None = None) -> Tensor:
         """Next features [B, T, h] from tokens t_{i+1} [B, T], features of i [B, T, ...], positions i [B, T] or [T].
 
         features are the target's (EAGLE-1: [B, T, t], EAGLE-3: the captured hidden states side by side [B, T, n * t]),
-        or the head's own output [B, T, h] for the row before (is_draft). cache_pos and mask as in
-        `Transformer.forward`; rope is `rope_cos_sin` of the positions, if already computed. Before `setup_caches` the
-        block attends to itself alone.
+        or the head's own outputs [B, T, h] for the rows before. is_draft says which; by default their width does, which
+        fails only if n * t = h. cache_pos and mask as in `Transformer.forward`; rope is `rope_cos_sin` of the
+        positions, if already computed. Before `setup_caches` the block attends to itself alone.
         """
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
@@ -150,7 +150,8 @@ class EagleHead(nn.Module):
         return self.run_layers(tokens, features, rope, bias, cache_pos, is_draft)
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
-                   cache_pos: Tensor, is_draft: bool) -> Tensor:
+                   cache_pos: Tensor, is_draft: bool | None) -> Tensor:
+        """`forward` with RoPE and the attention's bias computed: the layers' output, [B, T, h]."""
         x = self.fc(torch.cat((self.target.tok_embeddings(tokens), features), dim=-1))
         return self.layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[0])
 
@@ -193,12 +194,12 @@ def is_embedding_of(target: Transformer, folder: Path) -> bool:
     """Whether a head's embed_tokens.weight is its target's table, up to the rounding of a 16-bit file."""
     is_table = lambda key: official_key(key) == "embed_tokens.weight"
     for _, table, _ in iterate_weights(folder, wanted=is_table):
-        if len(table) != target.config.vocab_size:
-            return True     # of a wrong shape: loading says so
-        for ids in torch.arange(len(table)).split(4096):
+        if table.shape != (target.config.vocab_size, target.config.dim):
+            return True     # loading says what is wrong
+        for ids, ours in zip(torch.arange(len(table)).split(4096), table.split(4096)):
             theirs = target.tok_embeddings(ids.to(target.norm.weight.device)).float().cpu()
-            if table.shape[1:] != theirs.shape[1:] or not torch.allclose(table[ids].float(), theirs, 0.01, 1e-4):
-                return table.shape[1:] != theirs.shape[1:]
+            if not torch.allclose(ours.float(), theirs, 0.01, 1e-4):
+                return False
     return True
 
 
@@ -218,7 +219,7 @@ class Eagle3Head(EagleHead):
 
     def __init__(self, spec: Eagle3Spec, target: Transformer):
         c, n = spec.args, len(spec.capture)
-        self.begin(c, target)
+        self.init_shared(c, target)
         self.spec, self.capture = spec, spec.capture
         norm = lambda dim: RMSNorm(dim, c.norm_eps)
         self.embedding = nn.Embedding(c.vocab_size, c.dim) if spec.own_embedding else None
@@ -239,7 +240,7 @@ class Eagle3Head(EagleHead):
 
     @classmethod
     def load(cls, folder: Path, spec: Eagle3Spec, target: Transformer) -> "Eagle3Head":
-        """Fill a head with the weights of a folder, strictly."""
+        """A head with the weights of a folder. Raises ValueError for a weight or a table that does not fit spec."""
         weight = target.norm.weight
         with torch.device("meta"):
             head = cls(spec, target)
@@ -299,9 +300,9 @@ class Eagle3Head(EagleHead):
         return self.fc(hiddens if self.fc_input_norm is None else self.fc_input_norm(hiddens))
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
-                   cache_pos: Tensor, is_draft: bool) -> Tensor:
-        # The width tells, unless one hidden state is captured and as wide as the head.
-        is_draft = is_draft or features.shape[-1] != self.fc.in_features
+                   cache_pos: Tensor, is_draft: bool | None) -> Tensor:
+        if is_draft is None:
+            is_draft = features.shape[-1] != self.fc.in_features
         g = features if is_draft else self.fuse(features)
         normed = self.hidden_norm(g)
         x = torch.cat((self.input_norm((self.embedding or self.target.tok_embeddings)(tokens)), normed), dim=-1)

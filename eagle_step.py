@@ -8,7 +8,7 @@ Acceptance is lossless: greedy tokens are the target's own, sampled ones are dra
 arXiv 2401.15077, called [1]).
 
 Shapes: B batch, N tree nodes including the root, E nodes expanded by the head (the root not counted), D tree depth,
-R children of a node, K key/value heads, S cache slots, V vocabulary.
+R children of a node, K key/value heads, S cache slots, V vocabulary, F width of the features that the head reads.
 """
 from typing import NamedTuple
 
@@ -126,7 +126,7 @@ class EagleStep:
     """Draft, verify, accept and commit over static tensors without a host synchronisation: one CUDA graph or trace.
 
     State between steps: the root `tokens` [B, 1], the last token decided, at position `pos` [B, 1]; and the pairs that
-    the head has not seen yet, `pair_tokens` [B, D + 1] with `pair_features` [B, D + 1, dim]. The first n_pair [B, 1]
+    the head has not seen yet, `pair_tokens` [B, D + 1] with `pair_features` [B, D + 1, F]. The first n_pair [B, 1]
     of them are real. The last real pair holds the root.
     """
 
@@ -209,7 +209,7 @@ class EagleStep:
                             self.sampling if self.draw_drafts else None)
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
-        """The target over all nodes: logits [B, N, V], features [B, N, dim]."""
+        """The target over all nodes: logits [B, N, V], features [B, N, F]."""
         slots = self.pos + self.plan.order[:, :self.tree.n_node]
         bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
         return self.model(draft.tokens, self.pos + draft.depths, slots, bias, self.head.capture)

@@ -11,51 +11,53 @@ norms. A key or flag that is not known here is refused by name: one that is drop
 Shapes: h head width, t target width, n captured hidden states, V vocabulary, Vd draft vocabulary.
 """
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import iterate_weights
+from checkpoint import iterate_weights, list_shapes
 from config import ModelArgs
 
 SAID = "the head's config.json"
+LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
 
 
-def head_kind(config: dict, shapes: dict[str, tuple[int, ...]] | None = None) -> str:
-    """"eagle1" for EAGLE-1 and 2, or "eagle3", by config.json and the weights (`stored_shapes`)."""
+def head_kind(config: dict, keys: Iterable[str] = ()) -> str:
+    """"eagle1" for EAGLE-1 and 2, or "eagle3", by config.json and the official keys of the weights."""
     config = official_config(config)
     is_eagle3 = config.get("eagle_version") == 3 or "Eagle3" in str(config.get("architectures"))
-    is_eagle3 = is_eagle3 or "draft_vocab_size" in config or "eagle_aux_hidden_state_layer_ids" in config
-    return "eagle3" if is_eagle3 or "layers.0.hidden_norm.weight" in (shapes or {}) else "eagle1"
+    is_eagle3 = is_eagle3 or "draft_vocab_size" in config or LAYERS_KEY in config
+    return "eagle3" if is_eagle3 or "layers.0.hidden_norm.weight" in keys else "eagle1"
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Official key -> shape of every tensor in the folder, read from headers. 4-bit weights count as unpacked."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def no_value(key: str, shape: list[int]) -> tuple[slice, ...]:
-        shapes[official_key(key)] = tuple(shape)
-        return (slice(0, 0),) if shape else ()
-
-    for _ in iterate_weights(folder, part=no_value):
-        pass
+    """Official key -> shape of every tensor in the folder. 4-bit weights count as unpacked. Reads no values."""
+    shapes = {official_key(key): tuple(shape) for key, shape in list_shapes(folder).items()}
     for key in [key for key in shapes if key.removesuffix("weight") + "zeros" in shapes]:   # only int4 has zero points
         shapes[key] = (*shapes[key][:-1], 2 * shapes[key][-1])
     return shapes
 
 
 def official_config(config: dict) -> dict:
-    """A head's config.json with the keys of the official format. Two other formats nest and rename them:
+    """A head's config.json with the keys of the official format. Three other formats nest or rename them:
 
     vLLM's converters   {"model_type": "eagle", "model": {...}, "eagle_fc_bias": bool, "truncated_vocab_size": int}
     speculators         {"speculators_model_type": "eagle", "transformer_layer_config": {...}, "fusion_bias": bool}
+    SpecForge           {"eagle_config": {...}}, beside the official keys
 
-    Raises ValueError, naming key and value, for a head of another kind.
+    Raises ValueError, naming key and value, for a head of another kind and for two values of one key.
     """
     outer = dict(config)
     places = [outer.pop(key, None) for key in ("model", "transformer_layer_config")]
     nested = next((place for place in places if isinstance(place, dict)), {})
     flat = {**outer, **nested, "architectures": [outer.get("architectures"), nested.get("architectures")]}
+    eagle = flat.pop("eagle_config", None) or {}
+    if not isinstance(eagle, dict):
+        raise ValueError(f"{SAID}: eagle_config {eagle!r} is not an object")
+    for key, value in eagle.items():
+        if value is not None and flat.get(key) not in (None, value):
+            raise ValueError(f"{SAID}: {key} is {flat[key]!r}, and {value!r} in eagle_config: take the wrong one out")
+    flat |= {key: value for key, value in eagle.items() if value is not None}
     if flat.get("speculators_model_type", "eagle") not in ("eagle", "eagle3"):
         raise ValueError(f"{SAID}: speculators_model_type {flat['speculators_model_type']!r} is not "
                          "supported (eagle and eagle3 are)")
@@ -119,6 +121,10 @@ def layer_args(config: dict) -> ModelArgs:
 # EAGLE-3
 
 
+FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
+FLAG_WEIGHTS = {"fc_norm": "fc_norm.0.weight", "norm_before_fc": "input_norm.weight"}     # weights that show a flag
+
+
 @dataclass(frozen=True)
 class Eagle3Spec:
     """An EAGLE-3 head as its file was understood."""
@@ -132,7 +138,7 @@ class Eagle3Spec:
     norm_before_fc: bool = False        # one norm over all of them, joined
     norm_before_residual: bool = False  # the residual is the normed hidden state
     norm_output: bool = False           # it feeds its output back normed
-    norm_output_is_told: bool = False   # config.json says norm_output in SpecForge's sense: before lm_head only
+    says_norm_output: bool = False      # config.json says norm_output in SpecForge's sense: before lm_head only
     rope_source: str = ""               # where the RoPE base came from
     capture_source: str = ""            # where the list of captured states came from
 
@@ -143,9 +149,8 @@ class Eagle3Spec:
 
     def describe(self) -> str:
         """One line that says what the file was taken to mean."""
-        norms = [name for name in ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
-                 if getattr(self, name)]
-        norms += ["norm_output before lm_head only"] if self.norm_output_is_told else []
+        norms = [flag for flag in FLAGS if getattr(self, flag)]
+        norms += ["norm_output before lm_head only"] if self.says_norm_output else []
         vocab = (f"draft vocabulary {self.draft_vocab_size:,} of {self.args.vocab_size:,}"
                  if self.draft_vocab_size != self.args.vocab_size else "whole vocabulary")
         scaling = f", scaled as {self.args.rope_scaling['rope_type']}" if self.args.rope_scaling else ""
@@ -155,9 +160,7 @@ class Eagle3Spec:
                 f"({self.rope_source}){scaling}, {vocab}" + (", its own embedding" if self.own_embedding else ""))
 
 
-FLAGS = ("fc_norm", "norm_before_fc", "norm_before_residual", "norm_output")
-LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
-# Other names for it in use. How they count is not known.
+# Other names for LAYERS_KEY in use. How they count is not known.
 OTHER_LAYERS_KEYS = ("target_layer_ids", "aux_hidden_state_layer_ids", "aux_hidden_states_layer_ids")
 # Keys of config.json that decide nothing here, or are read.
 NEUTRAL = {
@@ -166,7 +169,7 @@ NEUTRAL = {
     "max_position_embeddings", "max_window_layers", "mlp_bias", "model_type", "num_attention_heads",
     "num_hidden_layers", "num_key_value_heads", "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_scaling",
     "rope_theta", "sliding_window", "tie_word_embeddings", "transformers_version", "use_cache", "use_sliding_window",
-    "vocab_size", "draft_vocab_size", "target_hidden_size", "eagle_config", "eagle_version", "target",
+    "vocab_size", "draft_vocab_size", "target_hidden_size", "eagle_version", "target",
     "speculators_config", "speculators_model_type", "speculators_version", "has_no_defaults_at_init", "bias",
     "attention_bias", "target_model_type", "target_vocab_size", "original_max_position_embeddings",
     "truncated_vocab_size", "layernorms", "add_para_norm", "use_aux_hidden_state", "num_aux_hidden_states",
@@ -194,15 +197,7 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
     Raises ValueError in one line that names the key, its value and the remedy.
     """
     config = official_config(config)
-    is_speculators = "speculators_model_type" in config
-    nested = config.get("eagle_config") or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"{SAID}: eagle_config {nested!r} is not an object")
-    for key, value in nested.items():
-        if value is not None and config.get(key) not in (None, value):
-            raise ValueError(f"{SAID}: {key} is {config[key]!r}, and {value!r} in eagle_config: take the wrong one out")
-    config = config | {key: value for key, value in nested.items() if value is not None}
-    refuse_unknown_flags(config, shapes)
+    refuse_flags(config, shapes)
     for key, shape in (("fc.weight", "[h, n * t]"), ("lm_head.weight", "[draft vocabulary, h]")):
         if len(shapes.get(key, ())) != 2:
             raise ValueError(f"this EAGLE-3 head has no weight {key} {shape}: it is not whole, or of a dialect that is "
@@ -231,18 +226,15 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
                          "no table d2t that says which tokens they are")
     if h != t and "embed_tokens.weight" not in shapes:
         raise ValueError(f"the head is {h} wide, its target {t}, and it has no embed_tokens.weight of its own")
-    norm_output = bool(config.get("norm_output"))
-    return Eagle3Spec(
-        args, t, capture, n_draft, own_embedding=h != t, has_d2t="d2t" in shapes,
-        fc_norm=bool(config.get("fc_norm")) or "fc_norm.0.weight" in shapes,
-        norm_before_fc=bool(config.get("norm_before_fc")) or "input_norm.weight" in shapes,
-        norm_before_residual=bool(config.get("norm_before_residual")),
-        # SpecForge means the norm before lm_head, which is always there.
-        norm_output=norm_output and is_speculators, norm_output_is_told=norm_output and not is_speculators,
-        rope_source=rope_source, capture_source=capture_source)
+    flags = {flag: bool(config.get(flag)) or FLAG_WEIGHTS.get(flag) in shapes for flag in FLAGS}
+    if "speculators_model_type" not in config:  # SpecForge means the norm before lm_head, which is always there
+        flags |= {"norm_output": False, "says_norm_output": flags["norm_output"]}
+    return Eagle3Spec(args, t, capture, n_draft, own_embedding=h != t, has_d2t="d2t" in shapes,
+                      rope_source=rope_source, capture_source=capture_source, **flags)
 
 
-def refuse_unknown_flags(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
+def refuse_flags(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError for a key that is unknown, or whose value a head here does not have."""
     for key, value in config.items():
         if key in FLAGS and not isinstance(value, bool | None):
             raise ValueError(f"{SAID}: {key} {value!r} is neither true nor false")
@@ -256,7 +248,7 @@ def refuse_unknown_flags(config: dict, shapes: dict[str, tuple[int, ...]]) -> No
     for key in ("attention_bias", "bias", "mlp_bias"):
         if config.get(key):
             raise ValueError(f"{SAID}: {key} {config[key]!r}: an EAGLE-3 head has no biases")
-    for flag, weight in (("fc_norm", "fc_norm.0.weight"), ("norm_before_fc", "input_norm.weight")):
+    for flag, weight in FLAG_WEIGHTS.items():
         if config.get(flag) is False and weight in shapes:
             raise ValueError(f"{SAID}: {flag} is false, and the weights hold {weight}: one of the two is wrong")
     if config.get("model_type") not in LAYER_TYPES:
@@ -338,10 +330,9 @@ def captured_states(config: dict, n: int, n_layer: int,
     if len(capture) != n:
         raise ValueError(f"fc.weight takes {n} hidden states, and {source} names {len(capture)}: {list(capture)}. "
                          f"{remedy}")
-    for key, told in (("use_aux_hidden_state", n > 1), ("num_aux_hidden_states", n)):
-        value = config.get(key)
-        if aux_layers is None and value not in (None, told) and not (key == "use_aux_hidden_state" and value is True):
-            raise ValueError(f"{SAID}: {key} {value!r}, and fc.weight takes {n} hidden states. {remedy}")
+    for key, right in (("use_aux_hidden_state", (None, True, n > 1)), ("num_aux_hidden_states", (None, n))):
+        if aux_layers is None and config.get(key) not in right:
+            raise ValueError(f"{SAID}: {key} {config[key]!r}, and fc.weight takes {n} hidden states. {remedy}")
     if not all(0 <= j <= n_layer for j in capture):
         raise ValueError(f"hidden states {list(capture)} ({source}) do not lie within the target's {n_layer} layers. "
                          f"{remedy}")

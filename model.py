@@ -361,9 +361,9 @@ def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0, chu
             capture: tuple[int, ...] = ()) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Fill the cache with all but the last token of each prompt. The last one is the first step's input.
 
-    The first n_cached tokens are in the cache already. Yields per chunk (pos [B, T], next_tokens [B, T], features
-    [B, T, dim], mask [B, T, S]); next_tokens are the tokens after each position. Rows are padded on the right. The
-    padding's keys and values lie past the row's end and are overwritten before any token sees them.
+    The first n_cached tokens are in the cache already. Yields per chunk (pos [B, T], next_tokens [B, T], features as of
+    `Transformer.features`, mask [B, T, S]); next_tokens are the tokens after each position. Rows are padded on the
+    right. The padding's keys and values lie past the row's end and are overwritten before any token sees them.
     """
     device = model.inv_freq.device
     length, n_slot = max(map(len, prompts)), model.kv_cache.shape[4]
@@ -372,8 +372,8 @@ def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0, chu
         end = min(begin + chunk, length - 1)
         pos = torch.arange(begin, end, device=device).expand(len(prompts), -1)
         mask = causal_mask(pos, bucket(end, n_slot))
-        yield pos, padded[:, begin + 1:end + 1], model.features(padded[:, begin:end], pos, mask=mask,
-                                                                   capture=capture), mask
+        features = model.features(padded[:, begin:end], pos, mask=mask, capture=capture)
+        yield pos, padded[:, begin + 1:end + 1], features, mask
 
 
 # Hugging Face's names of the weights

@@ -32,10 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import iterate_weights, read_json, resolve_checkpoint
+from checkpoint import iterate_weights, list_shapes, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
-from head_config import head_kind, official_key, stored_shapes
+from head_config import head_kind, official_key
 from linears import GROUP_SIZES, Experts, Format, fit_grid, install, pack, round_to_nearest, to_grid
 from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    rope_cos_sin, rope_inv_freq)
@@ -134,9 +134,10 @@ def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: 
         raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
     if out.exists():
         raise ValueError(f"{out} exists: give --out another folder")
-    kind = head_kind(read_json(folder / "config.json"), stored_shapes(folder)) if is_head(shapes) else None
+    config = read_json(folder / "config.json")
+    kind = head_kind(config, map(official_key, shapes)) if is_head(shapes) else None
     if kind is None:
-        ModelArgs.from_config(read_json(folder / "config.json"))
+        ModelArgs.from_config(config)
     elif kind == "eagle1" and (args.lm_head or args.method == "gptq"):
         raise ValueError(f"{folder} is an EAGLE head, which has no LM head and no calibration: "
                          "no --lm-head, --method rtn")
@@ -203,18 +204,6 @@ def check_values(folder: Path) -> None:
             raise ValueError(f"{key} holds values that are not finite")
         if max(-low, high) > LARGEST:
             raise ValueError(f"{key} holds {max(-low, high):.3g}, of which products in float32 are not finite")
-
-
-def list_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of every tensor by its key. Reads no values."""
-    shapes = {}
-
-    def nothing(key: str, shape: list[int]) -> tuple[slice]:
-        shapes[key] = shape
-        return (slice(0, 0),)
-    for _ in iterate_weights(folder, part=nothing):
-        pass
-    return shapes
 
 
 def is_head(shapes: dict[str, list[int]]) -> bool:

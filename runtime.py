@@ -110,10 +110,11 @@ def call_with_dynamic_sizes(compiled: Callable[..., Tensor], x: Tensor, rope: tu
     """A compiled TransformerBlock, told which sizes vary from call to call."""
     # Slices get the strides of contiguous tensors, or dynamo makes a graph for each kind. For one row this is a view.
     cos, sin, cache_pos = (part[0][None] if len(part) == 1 else part.contiguous() for part in (*rope, cache_pos))
-    for tensor in (x, cos, sin, cache_pos, *([] if residual is None else [residual])):
+    more = () if residual is None else (residual,)
+    for tensor in (x, cos, sin, cache_pos, *more):
         torch._dynamo.maybe_mark_dynamic(tensor, 1)         # new tokens
     torch._dynamo.maybe_mark_dynamic(bias, (2, 3))          # their rows, and cache slots
-    return compiled(x, (cos, sin), bias, cache_pos, kv_cache, *([] if residual is None else [residual]))
+    return compiled(x, (cos, sin), bias, cache_pos, kv_cache, *more)
 
 
 class PackedRMSNorm(nn.Module):

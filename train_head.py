@@ -34,7 +34,8 @@ from tqdm import tqdm
 import tp
 from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
 from console import Parser, add_chat_options, command, number, pick_device, say, whole_or_nothing, write_atomically
-from eagle_head import EagleHead, head_args
+from eagle_head import EagleHead
+from head_config import head_args
 from model import Transformer
 from tokenizer import Tokenizer
 from train_data import Dialogue, common_tokens, make_batches, parts_of, read_dialogues, split
@@ -217,6 +218,8 @@ def new_head(config: dict, model: Transformer, init: str | None, seed: int) -> E
     head = EagleHead(head_args(config, model.config), model, bias=config["bias"])
     if init is not None:
         other = EagleHead.from_pretrained(init, model)
+        if other.kind != "eagle1":
+            raise ValueError(f"--init {init} is an EAGLE-3 head: only heads of EAGLE-1 and 2 are trained here")
         if not all(type(linear) is nn.Linear for linear in (other.fc, other.layer.feed_forward.w2)):
             raise ValueError(f"--init {init} is a quantised head: give the one it was made from")
         for key, weight in other.weights().items():

@@ -51,7 +51,7 @@ HEADS = {
     "llama-3-8b": {"bias": False}, "llama-3-70b": {"bias": False},
     "vicuna-33b": {"n_kv_head": 13}, "mixtral-8x7b": {"n_kv_head": 32},
 }
-# Draft vocabularies of EAGLE-3 heads: that of the published ones, and for the demo model of its draft_vocab.json.
+# Tokens in the draft vocabulary of EAGLE-3 heads: of the published ones; the demo model's is its draft_vocab.json's.
 DRAFT_VOCAB, DRAFT_VOCABS = 32000, {"smollm2-135m": 8192}
 
 
@@ -83,8 +83,7 @@ def head_shape(target: ModelArgs, name: str | None = None) -> tuple[ModelArgs, b
 
 def eagle3_shape(target: ModelArgs, name: str | None = None) -> Eagle3Spec:
     """The EAGLE-3 head of this target: three captured states, one layer of its shape and a draft vocabulary."""
-    args = replace(target, n_layer=1, n_expert=0, n_expert_active=0, qk_norm=False, qkv_bias=False, rope_scaling=None,
-                   rope_theta=1e4, tie_word_embeddings=False)
+    args = replace(head_shape(target)[0], qkv_bias=False, rope_theta=1e4, tie_word_embeddings=False)
     capture = (min(2, target.n_layer), target.n_layer // 2, max(target.n_layer - 3, 0))
     n_draft = min(DRAFT_VOCABS.get(name or "", DRAFT_VOCAB), target.vocab_size)
     return Eagle3Spec(args, target.dim, capture, n_draft, own_embedding=False)

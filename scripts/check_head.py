@@ -36,7 +36,7 @@ from config import ModelArgs
 from console import Parser, add_chat_options, check_writable, command, launched, number, say, write_atomically
 from decoder import Decoder, setup_caches
 from eagle_head import Eagle3Head, EagleHead
-from head_config import Eagle3Spec, eagle3_spec, official_config, stored_shapes
+from head_config import FLAG_WEIGHTS, Eagle3Spec, eagle3_spec, official_config, stored_shapes
 from model import Transformer, rope_inv_freq
 from scripts.questions import HUB_SETS, read_questions
 from scripts.report import acceptance
@@ -165,10 +165,10 @@ def norm_readings(spec: Eagle3Spec) -> list[Reading]:
     if not spec.norm_output:    # in other files than speculators' it means something else
         remedies["norm_output"] = ('Set norm_output to true and speculators_model_type to "eagle3" in the head\'s '
                                    "config.json")
-    for name, key in (("fc_norm", "fc_norm"), ("norm_before_fc", "input_norm")):
+    for name, weight in FLAG_WEIGHTS.items():
         if getattr(spec, name):
-            remedies[name] = (f"{name} in the head's config.json is wrong: set it to false, and take {key} out of the "
-                              "weights")
+            remedies[name] = (f"{name} in the head's config.json is wrong: set it to false, and take "
+                              f"{weight.split('.')[0]} out of the weights")
     return [Reading(f"{name} {'off' if getattr(spec, name) else 'on'}", spec.args,
                     replace(spec, **{name: not getattr(spec, name)}), remedy) for name, remedy in remedies.items()]
 

@@ -36,12 +36,12 @@ from torch import Tensor
 
 import root  # noqa: F401
 from checkpoint import iterate_weights, load_weights, quantize_settings, read_json, resolve_checkpoint
-from config import ModelArgs
+from config import ModelArgs, rope_type
 from console import Parser, command, number, say, whole_or_nothing, write_atomically
 from eagle_head import Eagle3Head, EagleHead
 from generate import load_draft_vocab
 from head_config import (FLAGS, LAYERS_KEY, Eagle3Spec, eagle3_spec, head_kind, official_config, official_key,
-                         stored_shapes)
+                         rope_settings, stored_shapes)
 
 ARCHITECTURE = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
 KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
@@ -82,10 +82,8 @@ def context_of(config: dict) -> int:
 
 def with_context(config: dict, n: int) -> dict:
     """The config with max_position_embeddings raised to n. Raises ValueError if that is less, or if RoPE is scaled."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"--context {n}: the head's RoPE is scaled ({kind}), "
+    if rope_type(config) != "default":
+        raise ValueError(f"--context {n}: the head's RoPE is scaled ({rope_type(config)}), "
                          "and may depend on its max_position_embeddings")
     if n < context_of(config):
         raise ValueError(f"--context {n} is less than the head's max_position_embeddings, {context_of(config)}")
@@ -137,10 +135,7 @@ CONVERT = {"vllm": for_vllm, "sglang": for_sglang}
 def read_eagle3(folder: Path, config: dict) -> tuple[Eagle3Spec, dict[str, Tensor]]:
     """What the head is, and its weights as stored, with `layers.0.` for `midlayer.`. Strict, as in decoding."""
     flat, shapes = official_config(config), stored_shapes(folder)
-    nested: Any = flat.get("eagle_config")
     t = flat.get("target_hidden_size") or flat.get("hidden_size")
-    if isinstance(nested, dict):
-        t = flat.get("target_hidden_size") or nested.get("target_hidden_size") or t
     if not isinstance(t, int) or not isinstance(flat.get("vocab_size"), int):
         raise ValueError(f"{folder}: config.json has no whole number under hidden_size or vocab_size")
     # Of the target only its sizes are wanted. How many layers it has is not known here: only the default depends on it.
@@ -171,11 +166,9 @@ def named_layers(spec: Eagle3Spec) -> list[int] | None:
 def layer_config(config: dict, spec: Eagle3Spec, model_type: str = "llama") -> dict:
     """LLaMA's keys, with the sizes and the RoPE base that were found, whether or not the file says them."""
     c = spec.args
-    kept = {key: config[key] for key in KEPT if config.get(key) is not None}
-    settings = [kept.pop(key, None) for key in ("rope_parameters", "rope_scaling")]
-    given = {key: value for key, value in (settings[0] or settings[1] or {}).items() if key != "rope_theta"}
-    is_plain = given.get("rope_type", given.get("type", "default")) == "default"
-    scaling = {} if is_plain else {"rope_scaling": c.rope_scaling or given}     # ours has no entry for dynamic scaling
+    kept = {key: config[key] for key in KEPT if config.get(key) is not None and not key.startswith("rope_")}
+    rope = {"rope_scaling": c.rope_scaling or rope_settings(config, c.rope_theta)[0]}   # c has no dynamic scaling
+    scaling = {} if rope_type(rope) == "default" else rope
     return {"model_type": model_type, "hidden_act": "silu"} | kept | scaling | {
         "hidden_size": c.dim, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
         "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "intermediate_size": c.intermediate_size,

@@ -161,14 +161,12 @@ def make_plan(config: ModelArgs, world_size: int, *, head: Head | None = None, s
 
     eagle, states = None, 0     # tokens a second, and bytes of the captured hidden states of a prefill chunk
     if head is not None:
-        is_whole = head.spec is not None or not divides(head.config, world_size)
-        sums = 1 if is_whole else 4     # a whole head exchanges embeddings only
-        if head.spec is None or not isinstance(draft, Eagle3Head):
-            once, each, tops = 0, head_weights + weight_bytes(target.output), 2
-        else:   # fc is read once a step, and the LM head is the head's own, on every rank
+        sums = 4 if head.spec is None and divides(head.config, world_size) else 1   # 1: the embeddings of a whole head
+        once, each, tops = 0, head_weights + weight_bytes(target.output), 2
+        if isinstance(draft, Eagle3Head):   # fc is read once a step, and the LM head is the head's own, on every rank
             once = weight_bytes(draft.fc)
             each, tops = head_weights - once - (0 if draft.embedding is None else weight_bytes(draft.embedding)), 0
-            states = batch * min(PREFILL_CHUNK, context) * len(head.spec.capture) * config.dim * ITEM
+            states = batch * min(PREFILL_CHUNK, context) * len(draft.capture) * config.dim * ITEM
         level = (each + caches[1]) / machine.bandwidth + exchange(tree.n_child, sums) + exchange(0, tops)
         step = pass_seconds(tree.n_node, tree.depth + 1) + once / machine.bandwidth + tree.depth * level
         eagle = batch * accept_length / step

@@ -691,6 +691,14 @@ def test_options_override_the_file(target, fitted, tmp_path):
             EagleHead.from_pretrained(fitted.folder, target.model, aux_layers=wrong)
 
 
+def test_the_width_of_the_features_tells_whose_they_are(target, head):
+    ids, pos = torch.tensor([tokens_of(6, seed=4, vocab=V)]), torch.arange(5)
+    _, hiddens = target.model(ids[:, :-1], pos, capture=head.capture)
+    first = head(ids[:, 1:], hiddens, pos)
+    assert torch.equal(first, head(ids[:, 1:], hiddens, pos, is_draft=False))
+    assert torch.equal(head(ids[:, 1:], first, pos), head(ids[:, 1:], first, pos, is_draft=True))
+
+
 def test_a_draft_vocabulary_is_a_part_of_the_heads_own(target, fitted, head):
     hidden = torch.randn(1, 3, T)
     whole, ids = head.draft_logits(hidden), [IDS[i] for i in (9, 2, 20)]

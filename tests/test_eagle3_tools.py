@@ -433,6 +433,8 @@ DIALECTS = {    # keys of the head's config.json and weights; the hidden states 
     "whole vocabulary in another order": (dict(n_draft=V, shuffled=True), (2, 4, 5)),
     "scaled RoPE": (dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                            original_max_position_embeddings=64)), (2, 4, 5)),
+    "scaled RoPE, its base apart": (dict(rope_parameters=dict(rope_theta=5e4), rope_scaling=dict(
+        rope_type="linear", factor=4.0)), (2, 4, 5)),
     "no theta": (dict(rope_theta=None), (2, 4, 5)),
 }
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,10 @@ import quantize
 import train_features
 import train_head
 import train_loss
-from eagle_head import EagleHead
+from eagle_head import Eagle3Head, EagleHead
 from generate import generate
 from checkpoint import read_json
+from head_config import Eagle3Spec
 from model import Transformer
 from linears import Format, quantize_in_place
 from reference import TEMPLATE, assert_close, edited_json, read_safetensors, tiny, tokens_of, write_checkpoint
@@ -467,6 +469,18 @@ def test_init_goes_on_from_another_head(train):
         assert_close(ours[key], theirs[key], 1e-5)
     status, err, _ = train("--init", first, "--no-bias", out="other")
     assert status == 2 and "its fc has a bias: train with --bias" in one_error_line(err)
+
+
+def test_init_from_an_eagle_3_head_is_refused_in_one_line(train, model, checkpoint, tmp_path):
+    c = model.config
+    spec = Eagle3Spec(replace(c, n_layer=1), c.dim, (c.n_layer,), c.vocab_size, own_embedding=False)
+    (tmp_path / "eagle3").mkdir()
+    save_file(Eagle3Head(spec, model).weights(), tmp_path / "eagle3/model.safetensors")
+    config = head_config(read_json(checkpoint / "config.json"), "target", bias=False) | {"eagle_version": 3}
+    (tmp_path / "eagle3/config.json").write_text(json.dumps(config))
+    for option in ("--bias", "--no-bias"):
+        status, err, _ = train("--init", tmp_path / "eagle3", option)
+        assert status == 2 and "is an EAGLE-3 head" in one_error_line(err)
 
 
 @torch.no_grad()
