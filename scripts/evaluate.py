@@ -328,7 +328,9 @@ def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
     for arm, lines in answers.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(report.answers_file(out, arm), text)
-    commit = run["commit"] if before["commit"] == run["commit"] else f"{before['commit']}, then {run['commit']}"
+    commit = before["commit"]
+    if str(commit).split(", then ")[-1] != str(run["commit"]):
+        commit = f"{commit}, then {run['commit']}"
     done = {line["question_id"] for line in answers["plain"]}
     return done, run | {"template_date": before["template_date"], "commit": commit}
 

@@ -191,6 +191,19 @@ def test_an_interruption_changes_no_answer(run, tmp_path, monkeypatch):
     assert {arm: [line["choices"][0]["tokens"] for line in lines_of(out, arm)] for arm in ARMS[:2]} == whole
 
 
+def test_a_run_that_goes_on_names_a_new_commit_once(run, tmp_path):
+    def commit_after(before):
+        change(tmp_path / "out/run.json", commit=before)
+        report.answers_file(tmp_path / "out", "plain").write_text("")
+        assert run("--limit", 1)[0] == 0
+        return json.loads((tmp_path / "out/run.json").read_text())["commit"]
+
+    assert run("--limit", 1)[0] == 0
+    commit = json.loads((tmp_path / "out/run.json").read_text())["commit"]
+    assert [commit_after(before) for before in (commit, "old", f"old, then {commit}")] == [
+        commit, f"old, then {commit}", f"old, then {commit}"]
+
+
 @pytest.fixture(scope="module")
 def answered(pair, tmp_path_factory):
     """A run of one question that is done, and its options, with a pair and a template that may be written into."""
