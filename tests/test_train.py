@@ -480,11 +480,11 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
     dialogues = [Dialogue(n, torch.randint(10, 13, (40,), dtype=torch.int32), torch.rand(40) < 0.7) for n in range(2)]
     entry = evaluate(Learner(head, autocast=False), Features(model, dialogues), [0, 1])
     right, leading, n_position = [0] * 5, 0, 0
-    for _, tokens, learnt in dialogues:
+    for _, tokens, loss_mask in dialogues:
         tokens = tokens[None].long()
         features = model.features(tokens, torch.arange(40))
         for i in range(34):
-            if not learnt[i + 2]:
+            if not loss_mask[i + 2]:
                 continue
             known, hits = features[:, :i + 1], []
             for n in range(i + 1, i + 6):   # n pairs are known; the last output is the next feature, which says t_{n+1}
