@@ -585,6 +585,15 @@ def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forks
     assert [e["cross_entropy"] for e in log_of(out, "lr")] == [e["cross_entropy"] for e in log_of(whole, "lr")]
 
 
+@pytest.mark.parametrize("options, name", [([], "--out"), (["--init", "nowhere"], "nowhere")])
+def test_an_out_that_is_a_file_or_a_missing_init_is_refused_before_the_data_are_read(train, tmp_path, options, name):
+    if not options:
+        (tmp_path / "head").write_text("a file")
+    status, err, out = train("--cache-features", tmp_path / "features", *options)
+    assert status == 2 and name in err and err.count("\n") == 1, err
+    assert not (tmp_path / "features").exists() and not out.is_dir()
+
+
 def test_what_was_learnt_is_saved_before_an_evaluation_which_a_resume_makes_up_for(train, monkeypatch):
     options = "--epochs", 2, "--eval-every", 7
     _, _, whole = train(*options, out="whole")
