@@ -100,6 +100,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--peers decode greedily: they need --temperature 0")
     if args.peers and launched():
         raise ValueError("--peers run in one process: leave them out under torchrun")
+    if args.gguf is not None and not args.peers:
+        raise ValueError("--gguf needs --peers")
+    if args.gguf is not None and not args.gguf.is_file():
+        raise ValueError(f"--gguf {args.gguf}: no such file")
     if not is_text(args.system):
         raise ValueError("--system is not UTF-8 text")
 

@@ -664,6 +664,13 @@ def test_an_out_that_is_no_folder_is_refused_before_anything_is_asked(run, tmp_p
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize("options, said", [
+    (["--gguf", "README.md"], "--gguf needs --peers"),
+    (["--peers", "--gguf", "nothing.gguf"], "--gguf nothing.gguf: no such file")])
+def test_a_gguf_file_that_would_not_be_used_is_refused(run, tmp_path, options, said):
+    assert run(*options) == (2, "", f"error: {said}\n") and not (tmp_path / "out").exists()
+
+
 def test_arms_take_turns_and_peers_come_after_plain(run, pair, monkeypatch):
     order, generate = [], evaluate.cli.Decoder.generate
     monkeypatch.setattr(evaluate.cli.Decoder, "generate", lambda self, *args, **kwargs: order.append(
