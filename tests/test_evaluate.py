@@ -664,6 +664,12 @@ def test_an_out_that_is_no_folder_is_refused_before_anything_is_asked(run, tmp_p
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_report_of_another_scripts_run_is_refused(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"tokens": [[1]]}')
+    assert report.main(report.parse_args([str(tmp_path)])) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/run.json names no arms: it is not of scripts/evaluate.py\n"
+
+
 @pytest.mark.parametrize("options, said", [
     (["--gguf", "README.md"], "--gguf needs --peers"),
     (["--peers", "--gguf", "nothing.gguf"], "--gguf nothing.gguf: no such file")])
