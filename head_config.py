@@ -144,7 +144,7 @@ class Eagle3Spec:
 
     @property
     def has_table(self) -> bool:
-        """Whether a draft id is another number than the target's for the same token."""
+        """Whether draft ids differ from the target's ids, so that a table is needed."""
         return self.has_d2t or self.draft_vocab_size != self.args.vocab_size
 
     def describe(self) -> str:

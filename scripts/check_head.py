@@ -159,7 +159,7 @@ def all_readings(head: EagleHead, file: Eagle3Spec | None) -> list[Reading]:
 
 
 def norm_readings(spec: Eagle3Spec) -> list[Reading]:
-    """Each flag turned over, where the head has the weights that the other value needs."""
+    """Each flag switched, where the head has the weights that the other value needs."""
     remedies = {name: f"{name} in the head's config.json is wrong: set it to {json.dumps(not getattr(spec, name))}"
                 for name in ("norm_before_residual", "norm_output")}
     if not spec.norm_output:    # in other files than speculators' it means something else
