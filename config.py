@@ -101,7 +101,7 @@ class ModelArgs:
 
 
 def _experts(config: dict) -> dict:
-    """The fields of ModelArgs that tell of experts. Raises ValueError naming a value that makes no sense."""
+    """The fields of ModelArgs for experts. Raises ValueError that names a value out of range."""
     if config["model_type"] not in ("mixtral", "qwen3_moe"):
         return {}
     # Published Qwen3-MoE folders have num_experts; transformers 5 writes num_local_experts, as Mixtral has it.

@@ -48,7 +48,7 @@ class EagleHead(nn.Module):
         self.requires_grad_(False)
 
     def init_shared(self, config: ModelArgs, target: Transformer) -> None:
-        """What heads of every kind hold."""
+        """Set what heads of every kind hold."""
         super().__init__()
         self.config = config
         # Not a submodule: the target's embedding and LM head are neither saved nor trained with the head.
@@ -66,8 +66,8 @@ class EagleHead(nn.Module):
 
         Heads in the official formats are read, and what vLLM, SGLang, SpecForge, AngelSlim and speculators make of
         them (head_config.py). shard is the target's tp.Shard, if it has one. aux_layers and rope_theta override what
-        an EAGLE-3 head's file says (`eagle3_spec`). Raises FileNotFoundError or ValueError; a head that does not fit
-        its target is told with both sizes.
+        an EAGLE-3 head's file says (`eagle3_spec`). Raises FileNotFoundError or ValueError; for a
+        head that does not fit its target, the message has both sizes.
         """
         folder = resolve_checkpoint(checkpoint)
         raw, shapes = read_json(folder / "config.json"), stored_shapes(folder)
@@ -177,7 +177,7 @@ def check_ids(ids: object, known: Container[int], which: str) -> None:
 
 
 def rows_of(linear: nn.Module, ids: Tensor) -> nn.Module:
-    """An LM head over some of another one's rows, quantised or divided over ranks as that one is."""
+    """An LM head with these rows of `linear`, quantised or split over ranks as `linear` is."""
     take_rows = getattr(linear, "rows", None)   # of a QuantLinear or a tp.ShardedOutput
     if take_rows is not None:
         output = take_rows(ids)

@@ -153,8 +153,6 @@ def load_head(args: argparse.Namespace, model: Transformer, shard: tp.Shard | No
     folder = resolve_checkpoint(args.eagle)
     head = EagleHead.from_pretrained(folder, target=model, shard=shard, aux_layers=args.aux_layers,
                                      rope_theta=args.draft_rope_theta)
-    if isinstance(head, Eagle3Head):
-        say(head.spec.describe())
     head.window = args.draft_window
     vocab = args.draft_vocab or str(folder / "draft_vocab.json")
     if args.draft_vocab not in (None, "off") or (args.draft_vocab is None and Path(vocab).exists()):
@@ -213,7 +211,14 @@ def tree_name(checkpoint: str) -> str:
     return f"tree-{mode}.json" if mode else "tree.json"
 
 
-def say_loaded(report: dict) -> None:
+def say_head(head: EagleHead | None) -> None:
+    """What an EAGLE-3 head's file was taken to mean. Called after all that may be wrong with the options."""
+    if isinstance(head, Eagle3Head):
+        say(head.spec.describe())
+
+
+def say_loaded(report: dict, head: EagleHead | None) -> None:
+    say_head(head)
     say("loaded {checkpoint} in {load_seconds:.1f} s ({device}, {dtype})".format(**report))
 
 
@@ -224,7 +229,7 @@ def converse(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
     talk = Conversation(args, tokenizer, n_slot, model.config.vocab_size)
     talk.render("Hi")       # fails now for a chat template that is missing or broken, or a --system that is too long
     decoder = make_decoder(args, model, head, 1, n_slot)
-    say_loaded(report)
+    say_loaded(report, head)
     chat(talk, decoder)
 
 
@@ -246,7 +251,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     n_slot = args.max_seq_length or slots_for(longest + room, model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
-    say_loaded(report)
+    say_loaded(report, head)
 
     stop = StopTexts(tokenizer, args.stop, goes_on=args.raw)
     printer = Printer(stop, prompts, args.color and head is not None)

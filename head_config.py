@@ -66,9 +66,6 @@ def official_config(config: dict) -> dict:
     for key in ("layernorms", "add_para_norm"):
         if flat.get(key):
             raise ValueError(f"{SAID}: {key} {flat[key]!r}, more norms than EAGLE has: not supported")
-    if flat.get("truncated_vocab_size") not in (None, flat.get("vocab_size")):
-        raise ValueError(f"{SAID}: truncated_vocab_size {flat['truncated_vocab_size']} is not supported: "
-                         "its LM head is not the target's")
     for key in ("eagle_fc_bias", "fusion_bias"):
         if key in flat:
             flat.setdefault("bias", bool(flat[key]))
@@ -100,6 +97,9 @@ def refuse_output_bias(folder: Path) -> None:
 def head_args(config: dict, target: ModelArgs) -> ModelArgs:
     """ModelArgs of an EAGLE-1 or 2 head from its config.json, compared with its target's."""
     config = official_config(config)
+    if config.get("truncated_vocab_size") not in (None, config.get("vocab_size")):
+        raise ValueError(f"{SAID}: truncated_vocab_size {config['truncated_vocab_size']} is not supported: "
+                         "its LM head is not the target's")
     for key, ours in (("hidden_size", target.dim), ("vocab_size", target.vocab_size)):
         if key not in config:
             raise ValueError(f"{SAID} has no key {key!r}")
@@ -144,7 +144,7 @@ class Eagle3Spec:
 
     @property
     def has_table(self) -> bool:
-        """Whether a draft id is another number than the target's for the same token."""
+        """Whether draft ids differ from the target's ids, so that a table is needed."""
         return self.has_d2t or self.draft_vocab_size != self.args.vocab_size
 
     def describe(self) -> str:
@@ -153,10 +153,11 @@ class Eagle3Spec:
         norms += ["norm_output before lm_head only"] if self.says_norm_output else []
         vocab = (f"draft vocabulary {self.draft_vocab_size:,} of {self.args.vocab_size:,}"
                  if self.draft_vocab_size != self.args.vocab_size else "whole vocabulary")
+        scaling = f", scaled as {self.args.rope_scaling['rope_type']}" if self.args.rope_scaling else ""
         layers = f", {self.args.n_layer} layers" if self.args.n_layer > 1 else ""
         return (f"EAGLE-3 head{layers}: hidden states {', '.join(map(str, self.capture))} ({self.capture_source}), "
                 f"norms {', '.join(norms) or 'as in the paper'}, RoPE base {self.args.rope_theta:g} "
-                f"({self.rope_source}), {vocab}" + (", its own embedding" if self.own_embedding else ""))
+                f"({self.rope_source}){scaling}, {vocab}" + (", its own embedding" if self.own_embedding else ""))
 
 
 # Other names for LAYERS_KEY in use. How they count is not known.
@@ -207,16 +208,19 @@ def eagle3_spec(config: dict, shapes: dict[str, tuple[int, ...]], target: ModelA
                               ("vocab_size", config.get("vocab_size", target.vocab_size), target.vocab_size)):
         if theirs != ours:
             where = "by its weights" if key == "hidden_size" else "in the target"
-            raise ValueError(f"this head does not fit its target: {key} is {theirs} in the head, {ours} {where}")
+            raise ValueError(f"this head does not fit its target: {key} is {theirs!r} in the head, {ours} {where}")
     if n_in % t:
         raise ValueError(f"this head does not fit its target: fc.weight takes {n_in} columns, which is no multiple "
                          f"of the target's width {t}")
     args, rope_source = eagle3_args(config, shapes, target, h, rope_theta)
     capture, capture_source = captured_states(config, n_in // t, target.n_layer, aux_layers)
     n_draft = shapes["lm_head.weight"][0]
-    if config.get("draft_vocab_size") not in (None, n_draft):
-        raise ValueError(f"{SAID}: draft_vocab_size {config['draft_vocab_size']!r} is not the {n_draft} rows of "
-                         "lm_head.weight: one of the two is of another head")
+    # vLLM's converters write truncated_vocab_size, and the target's size where they leave the LM head as it is.
+    for key, known in (("draft_vocab_size", (None, n_draft)),
+                       ("truncated_vocab_size", (None, n_draft, target.vocab_size))):
+        if config.get(key) not in known:
+            raise ValueError(f"{SAID}: {key} {config[key]!r} is not the {n_draft} rows of lm_head.weight: "
+                             "one of the two is of another head")
     if n_draft != target.vocab_size and "d2t" not in shapes:
         raise ValueError(f"lm_head.weight has {n_draft} rows, the target {target.vocab_size} tokens, and the head has "
                          "no table d2t that says which tokens they are")
@@ -250,7 +254,7 @@ def refuse_flags(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     if config.get("model_type") not in LAYER_TYPES:
         raise ValueError(f"{SAID}: model_type {config['model_type']!r} is not supported: the layers of an EAGLE-3 head "
                          "are LLaMA's, Qwen2's, Qwen3's or Mistral's")
-    is_windowed = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ())
+    is_windowed = config.get("use_sliding_window") or "sliding_attention" in str(config.get("layer_types"))
     if is_windowed or config.get("model_type") == "mistral" and config.get("sliding_window"):
         raise ValueError(f"{SAID}: sliding_window {config.get('sliding_window')!r} of the head's own attention is not "
                          "read: take it out of the file and give --draft-window N")
@@ -283,6 +287,9 @@ def rope_settings(config: dict, rope_theta: float | None) -> tuple[dict, float |
         rope |= place
         bases[f"{key}.rope_theta"] = place.get("rope_theta")
     bases = {key: value for key, value in bases.items() if value is not None}
+    for key, value in bases.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{SAID}: {key} {value!r} is not a positive number")
     rope.pop("rope_theta", None)
     if rope_theta is not None:
         return rope, rope_theta, "--draft-rope-theta"

@@ -263,7 +263,7 @@ class HuggingFaceBackend:
 
 
 def load_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.Tokenizer":
-    """With every token that the JSON files beside it declare. Raises FileNotFoundError, ValueError."""
+    """The library's tokenizer, with all tokens that the JSON files declare. Raises FileNotFoundError, ValueError."""
     import tokenizers
 
     path, declared = folder / "tokenizer.json", declared_tokens(folder, settings)

@@ -92,7 +92,7 @@ class Shard:
         """A function that maps a checkpoint's key and the shape stored under it to the slice this rank reads.
 
         `config` describes the whole model. Scales and zero points of quantised weights are cut like the weights. A head
-        that does not divide is read whole, but for the target's embedding. Other shapes raise ValueError.
+        that does not divide is read whole, except the target's embedding. Other shapes raise ValueError.
         """
         first_kv, n_kv = self.rank * config.n_kv_head // self.size, max(config.n_kv_head // self.size, 1)
         kv_rows = slice(first_kv * config.head_dim, (first_kv + n_kv) * config.head_dim)

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import tp
 from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
-from console import Parser, add_chat_options, command, number, pick_device, say, whole_or_nothing, write_atomically
+from console import (Parser, add_chat_options, check_writable, command, number, pick_device, say, whole_or_nothing,
+                     write_atomically)
 from eagle_head import EagleHead
 from head_config import head_args
 from model import Transformer
@@ -54,6 +55,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.out} holds a training: go on with --resume, or give another --out")
     if args.shard_target and (world == 1 or cache is not None):
         raise ValueError("--shard-target needs torchrun with several processes, and no --cache-features")
+    check_writable("--out", args.out, is_folder=True)
+    if args.init is not None and not resumes:
+        resolve_checkpoint(args.init)
     args.checkpoint = args.checkpoint or str(demo_checkpoint())
     folder = resolve_checkpoint(args.checkpoint)
 

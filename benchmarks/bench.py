@@ -245,7 +245,7 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
 def head_bytes(head: EagleHead, twin: Transformer, n_slot: int, shape: str | None) -> tuple[int, int, int]:
     """Bytes that the head reads to ingest accepted pairs, on each further level, and of its LM head alone.
 
-    They are counted on a head without memory beside the target's twin: a packed head has no parameters left to count.
+    They are counted on models on the meta device, as a packed head has no parameters to count.
     EAGLE-3 reads fc only where it ingests, and has an LM head of its own.
     """
     c, size, empty = head.config, twin.norm.weight.element_size(), random_head(twin, shape, head.kind)

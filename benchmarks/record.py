@@ -38,6 +38,7 @@ def main(args: argparse.Namespace) -> None:
     prompt = encode(args.prompt[-1], tokenizer, raw=False)
     n_slot = slots_for(len(prompt) + args.max_new_tokens + load_tree(args.tree).n_room, model)
     decoders = [generate.make_decoder(args, model, part, 1, n_slot) for part in (None, head)]
+    generate.say_head(head)
     runs = [record(decoder, prompt, args.max_new_tokens, tokenizer) for _ in range(6) for decoder in decoders][2:]
     note = (f"Real time; green: accepted drafts. {Path(args.checkpoint).name}, {args.dtype}, {report['device_name']}. "
             "Made by python benchmarks/record.py")

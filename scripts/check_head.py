@@ -84,11 +84,10 @@ def main(args: argparse.Namespace) -> None:
     model, head, tokenizer, report = cli.load(args)
     assert head is not None
     resolution = describe(head, read_json(resolve_checkpoint(args.eagle) / "config.json"))
-    if not isinstance(head, Eagle3Head):
-        say(resolution)     # of EAGLE-3 heads, load has said it
     readings = all_readings(head, file_spec(args, model.config) if isinstance(head, Eagle3Head) else None)
     room = model.config.block_size - args.max_new_tokens
     prompts = encode_all([question["turns"][0] for question in questions], tokenizer, room, args.raw)
+    say(resolution)
     seconds, interrupted = 60 * args.minutes, False
     try:
         for prompt, answer in answers(model, prompts, args.max_new_tokens, tokenizer.stop_ids, seconds):
@@ -160,7 +159,7 @@ def all_readings(head: EagleHead, file: Eagle3Spec | None) -> list[Reading]:
 
 
 def norm_readings(spec: Eagle3Spec) -> list[Reading]:
-    """Each flag turned over, where the head has the weights that the other value needs."""
+    """Each flag switched, where the head has the weights that the other value needs."""
     remedies = {name: f"{name} in the head's config.json is wrong: set it to {json.dumps(not getattr(spec, name))}"
                 for name in ("norm_before_residual", "norm_output")}
     if not spec.norm_output:    # in other files than speculators' it means something else

@@ -14,7 +14,7 @@ from chat import Printer, StopTexts, encode
 from console import Parser, add_chat_options, command, number, say
 from decoder import Decoder, Generation, check_prompts, setup_caches, slots_for
 from draft_tree import load_tree
-from generate import add_draft_options, load
+from generate import add_draft_options, load, say_head
 
 PROMPTS = [
     "Why is the sky blue?", "Write a short story about a lighthouse keeper.", "How do I make a good cup of tea?",
@@ -32,6 +32,7 @@ def main(args: argparse.Namespace) -> None:
     setup_caches(model, head, 1, n_slot)
     plain = Decoder(model, 1, compile=args.compile)
     eagle = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
+    say_head(head)
     say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
         f"{report['device_name']}")
     for decoder in (plain, eagle):  # warm up

@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
     if not questions:
         raise ValueError(f"no question of {args.questions} leaves room for an answer in a context of {n_slot}: "
                          "see --max-seq-length")
+    cli.say_head(head)
     answer_all(questions, done, run, args, lambda question: ask(question, args, tokenizer, arms, peers, n_slot))
     if tp.writes():
         made = report.write_report(args.out)
@@ -100,6 +101,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--peers decode greedily: they need --temperature 0")
     if args.peers and launched():
         raise ValueError("--peers run in one process: leave them out under torchrun")
+    if args.gguf is not None and not args.peers:
+        raise ValueError("--gguf needs --peers")
+    if args.gguf is not None and not args.gguf.is_file():
+        raise ValueError(f"--gguf {args.gguf}: no such file")
     if not is_text(args.system):
         raise ValueError("--system is not UTF-8 text")
 
@@ -330,7 +335,9 @@ def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
     for arm, lines in answers.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(report.answers_file(out, arm), text)
-    commit = run["commit"] if before["commit"] == run["commit"] else f"{before['commit']}, then {run['commit']}"
+    commit = before["commit"]
+    if str(commit).split(", then ")[-1] != str(run["commit"]):
+        commit = f"{commit}, then {run['commit']}"
     done = {line["question_id"] for line in answers["plain"]}
     return done, run | {"template_date": before["template_date"], "commit": commit}
 

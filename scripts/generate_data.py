@@ -185,7 +185,7 @@ def read_answered(out: Path) -> tuple[set[str], int, dict]:
 
 
 def read_questions(file: Path, args: argparse.Namespace) -> list[Talk]:
-    """The questions of a file: dialogues, question sets, or a question a line. What asks nothing is counted."""
+    """The questions of a file: dialogues, question sets, or a question a line. Entries without one are counted."""
     left_out, talks = LeftOut(), {}
     if holds_records(file):
         records = read_records(file, left_out.add_broken)
@@ -212,7 +212,7 @@ def read_questions(file: Path, args: argparse.Namespace) -> list[Talk]:
 
 
 def question_of(entry: object, args: argparse.Namespace) -> Talk:
-    """Raises Unusable for what is no dialogue, or asks nothing that can be asked again."""
+    """Raises Unusable for an entry that is no dialogue, or has no question to ask."""
     if isinstance(entry, dict) and isinstance(entry.get("turns"), list):
         entry = {**entry, "messages": [{"role": "user", "content": text} for text in entry["turns"]]}
     chat = chat_of(entry)

@@ -98,8 +98,6 @@ def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n
 
 def llama_cpp_peer(gguf: Path, n_slot: int) -> Peer:
     import llama_cpp
-    if not gguf.is_file():
-        raise FileNotFoundError(f"--gguf {gguf}: no such file")
     llama = llama_cpp.Llama(str(gguf), n_ctx=n_slot, n_threads=torch.get_num_threads(), verbose=False)
 
     def generate(prompt: list[int], n: int) -> Answer:

@@ -42,6 +42,8 @@ def main(args: argparse.Namespace) -> None:
 def write_report(folder: Path) -> dict:
     """Write report.json, report.md and, where matplotlib is installed, report.png; return what report.json holds."""
     run = read_json(folder / "run.json")
+    if "arms" not in run:
+        raise ValueError(f"{folder / 'run.json'} names no arms: it is not of scripts/evaluate.py")
     report = run | figures(read_answers(folder, run["arms"]), run)
     write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     write_atomically(folder / "report.md", markdown(report))

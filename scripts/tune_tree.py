@@ -57,6 +57,7 @@ def main(args: argparse.Namespace) -> None:
     assert head is not None     # --eagle has a default
     texts = [question["turns"][0] for question in questions]
     prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
+    cli.say_head(head)
     with torch.inference_mode():
         guesses = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
         accept = rank_frequencies(torch.cat(guesses, dim=1), args.max_rank)

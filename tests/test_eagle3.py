@@ -417,7 +417,7 @@ def speculators(layer_keys=(), **changes):
 
 def flat(config):
     """The keys that the method written out reads, wherever a dialect has them."""
-    return config | config.get("transformer_layer_config", {})
+    return config | config.get("transformer_layer_config", {}) | config.get("model", {})
 
 
 LAYERS0, PREFIX = ("midlayer.", "layers.0."), ("", "model.")
@@ -461,6 +461,12 @@ DIALECTS = {
     "speculators, the whole config inside": (speculators(WHOLE), {}, [LAYERS0, PREFIX], T3),
     "vLLM": (head_config(architectures=["Eagle3LlamaForCausalLM"], target_hidden_size=T, num_aux_hidden_states=3,
                          eagle_aux_hidden_state_layer_ids=[2, 4, 5]), {}, [LAYERS0], {}),
+    "vLLM, the draft vocabulary under its name": (dict(
+        model_type="eagle", architectures=["Eagle3LlamaForCausalLM"], method="eagle3", truncated_vocab_size=VD,
+        model=head_config()), {}, [], {}),
+    "a truncated vocabulary that is announced": (head_config(truncated_vocab_size=VD), {}, [], {}),
+    "vLLM, not truncated": (dict(model_type="eagle", method="eagle3", truncated_vocab_size=V, model=head_config()),
+                            {}, [], {}),
     "narrow, its own embedding": (head_config(hidden_size=24, target_hidden_size=T), dict(embed="own"), [], {}),
     "wide heads, no head_dim": (head_config(), dict(head_dim=14), [], {}),
     "an embedding that was trained": (speculators(embed_requires_grad=True), dict(embed="own"), [LAYERS0], T3),
@@ -579,6 +585,7 @@ BAD = {
     "an activation": (dict(hidden_act="gelu"), {}, "hidden_act 'gelu' is not supported"),
     "a window": (dict(use_sliding_window=True, sliding_window=512), {}, "sliding_window 512 .* --draft-window N"),
     "a window by layer_types": (dict(layer_types=["sliding_attention"], sliding_window=128), {}, "sliding_window 128"),
+    "layer_types no list": (dict(layer_types={"0": "sliding_attention"}), {}, "sliding_window None of the head's own"),
     "attention_bias": (dict(attention_bias=True), {}, "attention_bias True: an EAGLE-3 head has no biases"),
     "bias": (dict(bias=True), {}, "bias True: an EAGLE-3 head has no biases"),
     "mlp_bias": (dict(mlp_bias=True), {}, "mlp_bias True: an EAGLE-3 head has no biases"),
@@ -588,6 +595,8 @@ BAD = {
     "heads that do not divide": (dict(num_attention_heads=5), {}, "num_attention_heads 5 does not divide the 32 rows"),
     "no number of heads": (dict(num_attention_heads=None), {}, "num_attention_heads None does not divide"),
     "YaRN": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), {}, "rope_type 'yarn' is not supported"),
+    "a RoPE base of zero": (dict(rope_theta=0), {}, "rope_theta 0 is not a positive number"),
+    "a RoPE base that is text": (dict(rope_parameters=dict(rope_theta="1e6")), {}, "rope_theta '1e6' is not a p"),
     "two RoPE bases": (dict(rope_theta=1e6, rope_parameters=dict(rope_theta=1e4)), {},
                        "names several RoPE bases: rope_theta 1000000.0, rope_parameters.rope_theta 10000.0"),
     # weights
@@ -602,6 +611,7 @@ BAD = {
     "q_proj one width": ({}, {"midlayer.self_attn.q_proj.weight": torch.ones(T, T)}, r"q_proj.weight .* \[32, 32\]"),
     # vocabularies
     "draft_vocab_size": (dict(draft_vocab_size=32), {}, "draft_vocab_size 32 is not the 24 rows of lm_head.weight"),
+    "truncated_vocab_size": (dict(truncated_vocab_size=32), {}, "truncated_vocab_size 32 is not the 24 rows of lm_"),
     "no d2t": ({}, {"d2t": None}, "24 rows, the target 40 tokens, and the head has no table d2t"),
     "d2t too short": ({}, {"d2t": torch.zeros(VD - 1, dtype=torch.long)}, r"d2t has shape \[23\]"),
     "d2t beyond": ({}, {"d2t": torch.full((VD,), 20)}, "d2t does not name 24 different tokens .* vocabulary of 40"),
@@ -612,6 +622,7 @@ BAD = {
     "another vocabulary": (dict(vocab_size=128), {}, "vocab_size is 128 in the head, 40 in the target"),
     # widths
     "another target": (dict(target_hidden_size=64), {}, "target_hidden_size is 64 in the head, 32 in the target"),
+    "a width that is text": (dict(target_hidden_size="32"), {}, "target_hidden_size is '32' in the head, 32 in the"),
     "another width": (dict(hidden_size=48), {}, "hidden_size is 48 in the head, 32 by its weights"),
     "narrow without embedding": (dict(hidden_size=24), {"fc.weight": torch.ones(24, 3 * T)}, "no embed_tokens.weight"),
     "an embedding of another size": ({}, {"embed_tokens.weight": torch.ones(V + 1, T)}, r"embed_tokens.* \[41, 32\]"),
@@ -648,6 +659,21 @@ def test_a_weight_twice_a_config_that_says_nothing_and_a_shallow_target(target, 
     folder, _ = tiny("gqa", tmp_path / "shallow", vocab_size=V, hidden_size=T, num_attention_heads=4)
     with pytest.raises(ValueError, match=r"hidden states \[2, 1, -1\] \(the default\) do not lie .*--aux-layers"):
         EagleHead.from_pretrained(fitted.folder, Transformer.from_pretrained(folder, dtype=torch.float32))
+
+
+def test_scaled_rope_is_transformers_and_is_said(target, fitted, tmp_path):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64)
+    config = fitted.config | dict(rope_theta=5e5, rope_scaling=scaling)
+    head = EagleHead.from_pretrained(save(tmp_path / "head", config, fitted.weights), target.model)
+    theirs = LlamaConfig(hidden_size=T, num_attention_heads=4, rope_parameters=scaling | dict(rope_theta=5e5))
+    inv_freq, scale = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    torch.testing.assert_close(head.inv_freq, inv_freq)
+    plain = 5e5 ** -(torch.arange(len(inv_freq)) / len(inv_freq))
+    assert scale == 1 and not torch.allclose(head.inv_freq, plain)
+    assert "RoPE base 500000 (config.json), scaled as llama3, draft vocabulary" in head.spec.describe()
 
 
 def test_options_override_the_file(target, fitted, tmp_path):
@@ -718,6 +744,12 @@ def test_the_command_line_prints_what_it_took_and_ends_with_2_in_one_line(tmp_pa
             ((), r"hidden states [2, 1, -1] (the default) do not lie within the target's 2 layers. Name the 3"),
             (("--aux-layers", "1", "2"), "--aux-layers names 2"), (("--aux-layers", "0", "1", "9"), "[0, 1, 9]")):
         status, out = run(*options)
+        assert status == 2 and message in out.err and out.err.count("\n") == 1 and not out.out
+    # The line that says what was taken comes after all that may be wrong with the options.
+    for options, message in ((("--tree", "dynamic:99,10,60"), "a dynamic tree of depth 99"),
+                             (("--draft-vocab", "5"), "draft_vocab.json is missing"),
+                             (("--max-seq-length", "2"), "leaves no room")):
+        status, out = run("--aux-layers", "0", "1", "2", *options)
         assert status == 2 and message in out.err and out.err.count("\n") == 1 and not out.out
     (folder / "config.json").write_text("{}")
     status, out = run("--aux-layers", "0", "1", "2")

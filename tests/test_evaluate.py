@@ -191,6 +191,19 @@ def test_an_interruption_changes_no_answer(run, tmp_path, monkeypatch):
     assert {arm: [line["choices"][0]["tokens"] for line in lines_of(out, arm)] for arm in ARMS[:2]} == whole
 
 
+def test_a_run_that_goes_on_names_a_new_commit_once(run, tmp_path):
+    def commit_after(before):
+        change(tmp_path / "out/run.json", commit=before)
+        report.answers_file(tmp_path / "out", "plain").write_text("")
+        assert run("--limit", 1)[0] == 0
+        return json.loads((tmp_path / "out/run.json").read_text())["commit"]
+
+    assert run("--limit", 1)[0] == 0
+    commit = json.loads((tmp_path / "out/run.json").read_text())["commit"]
+    assert [commit_after(before) for before in (commit, "old", f"old, then {commit}")] == [
+        commit, f"old, then {commit}", f"old, then {commit}"]
+
+
 @pytest.fixture(scope="module")
 def answered(pair, tmp_path_factory):
     """A run of one question that is done, and its options, with a pair and a template that may be written into."""
@@ -649,6 +662,19 @@ def test_an_out_that_is_no_folder_is_refused_before_anything_is_asked(run, tmp_p
     status, _, err = run()
     assert status == 2 and "is no folder that can be written to" in err and err.count("\n") == 1, err
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_report_of_another_scripts_run_is_refused(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"tokens": [[1]]}')
+    assert report.main(report.parse_args([str(tmp_path)])) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/run.json names no arms: it is not of scripts/evaluate.py\n"
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--gguf", "README.md"], "--gguf needs --peers"),
+    (["--peers", "--gguf", "nothing.gguf"], "--gguf nothing.gguf: no such file")])
+def test_a_gguf_file_that_would_not_be_used_is_refused(run, tmp_path, options, said):
+    assert run(*options) == (2, "", f"error: {said}\n") and not (tmp_path / "out").exists()
 
 
 def test_arms_take_turns_and_peers_come_after_plain(run, pair, monkeypatch):

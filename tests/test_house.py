@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import quantize
 from benchmarks import record
 from chat import encode
 from decoder import generate
@@ -267,12 +268,22 @@ def files_to_copy():
     return [re.findall(r"`(\w+\.py)`", line) for line in table.splitlines()]
 
 
-def run_beside_copies(folder, files, program, *arguments):
-    """What a program prints, as JSON, in a folder with copies of these files and nothing else of the repository."""
+def absent_packages(*more):
+    """The modules of requirements.txt that the README does not ask for beside the copied files, nor `more`."""
+    sentence, = re.findall(r"^They need each other, ([^.]*)\.", README.read_text(), re.M)
+    needed = {*re.findall(r"\w+", sentence), *more}
+    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    return [name.replace("-", "_") for name in names if name not in needed]
+
+
+def run_beside_copies(folder, files, absent, program, *arguments):
+    """What a program prints, as JSON, in a folder with copies of these files, nothing else of the repository, and
+    without the `absent` packages."""
     folder.mkdir()
     for name in files:
         (folder / name).write_bytes((ROOT / name).read_bytes())
-    (folder / "program.py").write_text("import json, sys\nimport torch\n" + program)
+    (folder / "program.py").write_text(f"import json, sys\nsys.modules.update(dict.fromkeys({absent}))\nimport torch\n"
+                                       + program)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "program.py", *map(str, arguments)], cwd=folder, env=environment,
                           capture_output=True, text=True)
@@ -323,9 +334,18 @@ def test_the_files_that_the_readme_says_to_copy_decode_by_themselves(tmp_path):
     head.set_draft_vocab(vocab)     # of few tokens, so that a random head finds some of them
     eagle = generate(model, [prompt], 40, head=head)
     assert plain.tokens == eagle.tokens and max(eagle.accept_lengths[0]) > 1
-    assert run_beside_copies(tmp_path / "plain", model_files, PLAIN, checkpoint, prompt) == plain.tokens[0]
-    assert (run_beside_copies(tmp_path / "eagle", model_files + decoding, EAGLE, checkpoint, prompt, folder, vocab)
-            == [eagle.tokens[0], eagle.accept_lengths[0]])
+    absent = absent_packages()
+    assert {"tokenizers", "jinja2", "huggingface_hub"} <= set(absent)
+    assert run_beside_copies(tmp_path / "plain", model_files, absent, PLAIN, checkpoint, prompt) == plain.tokens[0]
+    assert (run_beside_copies(tmp_path / "eagle", model_files + decoding, absent, EAGLE, checkpoint, prompt, folder,
+                              vocab) == [eagle.tokens[0], eagle.accept_lengths[0]])
+    int8 = tmp_path / "int8"
+    args = quantize.parse_args(["--checkpoint", str(checkpoint), "--mode", "int8", "--out", str(int8)])
+    assert quantize.main(args) == 0
+    rounded = generate(Transformer.from_pretrained(int8, dtype=torch.float32), [prompt], 40)
+    assert run_beside_copies(tmp_path / "eagle8", model_files + decoding, absent, EAGLE, int8, prompt, folder,
+                             vocab)[0] == rounded.tokens[0]
     tok = Tokenizer.from_pretrained(checkpoint)
     ids = tok.apply_chat_template([{"role": "user", "content": "the lazy dog"}])
-    assert run_beside_copies(tmp_path / "text", text, TEXT, checkpoint) == [ids, tok.decode(ids)]
+    absent = absent_packages("tokenizers", "jinja2")
+    assert run_beside_copies(tmp_path / "text", text, absent, TEXT, checkpoint) == [ids, tok.decode(ids)]

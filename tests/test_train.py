@@ -494,11 +494,11 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
     dialogues = [Dialogue(n, torch.randint(10, 13, (40,), dtype=torch.int32), torch.rand(40) < 0.7) for n in range(2)]
     entry = evaluate(Learner(head, autocast=False), Features(model, dialogues), [0, 1])
     right, leading, n_position = [0] * 5, 0, 0
-    for _, tokens, learnt in dialogues:
+    for _, tokens, loss_mask in dialogues:
         tokens = tokens[None].long()
         features = model.features(tokens, torch.arange(40))
         for i in range(34):
-            if not learnt[i + 2]:
+            if not loss_mask[i + 2]:
                 continue
             known, hits = features[:, :i + 1], []
             for n in range(i + 1, i + 6):   # n pairs are known; the last output is the next feature, which says t_{n+1}
@@ -597,6 +597,15 @@ def test_killed_ten_times_and_interrupted_once_a_run_ends_in_the_same_bits(forks
         assert all(torch.equal(a[key], b[key]) for key in b)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert [e["cross_entropy"] for e in log_of(out, "lr")] == [e["cross_entropy"] for e in log_of(whole, "lr")]
+
+
+@pytest.mark.parametrize("options, name", [([], "--out"), (["--init", "nowhere"], "nowhere")])
+def test_an_out_that_is_a_file_or_a_missing_init_is_refused_before_the_data_are_read(train, tmp_path, options, name):
+    if not options:
+        (tmp_path / "head").write_text("a file")
+    status, err, out = train("--cache-features", tmp_path / "features", *options)
+    assert status == 2 and name in err and err.count("\n") == 1, err
+    assert not (tmp_path / "features").exists() and not out.is_dir()
 
 
 def test_what_was_learnt_is_saved_before_an_evaluation_which_a_resume_makes_up_for(train, monkeypatch):

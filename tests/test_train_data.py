@@ -74,11 +74,11 @@ def turns(*texts):
 @pytest.mark.parametrize("template", [None, "vicuna", "llama2", "mixtral"])
 def test_the_mask_is_what_the_target_would_say_after_each_prompt(checkpoint, template):
     tokenizer = Tokenizer.from_pretrained(checkpoint, chat_template=template)
-    (ids, learnt), = examples_of(tokenizer, chat_of({"messages": DIALOGUE}), 512)
+    (ids, loss_mask), = examples_of(tokenizer, chat_of({"messages": DIALOGUE}), 512)
     runs, n = [], 0
     while n < len(ids):
-        end = next((i for i in range(n, len(ids)) if learnt[i] != learnt[n]), len(ids))
-        runs.append((learnt[n], n, end))
+        end = next((i for i in range(n, len(ids)) if loss_mask[i] != loss_mask[n]), len(ids))
+        runs.append((loss_mask[n], n, end))
         n = end
     answers = [(begin, end) for said, begin, end in runs if said]
     assert len(answers) == 2
@@ -121,8 +121,8 @@ def test_an_answer_cut_at_the_length_limit_is_learnt_as_it_is_and_not_to_end_the
     entry = {"messages": turns("the fox", "jumps", "q", text), "finish_reason": "length"}
     texts, _, dialogues = read([entry], template)
     prompt = tokenizers[template].apply_chat_template(turns("the fox", "jumps", "q"))
-    tokens, learnt = dialogues[-1].tokens.tolist(), dialogues[-1].loss_mask.tolist()
-    assert tokens[:len(prompt)] == prompt and all(learnt[len(prompt):])
+    tokens, loss_mask = dialogues[-1].tokens.tolist(), dialogues[-1].loss_mask.tolist()
+    assert tokens[:len(prompt)] == prompt and all(loss_mask[len(prompt):])
     assert texts[-1][1].endswith(said) and tokens[-1] not in tokenizers[template].stop_ids
 
 
@@ -190,7 +190,7 @@ def test_work_grows_with_the_length_of_a_dialogue_and_not_with_its_square(tokeni
     monkeypatch.setattr(Tokenizer, "encode",
                         lambda self, text, **k: encoded.append(len(text)) or encode(self, text, **k))
     messages = turns(*["the quick brown fox jumps over the lazy dog"] * 80)
-    (tokens, learnt), = examples_of(tok, chat_of({"messages": messages}), 10 ** 6)
+    (tokens, loss_mask), = examples_of(tok, chat_of({"messages": messages}), 10 ** 6)
     whole = tok.render_chat(messages, False)
     assert tokens == encode(tok, whole) and sum(encoded) < 5 * len(whole)
     renders = []
