@@ -11,32 +11,13 @@ with EAGLE-2). Everything is on the device and of static shape. A branch without
 
 Shapes: B batch, N tree nodes including the root, C length of the branch, S cache slots.
 """
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draft_tree import Draft, visible
+from draft_tree import Copied, Draft, visible
 
 N_GRAM = 3      # tokens that are looked up; where they do not occur, one less
-
-
-class Copied(NamedTuple):
-    """What acceptance must know of a copied branch. N counts its nodes too."""
-    found_nothing: Tensor   # [B, N] bool: nodes of a branch without a match
-    is_idle: Tensor         # [B, N] bool: these, and the branch's first node where it has the token of a head's child
-    twin: Tensor            # [B, N] bool: that child
-
-    def decide(self, is_wrong: Tensor) -> Tensor:
-        """is_wrong [B, N] of a sampled acceptance. Of two children with one token the copied one carries the decision.
-
-        A rule that is fixed before anything is drawn keeps the distribution; to take the deeper branch would not.
-        """
-        has_twin = self.twin.any(1, keepdim=True)
-        first = self.is_idle & ~self.found_nothing
-        of_twin = (is_wrong | ~self.twin).all(1, keepdim=True)
-        return torch.where(first & has_twin, of_twin, is_wrong | self.found_nothing | self.twin)
 
 
 class CopyBranch:
@@ -85,18 +66,19 @@ class CopyBranch:
         index = start + 1 + self.ahead % (pos - start).clamp(min=1)
         return self.history.gather(1, index + N_GRAM - 1).clamp(min=0), found
 
-    def graft(self, draft: Draft, pos: Tensor, n_slot: int) -> tuple[Draft, Copied]:
+    def graft(self, draft: Draft, pos: Tensor, n_slot: int) -> Draft:
         """The draft with the branch behind its nodes."""
         tokens, found = self.lookup(pos, n_slot)
         B, N, C = len(pos), self.n_node, self.length
         blind = draft.seen.new_full((B, N, C), -torch.inf)
         seen = torch.cat((draft.seen[:, :, :-1], blind, draft.seen[:, :, -1:]), dim=2)
-        grafted = Draft(torch.cat((draft.tokens, tokens), 1), torch.cat((draft.parents, self.parents.expand(B, -1)), 1),
-                        torch.cat((draft.depths, (self.ahead + 1).expand(B, -1)), 1),
-                        torch.cat((seen, self.seen.expand(B, -1, -1)), 1), draft.probs)
+        all_tokens = torch.cat((draft.tokens, tokens), 1)
         nothing = F.pad((~found).expand(-1, C), (N, 0), value=False)
         is_child = F.pad(draft.parents[:, 1:] == 0, (1, C), value=False)
-        twin = is_child & (grafted.tokens == tokens[:, :1]) & found
+        twin = is_child & (all_tokens == tokens[:, :1]) & found
         twin = twin & (twin.cumsum(1) == 1)
         first = F.pad(twin.any(1, keepdim=True), (N, C - 1), value=False)
-        return grafted, Copied(nothing, nothing | first, twin)
+        return Draft(all_tokens, torch.cat((draft.parents, self.parents.expand(B, -1)), 1),
+                     torch.cat((draft.depths, (self.ahead + 1).expand(B, -1)), 1),
+                     torch.cat((seen, self.seen.expand(B, -1, -1)), 1), draft.probs,
+                     Copied(nothing, nothing | first, twin))

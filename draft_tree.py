@@ -27,6 +27,23 @@ from model import rope_cos_sin
 from sampling import Sampling, logits_to_probs, race
 
 
+class Copied(NamedTuple):
+    """What acceptance must know of a copied branch. N counts its nodes too."""
+    found_nothing: Tensor   # [B, N] bool: nodes of a branch without a match
+    is_idle: Tensor         # [B, N] bool: these, and the branch's first node where it has the token of a head's child
+    twin: Tensor            # [B, N] bool: that child
+
+    def decide(self, is_wrong: Tensor) -> Tensor:
+        """is_wrong [B, N] of a sampled acceptance. Of two children with one token the copied one carries the decision.
+
+        A rule that is fixed before anything is drawn keeps the distribution; to take the deeper branch would not.
+        """
+        has_twin = self.twin.any(1, keepdim=True)
+        first = self.is_idle & ~self.found_nothing
+        of_twin = (is_wrong | ~self.twin).all(1, keepdim=True)
+        return torch.where(first & has_twin, of_twin, is_wrong | self.found_nothing | self.twin)
+
+
 class Draft(NamedTuple):
     """A tree of drafts. Node 0 is the root: the last token that is decided. Nodes are ordered by depth, so a parent
     stands before its children."""
@@ -35,6 +52,7 @@ class Draft(NamedTuple):
     depths: Tensor          # [B, N], 0 for the root
     seen: Tensor            # [B, N, N + 2] what each node sees of the tree, in the form of `visible`
     probs: Tensor | None    # [B, E + 1, Vd] fp32: the distributions that children were drawn from, the root's first
+    copied: Copied | None = None    # of a copied branch, whose nodes are the last ones
 
     @property
     def ancestors(self) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copy_branch import Copied, CopyBranch
+from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
                         draft_static, plan_dynamic, plan_static, room_of, shown_columns)
 from eagle_head import EagleHead
@@ -29,9 +29,9 @@ class Accepted(NamedTuple):
     bonus: Tensor       # [B, 1] the target's own token after the last accepted one
 
 
-def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan,
-                  copied: Copied | None = None) -> Accepted:
+def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan) -> Accepted:
     """A node is accepted if its token is the likeliest after its parent. logits [B, N, V]."""
+    copied = draft.copied
     if isinstance(plan, DynamicPlan) or copied is not None:
         token = next_tokens(logits, Sampling())
         is_wrong = draft.tokens != token.gather(1, draft.parents)
@@ -45,15 +45,14 @@ def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan,
     return Accepted(path, n_accepted, next_tokens(logits[plan.row, last], Sampling()))
 
 
-def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, sampling: Sampling,
-                     copied: Copied | None = None) -> Accepted:
+def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, sampling: Sampling) -> Accepted:
     """Draw the target's token at every node and step into the child that carries it. logits [B, N, V].
 
     Every token of the result is a draw from the target's own distribution, so the output is lossless. One uniform
     number a node decides which child is drawn, if any. The token itself is drawn at the last node only, from the tokens
     that none of its children has.
     """
-    tokens, parents = draft.tokens, draft.parents
+    tokens, parents, copied = draft.tokens, draft.parents, draft.copied
     probs = logits_to_probs(logits, *sampling)                                          # [B, N, V]
     mass = probs[plan.row, parents, tokens]                                             # [B, N] of each node's token
     if copied is not None:
@@ -70,8 +69,7 @@ def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPla
     return Accepted(path, n_accepted, draw_rest(p.scatter_add(1, x, -of_children), p))
 
 
-def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sampling, head: EagleHead,
-                   copied: Copied | None = None) -> Accepted:
+def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sampling, head: EagleHead) -> Accepted:
     """Multi-round speculative sampling [1, algorithm 1] over children drawn without replacement from draft.probs.
 
     Child x is accepted with probability min(1, p(x) / q(x)). If it is rejected, p becomes norm(max(0, p - q)), and q
@@ -84,6 +82,7 @@ def accept_sampled(logits: Tensor, draft: Draft, plan: StaticPlan, sampling: Sam
     A copied child is one more proposal, after all drawn ones, with q = 1 at its token: accepted with probability p(x).
     """
     assert draft.probs is not None
+    copied = draft.copied
     P = logits_to_probs(logits[:, plan.expanded], *sampling)                            # [B, E + 1, V]
     Q = head.to_target_probs(draft.probs.nan_to_num(0.0))
     x = draft.tokens[:, plan.children]                                                  # [B, E + 1, R]
@@ -231,11 +230,11 @@ class EagleStep:
         """One target pass. It reads n_slot slots of the caches: at least pos + tree.n_room of every row."""
         # A finished row may be at the end of the cache. It goes on where the tree still fits.
         self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.n_room)
-        draft, copied = self.grow(self.ingest(n_slot), n_slot), None
+        draft = self.grow(self.ingest(n_slot), n_slot)
         if self.branch is not None:
-            draft, copied = self.branch.graft(draft, self.pos, n_slot)
+            draft = self.branch.graft(draft, self.pos, n_slot)
         logits, features = self.verify(draft, n_slot)
-        self.commit(draft, features, self.accept(logits, draft, copied))
+        self.commit(draft, features, self.accept(logits, draft))
 
     def ingest(self, n_slot: int) -> Tensor:
         """Run the head over the pending pairs. The last one's output [B, 1, dim] drafts the root's children."""
@@ -256,12 +255,12 @@ class EagleStep:
         bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
         return self.model(draft.tokens, self.pos + draft.depths, slots, bias, self.head.capture)
 
-    def accept(self, logits: Tensor, draft: Draft, copied: Copied | None = None) -> Accepted:
+    def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if self.draw_drafts and isinstance(self.plan, StaticPlan):
-            return accept_sampled(logits, draft, self.plan, self.sampling, self.head, copied)
+            return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
         if self.sampling.temperature > 0:
-            return accept_likeliest(logits, draft, self.plan, self.sampling, copied)
-        return accept_greedy(logits, draft, self.plan, copied)
+            return accept_likeliest(logits, draft, self.plan, self.sampling)
+        return accept_greedy(logits, draft, self.plan)
 
     def commit(self, draft: Draft, features: Tensor, accepted: Accepted) -> None:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""

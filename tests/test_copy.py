@@ -199,16 +199,16 @@ def test_a_token_that_head_and_copy_both_draft_leads_into_the_copied_branch(smal
         for x in range(V) if not draw_drafts else (0, 5):
             step = EagleStep(target, head, tree, 1, T1, draw_drafts, 3)
             step.prefill([[3, 11, x, 6, 3, 11]])
-            draft, copied = step.branch.graft(step.grow(step.ingest(32), 32), step.pos, 32)
+            draft = step.branch.graft(step.grow(step.ingest(32), 32), step.pos, 32)
             has_twin = bool((draft.tokens[0, 1:tree.n_node] == x).any())
-            assert bool(copied.twin.any()) == has_twin == bool(copied.is_idle.any())
+            assert bool(draft.copied.twin.any()) == has_twin == bool(draft.copied.is_idle.any())
             if not has_twin:
                 continue
             used += 1
             logits = torch.full((1, tree.n_node + 3, V), -20.0)
             for node, token in ((0, x), (tree.n_node, 6), (tree.n_node + 1, 3), (tree.n_node + 2, 0)):
                 logits[0, node, token] = 20.0       # the target goes where the copy went
-            accepted = step.accept(logits, draft, copied)
+            accepted = step.accept(logits, draft)
             assert accepted.n_accepted.item() == 3 and accepted.bonus.item() == 0
             assert accepted.path[0, 1:4].tolist() == [tree.n_node, tree.n_node + 1, tree.n_node + 2]
         assert used
