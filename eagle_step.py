@@ -131,11 +131,11 @@ def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tupl
     """From the root, step into the child that is not wrong until there is none.
 
     is_wrong [B, N] judges each node as a child of its parent; the root's entry is ignored. At most one of several
-    siblings is right. Returns path [B, D + 1] and n_accepted [B, 1] (see Accepted), and the last node [B, 1].
+    siblings is right, but for a copied one with the same token as another (greedy decoding). Returns path [B, D + 1] and n_accepted [B, 1] (see Accepted), and the last node [B, 1].
     """
-    N, end = is_wrong.shape[1], plan.tree.depth + 1
+    N = is_wrong.shape[1]
     n_copy = N - plan.tree.n_node
-    end = max(end, n_copy + 1)
+    end = max(plan.tree.depth, n_copy) + 1
     above = draft.ancestors                                                             # [B, N, N]
     is_cut_off = (above[:, :, 1:] & is_wrong[:, None, 1:]).any(-1)
     if n_copy:
