@@ -131,7 +131,8 @@ def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tupl
     """From the root, step into the child that is not wrong until there is none.
 
     is_wrong [B, N] judges each node as a child of its parent; the root's entry is ignored. At most one of several
-    siblings is right, but for a copied one with the same token as another (greedy decoding). Returns path [B, D + 1] and n_accepted [B, 1] (see Accepted), and the last node [B, 1].
+    siblings is right, but for a copied one with the same token as another (greedy decoding). Returns path [B, D + 1]
+    and n_accepted [B, 1] (see Accepted), and the last node [B, 1].
     """
     N = is_wrong.shape[1]
     n_copy = N - plan.tree.n_node
