@@ -26,6 +26,7 @@ QUESTIONS = [{"question_id": 7, "category": "math", "turns": ["the fox", "and th
              {"question_id": 9, "category": "math", "turns": ["dogs sleep", "for the day"]}]
 ROOT = Path(__file__).resolve().parent.parent
 README, DOC = ROOT / "README.md", ROOT / "docs/evaluation.md"
+COPYING = ROOT / "benchmarks/copying.jsonl"
 ARMS = ["plain", "eagle-chain-3", "eagle-static"]
 
 
@@ -613,6 +614,25 @@ def test_questions_are_read_however_the_file_is_written(tmp_path):
     for text in (plain, "\ufeff" + plain + "\r\n", f"[{plain}]", "\ufeff[\n" + plain + "\n]"):
         file.write_bytes(text.encode())
         assert [q["turns"] for q in evaluate.read_questions(str(file))] == [turns]
+
+
+def test_the_copying_questions_are_24_of_4_kinds():
+    questions = evaluate.read_questions(str(COPYING))
+    kinds = [q["category"] for q in questions]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(("shorten", "code", "passage", "convert"), 6)
+    assert len({q["question_id"] for q in questions}) == 24
+    assert len({turn for q in questions for turn in q["turns"]}) == sum(len(q["turns"]) for q in questions)
+    assert COPYING.stat().st_size < 60_000
+
+
+def test_the_copying_questions_leave_room_for_their_answers(demo_folder):
+    """All turns, each answered with 256 tokens, fit a context of 2048 of the demo model."""
+    tokenizer = Tokenizer.from_pretrained(demo_folder)
+    for question in evaluate.read_questions(str(COPYING)):
+        messages = [{"role": "user", "content": turn} for turn in question["turns"]]
+        talk = [m for message in messages for m in (message, {"role": "assistant", "content": ""})][:-1]
+        n = len(tokenizer.apply_chat_template(talk)) + 256 * len(messages)
+        assert n <= 2048, f"question {question['question_id']} comes to {n} tokens"
 
 
 def test_a_limit_takes_the_first_of_each_category_then_the_second():
