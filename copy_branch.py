@@ -2,8 +2,9 @@
 
     branch = CopyBranch(length=5, n_node=26, batch_size=1, n_slot=2048, device=device, dtype=dtype)
     branch.begin([prompt_ids])
-    draft = branch.graft(draft, pos, n_slot)        # the tree and one chain more, below the root
-    branch.extend(pos, tokens)                      # tokens that follow the one at pos
+    branch.look_up(pos, n_slot)         # branch.found [B, 1]: whether there is something to copy
+    draft = branch.graft(draft)         # the tree and one chain more, below the root
+    branch.extend(pos, tokens)          # tokens that follow the one at pos
 
 The last three or two tokens are looked up in everything said so far, prompt and answer. The tokens that followed them
 the last time become a chain of drafts (Saxena, prompt lookup decoding, 2023; SAM-Decoding, arXiv 2411.10666, joins it
@@ -24,17 +25,24 @@ class CopyBranch:
     """The tokens of each row by position, and the chain that they give.
 
     `history` [B, N_GRAM + S + C] holds the token of position p in column N_GRAM - 1 + p, and -1 where there is none.
+    `tokens` [B, C] are the chain below the root, `found` [B, 1] says whether there is one.
     """
 
     def __init__(self, length: int, n_node: int, batch_size: int, n_slot: int, device: torch.device,
                  dtype: torch.dtype):
         self.length, self.n_node = length, n_node
         self.history = torch.full((batch_size, N_GRAM + n_slot + length), -1, device=device)
+        self.tokens = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+        self.found = torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
         self.ahead = torch.arange(length, device=device)[None]
         self.parents = torch.tensor([[0, *range(n_node, n_node + length - 1)]], device=device)
         chain = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         root = F.pad(torch.ones(length, 1, dtype=torch.bool, device=device), (0, n_node - 1))
         self.seen = visible(torch.cat((root, chain), dim=1)[None], dtype)       # [1, C, N + C + 2]
+
+    @property
+    def state(self) -> list[Tensor]:
+        return [self.history, self.tokens, self.found]
 
     def begin(self, prompts: list[list[int]]) -> None:
         """Forget everything and take in whole prompts, those tokens too that are in the caches already."""
@@ -47,8 +55,8 @@ class CopyBranch:
         place = pos + N_GRAM + torch.arange(tokens.shape[1], device=pos.device)
         self.history.scatter_(1, place.clamp(max=self.history.shape[1] - 1), tokens)
 
-    def lookup(self, pos: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
-        """What followed the tokens up to pos [B, 1] the last time: tokens [B, C], and whether there was one [B, 1].
+    def look_up(self, pos: Tensor, n_slot: int) -> None:
+        """What followed the tokens up to pos [B, 1] the last time, within the first n_slot positions.
 
         The longest match wins, then the latest. If the copy reaches pos, it goes on in itself, as a loop would.
         """
@@ -61,24 +69,23 @@ class CopyBranch:
             if k > 0:
                 score = torch.where(matches, place + k * n_slot, score)
         best = score.amax(1, keepdim=True)
-        found = best >= 0
-        start = torch.where(found, best % n_slot, 0)
+        self.found.copy_(best >= 0)
+        start = torch.where(self.found, best % n_slot, 0)
         index = start + 1 + self.ahead % (pos - start).clamp(min=1)
-        return self.history.gather(1, index + N_GRAM - 1).clamp(min=0), found
+        self.tokens.copy_(self.history.gather(1, index + N_GRAM - 1).clamp(min=0))
 
-    def graft(self, draft: Draft, pos: Tensor, n_slot: int) -> Draft:
+    def graft(self, draft: Draft) -> Draft:
         """The draft with the branch behind its nodes."""
-        tokens, found = self.lookup(pos, n_slot)
-        B, N, C = len(pos), self.n_node, self.length
+        B, N, C = len(self.tokens), self.n_node, self.length
         blind = draft.seen.new_full((B, N, C), -torch.inf)
         seen = torch.cat((draft.seen[:, :, :-1], blind, draft.seen[:, :, -1:]), dim=2)
-        all_tokens = torch.cat((draft.tokens, tokens), 1)
-        nothing = F.pad((~found).expand(-1, C), (N, 0), value=False)
+        tokens = torch.cat((draft.tokens, self.tokens), 1)
+        nothing = F.pad((~self.found).expand(-1, C), (N, 0), value=False)
         is_child = F.pad(draft.parents[:, 1:] == 0, (1, C), value=False)
-        twin = is_child & (all_tokens == tokens[:, :1]) & found
+        twin = is_child & (tokens == self.tokens[:, :1]) & self.found
         twin = twin & (twin.cumsum(1) == 1)
         first = F.pad(twin.any(1, keepdim=True), (N, C - 1), value=False)
-        return Draft(all_tokens, torch.cat((draft.parents, self.parents.expand(B, -1)), 1),
+        return Draft(tokens, torch.cat((draft.parents, self.parents.expand(B, -1)), 1),
                      torch.cat((draft.depths, (self.ahead + 1).expand(B, -1)), 1),
                      torch.cat((seen, self.seen.expand(B, -1, -1)), 1), draft.probs,
                      Copied(nothing, nothing | first, twin))

@@ -12,17 +12,20 @@ Shapes: B batch, S cache slots.
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from draft_tree import Tree, load_tree, room_of
+from draft_tree import StaticTree, Tree, load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, trace
 from sampling import NOT_FINITE, Sampling, next_tokens
+
+Kind = Literal["plain", "tree", "copy"]     # of a step: one token a row, a tree of drafts, a copied branch beside it
 
 # stop(prompt) returns a function that is given the new tokens one by one and says whether the answer ends here.
 Stop = Callable[[list[int]], Callable[[int], bool]]
@@ -34,32 +37,43 @@ class Generation:
     tokens: list[list[int]]             # new tokens only, the stop token among them
     accept_lengths: list[list[int]]     # tokens produced by each decode step of a row, before any cut by a stop
     finish_reason: list[str]            # "stop" or "length"
-    target_passes: int = 0              # decode steps
     timings: dict[str, float] = field(default_factory=dict)  # compile_seconds, prefill_seconds, decode_seconds
+    copied: list[list[int]] = field(default_factory=list)   # drafts of each step that were copied: all of them or none
+    kinds: list["Kind"] = field(default_factory=list)       # of each decode step
+
+    @property
+    def target_passes(self) -> int:
+        """Decode steps. The first token comes from the prefill."""
+        return len(self.kinds)
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over decode seconds, which leave out prefill, compilation and warm-up."""
-        return sum(map(len, self.tokens)) / self.timings["decode_seconds"]
+        """New tokens of all rows over decode seconds, which leave out prefill, compilation and warm-up.
+
+        0 if the prefill's token was the only one.
+        """
+        return sum(map(len, self.tokens)) / self.timings["decode_seconds"] if self.target_passes else 0.0
 
     @property
     def mean_accept_length(self) -> float:
-        """Tokens per target pass and row, bonus token included: all tokens over all passes."""
+        """Tokens per target pass and row, bonus token included: all tokens over all passes. 0 without a pass."""
         lengths = [n for row in self.accept_lengths for n in row]
-        return sum(lengths) / len(lengths)
+        return sum(lengths) / max(len(lengths), 1)
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, head: EagleHead | None = None,
-             tree: Tree | str = "static", copy: int = 0, draw_drafts: bool | None = None, temperature: float = 0.0,
+             tree: Tree | str = "static", copy: int | None = None, draw_drafts: bool | None = None, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
              stop_ids: Iterable[int] = (), stop: Stop | None = None, compile: bool = False,
              max_seq_length: int | None = None,
              on_tokens: Callable[[int, list[int], int], None] | None = None) -> Generation:
     """Continue a batch of prompts, given as token ids, by at most max_new_tokens each. With a head, EAGLE is used.
 
+    With `copy` and no head, it is prompt lookup decoding.
+
     At temperature 0 every row gets what it would get alone, and the same with a head as without (exactly in fp32).
 
-    copy       length of a branch of drafts copied from the text so far, beside the tree; 0 is none
+    copy       length of a branch of drafts copied from the text so far; 0 is none (default: the tree's n_copy, else 0)
     seed       makes the draws repeatable; without it torch's generator is used as it is
     stop_ids   a row ends with its first token that is among these
     stop       another way to end a row (see Stop; chat.StopTexts is one)
@@ -71,18 +85,27 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     Raises ValueError for options out of range, for a prompt that is empty, leaves no room in the context or holds a
     token beyond the vocabulary, and for logits that are not finite (fp16 overflows in some models).
     """
-    tree = load_tree(tree) if isinstance(tree, str) else tree
+    drafted = tree_of(tree, copy, head)
     check_limit(max_new_tokens)
     if max_seq_length is None:
-        room = room_of(tree, copy) if head is not None else 0
+        room = 0 if drafted is None else drafted.n_room
         max_seq_length = slots_for(max(map(len, prompts), default=0) + max_new_tokens + room, model)
     check_prompts(prompts, max_seq_length, model.config.vocab_size)
     with restored_caches(model, head):
         setup_caches(model, head, len(prompts), max_seq_length)
         decoder = Decoder(model, len(prompts), Sampling(temperature, top_k, top_p), compile=compile, head=head,
-                          tree=tree, draw_drafts=draw_drafts, copy=copy)
+                          tree=drafted, draw_drafts=draw_drafts)
         decoder.can_trace = False   # a trace hardly pays in one call, and torch never frees it
         return decoder.generate(prompts, max_new_tokens, seed=seed, stop_ids=stop_ids, stop=stop, on_tokens=on_tokens)
+
+
+def tree_of(tree: Tree | str, copy: int | None, head: EagleHead | None) -> Tree | None:
+    """What a step drafts: the tree with a copied branch of `copy` nodes, without a head the branch alone, or None."""
+    if head is None:
+        return replace(StaticTree.root(), n_copy=copy) if copy else None
+    if isinstance(tree, str):
+        return load_tree(tree, copy)
+    return tree if copy is None else replace(tree, n_copy=copy)
 
 
 def check_limit(max_new_tokens: int) -> None:
@@ -134,26 +157,36 @@ class PlainStep:
     """One target pass, one token a row.
 
     Reads `tokens` [B, 1], the last token of each row, at position `pos` [B, 1]. Writes the next ones into the same
-    memory, where a replayed graph finds them. The host reads `produced` [B, 1].
+    memory, where a replayed graph finds them. The host reads `report` [B, 3]: the new token, as EagleStep's with no
+    copies.
     """
 
     def __init__(self, model: Transformer, tokens: Tensor, pos: Tensor, sampling: Sampling):
         self.model, self.tokens, self.pos, self.sampling = model, tokens, pos, sampling
-        self.produced = torch.zeros_like(tokens)
+        self.report = torch.zeros_like(tokens).repeat(1, 3)
+
+    @property
+    def produced(self) -> Tensor:
+        return self.report[:, :1]
 
     @property
     def state(self) -> list[Tensor]:
         return [self.tokens, self.pos]
 
     def prefill(self, prompts: list[list[int]], n_cached: int = 0) -> None:
-        self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
-        self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
-        for _ in prefill(self.model, prompts, n_cached):
-            pass
+        """Fill the cache with the prompts, whose first n_cached tokens are in it already, and produce a token each."""
+        length = torch.tensor([[len(prompt)] for prompt in prompts], device=self.pos.device)
+        hidden = None
+        for chunk in prefill(self.model, prompts, n_cached):
+            hidden = chunk.at(length - 1, chunk.hidden, hidden)
+        self.pos.copy_(length - 1)
+        self.finish(self.model.output(hidden))
 
     def __call__(self, n_slot: int) -> None:
         """One step that reads the first n_slot cache slots."""
-        logits, _ = self.model(self.tokens, self.pos, mask=causal_mask(self.pos, n_slot))
+        self.finish(self.model(self.tokens, self.pos, mask=causal_mask(self.pos, n_slot))[0])
+
+    def finish(self, logits: Tensor) -> None:
         self.produced.copy_(next_tokens(logits, self.sampling))
         self.tokens.copy_(self.produced.clamp(min=0))   # NOT_FINITE has no embedding; decoding ends with this step
         self.pos.add_(1).clamp_(max=self.model.kv_cache.shape[4] - 1)  # a finished row stays at the last slot
@@ -169,24 +202,23 @@ class Decoder:
     TRACE_FROM: int = 64    # new tokens from which a trace, which takes a quarter of a second, pays
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
-                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None,
-                 copy: int = 0):
+                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):
+        """tree: what EAGLE steps draft, see `tree_of`. Default: with a head the paper's static tree, else nothing."""
         sampling.check()
         check_caches(model, head, batch_size)
         self.model, self.head, self.compile = model, head, compile
         self.caches = {module: module.kv_cache for module in (model, head) if module is not None}
         self.eagle, device = None, model.inv_freq.device
-        if head is not None:
-            self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts,
-                                   copy)
+        if head is not None or tree is not None:
+            self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts)
             tokens, pos = self.eagle.tokens, self.eagle.pos     # shared: plain steps go on where EAGLE's end
         else:
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
             pos = torch.zeros_like(tokens)
         self.plain = PlainStep(model, tokens, pos, sampling)
         self.n_slot = model.kv_cache.shape[4]
-        self.graphs: dict[tuple[bool, int], torch.cuda.CUDAGraph | None] = {}   # by (is EAGLE, slots read)
-        self.traces: dict[bool, Callable[[int], None]] = {}                     # by is EAGLE: take any number of slots
+        self.graphs: dict[tuple[Kind, int], torch.cuda.CUDAGraph | None] = {}   # by kind of step and slots read
+        self.traces: dict[Kind, Callable[[int], None]] = {}                     # each takes any number of slots
         self.can_trace = not compile and can_trace(model)
         is_cuda = device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if is_cuda else None     # shared: graphs never run side by side
@@ -202,8 +234,8 @@ class Decoder:
                  on_tokens: Callable[[int, list[int], int], None] | None = None, n_cached: int = 0) -> Generation:
         """The function `generate` for as many prompts as the decoder has rows.
 
-        The first n_cached tokens of every prompt are in the caches already, from the last call. No other decoder of
-        the same caches may have run since.
+        The first token comes from the prefill. The first n_cached tokens of every prompt are in the caches already, from
+        the last call. No other decoder of the same caches may have run since.
         """
         check_limit(max_new_tokens)
         check_prompts(prompts, self.n_slot, self.model.config.vocab_size)
@@ -224,33 +256,17 @@ class Decoder:
                   n_cached: int) -> Generation:
         ends = [stop(prompt) if stop is not None else lambda token: False for prompt in prompts]
         limits = [min(max_new_tokens, self.n_slot - len(prompt)) for prompt in prompts]
-        result = Generation([[] for _ in prompts], [[] for _ in prompts], ["length"] * len(prompts))
-        running = {row for row, limit in enumerate(limits) if limit > 0}
+        result = Generation([[] for _ in prompts], [[] for _ in prompts], ["length"] * len(prompts),
+                            copied=[[] for _ in prompts])
+        running = set(range(len(prompts)))
 
-        start = self._clock()
-        with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
-            # Not compiled: prompts have many lengths, and each would be one more compilation.
-            (self.eagle or self.plain).prefill(prompts, min(n_cached, self.n_ingested) if self.eagle else n_cached)
-        self.n_ingested = len(prompts[0]) - 1
-        prefilled = self._clock()
-        self.warm_up(list(map(len, prompts)), max_new_tokens)
-        if seed is not None:
-            torch.manual_seed(seed)
-        warm = self._clock()
-
-        eagle = self.eagle is not None
-        while running:
-            longest = max(len(prompts[row]) + len(result.tokens[row]) for row in running)
-            eagle = eagle and self._tree_fits(longest)  # once the tree no longer fits, plain steps to the end
-            n_ingested = len(prompts[0]) + len(result.tokens[0]) - 1
-            produced = self.run(eagle, longest)
+        def take(produced: Tensor, is_step: bool = True) -> bool:
+            """Append what a step produced. Returns whether a row that goes on has something to copy."""
             if torch.distributed.is_initialized():
                 import tp   # not needed by one process alone
                 tp.check_ranks(produced)
-            if eagle and 0 in running:
-                self.n_ingested = n_ingested
-            result.target_passes += 1
-            for row, ids in enumerate(produced.tolist()):  # sync: one a step, to stream and to stop
+            copies = False
+            for row, (*ids, n_copied, can_copy) in enumerate(produced.tolist()):  # sync: one a step, to stream and stop
                 if row not in running:
                     continue
                 if ids[0] == NOT_FINITE:
@@ -259,7 +275,9 @@ class Decoder:
                         cache.zero_()
                     raise ValueError(not_finite(self.model.norm.weight.dtype, row, len(result.tokens[row])))
                 ids = [i for i in ids if i >= 0]
-                result.accept_lengths[row].append(len(ids))
+                if is_step:
+                    result.accept_lengths[row].append(len(ids))
+                    result.copied[row].append(n_copied)
                 kept = ids[:limits[row] - len(result.tokens[row])]
                 end = next((n for n, i in enumerate(kept, start=1) if i in stop_ids or ends[row](i)), None)
                 if end is not None:
@@ -267,70 +285,107 @@ class Decoder:
                 result.tokens[row] += kept
                 if end is not None or len(result.tokens[row]) == limits[row]:
                     running.discard(row)
+                copies |= row in running and can_copy > 0
                 if on_tokens is not None:
                     on_tokens(row, kept, len(ids) - 1)
-        result.timings = {"prefill_seconds": prefilled - start, "compile_seconds": warm - prefilled,
-                          "decode_seconds": self._clock() - warm}
+            return copies
+
+        start = self._clock()
+        self.warm_up(list(map(len, prompts)), max_new_tokens)
+        if seed is not None:
+            torch.manual_seed(seed)
+        warm = self._clock()
+        step = self.plain if self.eagle is None else self.eagle
+        with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
+            # Not compiled: prompts have many lengths, and each would be one more compilation.
+            step.prefill(prompts, min(n_cached, self.n_ingested + 1) if self.eagle else n_cached)
+        self.n_ingested = len(prompts[0])
+        copies = take(step.report, is_step=False)
+        prefilled = self._clock()
+
+        drafts = self.eagle is not None
+        while running:
+            longest = max(len(prompts[row]) + len(result.tokens[row]) for row in running)
+            drafts = drafts and self._tree_fits(longest)    # once the tree no longer fits, plain steps to the end
+            result.kinds.append("plain" if not drafts else "copy" if copies else "tree")
+            copies = take(self.run(result.kinds[-1], longest))
+            if drafts:
+                self.n_ingested = len(prompts[0]) + len(result.tokens[0]) - 1
+        result.timings = {"prefill_seconds": prefilled - warm, "compile_seconds": warm - start,
+                          "decode_seconds": self._clock() - prefilled}
         return result
 
-    def run(self, eagle: bool, length: int) -> Tensor:
+    def run(self, kind: Kind, length: int) -> Tensor:
         """One step for rows of up to `length` tokens, root included: replayed if it was recorded, else called."""
-        step = self._step(eagle)
-        n_slot = self._n_slot(eagle, length)
-        graph = self.graphs.get((eagle, n_slot))
+        n_slot = self._n_slot(kind, length)
+        graph = self.graphs.get((kind, n_slot))
         if graph is not None:
             graph.replay()
+        elif kind in self.traces:
+            self.traces[kind](n_slot)
         else:
-            self.traces.get(eagle, step)(n_slot)
-        return step.produced
+            self._call(kind, n_slot)
+        return self._step(kind).report
 
     def warm_up(self, lengths: list[int], max_new_tokens: int) -> None:
-        """Compile and record the steps that prompts of these lengths will need. These calls change no result: the
-        slots that they write are written again."""
-        for eagle, n_slot in self.steps_ahead(lengths, max_new_tokens):
-            key = eagle, n_slot if self.compile else 0      # without graphs one call prepares all sizes
-            tracing = self.can_trace and max_new_tokens >= self.TRACE_FROM and eagle not in self.traces
-            if tracing or key not in self.graphs:
-                self.graphs[key] = self._record(eagle, n_slot, tracing)
+        """Compile and record the steps that prompts of these lengths will need.
 
-    def steps_ahead(self, lengths: list[int], max_new_tokens: int) -> list[tuple[bool, int]]:
-        """(is EAGLE, slots read) of all steps that may come, at whatever step rows stop."""
-        first = last = longest = max(lengths)
-        if self.compile:    # without graphs one step prepares all
-            first, last = min(lengths), min(longest + max_new_tokens, self.n_slot) - 1
-        ahead = range(first, last + 1)
-        steps = [(True, self._n_slot(True, length)) for length in ahead if self._tree_fits(length)]
+        These calls write only slots that the prefill, or the steps after it, will write again.
+        """
+        for step in (self.plain, self.eagle):
+            if step is not None:
+                step.pos.copy_(torch.tensor(lengths)[:, None])
+        for kind, n_slot in self.steps_ahead(lengths, max_new_tokens):
+            key = kind, n_slot if self.compile else 0       # without graphs one call prepares all sizes
+            tracing = self.can_trace and max_new_tokens >= self.TRACE_FROM and kind not in self.traces
+            if tracing or key not in self.graphs:
+                self.graphs[key] = self._record(kind, n_slot, tracing)
+
+    def steps_ahead(self, lengths: list[int], max_new_tokens: int) -> list[tuple[Kind, int]]:
+        """(kind, slots read) of all steps that may come, at whatever step rows stop."""
+        shortest, longest = min(lengths) + 1, max(lengths) + 1      # with the prefill's token
+        end = min(longest + max_new_tokens - 1, self.n_slot)
+        # Without graphs one step prepares all sizes.
+        ahead = range(shortest if self.compile else longest, end if self.compile else min(longest + 1, end))
+        drafting: list[Kind] = ["tree", "copy"] if self.eagle is not None and self.eagle.branch is not None else ["tree"]
+        steps = [(kind, self._n_slot(kind, length)) for length in ahead if self._tree_fits(length) for kind in drafting]
         if not self._tree_fits(longest):
             steps = []      # a trial step would overwrite tokens of the prompt in the last slots
-        if not self._tree_fits(last):
-            steps += [(False, self._n_slot(False, length)) for length in ahead]
+        if len(ahead) and not self._tree_fits(ahead[-1]):
+            steps += [("plain", self._n_slot("plain", length)) for length in ahead]
         return list(dict.fromkeys(steps))
 
-    def _record(self, eagle: bool, n_slot: int, tracing: bool) -> "torch.cuda.CUDAGraph | None":
+    def _record(self, kind: Kind, n_slot: int, tracing: bool) -> "torch.cuda.CUDAGraph | None":
         """Capture, trace or just call the step. Its state stays as it was. Returns the CUDA graph, if there is one."""
-        step = self._step(eagle)
-        before = [tensor.clone() for tensor in step.state]
-        graph = None
+        step = self._step(kind)
+        before, graph = [tensor.clone() for tensor in step.state], None
         if self.compile and step.pos.is_cuda:
-            graph = capture(lambda: step(n_slot), self.pool, self.stream)
+            graph = capture(lambda: self._call(kind, n_slot), self.pool, self.stream)
         elif tracing:
-            self.traces[eagle] = trace(step, self.caches, [*step.state, step.produced], n_slot)
-            self.traces[eagle](n_slot)  # the first call prepares it
+            self.traces[kind] = trace(lambda n_slot: self._call(kind, n_slot), self.caches, [*step.state, step.report],
+                                      n_slot)
+            self.traces[kind](n_slot)   # the first call prepares it
         else:
-            step(n_slot)
+            self._call(kind, n_slot)
         for tensor, value in zip(step.state, before):
             tensor.copy_(value)
         return graph
 
-    def _step(self, eagle: bool) -> PlainStep | EagleStep:
-        return self.eagle if eagle and self.eagle is not None else self.plain
+    def _call(self, kind: Kind, n_slot: int) -> None:
+        if kind == "plain" or self.eagle is None:
+            self.plain(n_slot)
+        else:
+            self.eagle(n_slot, copies=kind == "copy")
+
+    def _step(self, kind: Kind) -> PlainStep | EagleStep:
+        return self.plain if kind == "plain" or self.eagle is None else self.eagle
 
     def _tree_fits(self, length: int) -> bool:
-        return self.eagle is not None and length - 1 + self.eagle.n_room <= self.n_slot
+        return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
 
-    def _n_slot(self, eagle: bool, length: int) -> int:
+    def _n_slot(self, kind: Kind, length: int) -> int:
         """Cache slots to read: one of few sizes if each is captured, else close to the length."""
-        used = length - 1 + (self.eagle.n_room if eagle and self.eagle is not None else 1)
+        used = length - 1 + (1 if kind == "plain" or self.eagle is None else self.eagle.tree.n_room)
         return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
 
     def _clock(self) -> float:

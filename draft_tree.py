@@ -74,6 +74,12 @@ class StaticTree:
     parents: tuple[int, ...]        # of N nodes; the root's is 0
     ranks: tuple[int, ...]          # of N nodes; the root's is 0
     depths: tuple[int, ...]
+    n_copy: int = 0                 # nodes of the copied branch beside it (copy_branch.py)
+
+    @classmethod
+    def root(cls) -> "StaticTree":
+        """No drafts of a head: the root alone. With a copied branch it is prompt lookup decoding."""
+        return cls((0,), (0,), (0,))
 
     @classmethod
     def from_paths(cls, paths: list[list[int]]) -> "StaticTree":
@@ -124,8 +130,8 @@ class StaticTree:
 
     @property
     def n_room(self) -> int:
-        """Cache slots that a step needs from the root's slot on."""
-        return self.n_node
+        """Cache slots that a step needs from the root's slot on, with those of the copied branch."""
+        return self.n_node + self.n_copy
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class DynamicTree:
     depth: int = 6
     n_child: int = 10
     n_node: int = 60
+    n_copy: int = 0     # nodes of the copied branch beside it (copy_branch.py)
     is_chain = False
 
     def __post_init__(self):
@@ -150,19 +157,23 @@ class DynamicTree:
 
     @property
     def n_room(self) -> int:
-        return max(self.n_node, self.n_expand)
+        return max(self.n_node + self.n_copy, self.n_expand)
 
 
 Tree = StaticTree | DynamicTree
 
 
-def room_of(tree: Tree, n_copy: int = 0) -> int:
-    """Cache slots that a step needs from the root's slot on, with a copied branch of n_copy nodes."""
-    return max(tree.n_room, tree.n_node + n_copy)
+def load_tree(spec: str, n_copy: int | None = None) -> Tree:
+    """"static", "chain", "chain:DEPTH", "dynamic", "dynamic:DEPTH,CHILDREN,NODES", or a JSON file of paths.
+
+    n_copy: length of the copied branch (default: the file's "copy", else none)
+    """
+    tree = named_tree(spec) or read_tree(Path(spec))
+    return tree if n_copy is None else replace(tree, n_copy=n_copy)
 
 
-def load_tree(spec: str) -> Tree:
-    """"static", "chain", "chain:DEPTH", "dynamic", "dynamic:DEPTH,CHILDREN,NODES", or a JSON file of paths."""
+def named_tree(spec: str) -> Tree | None:
+    """The tree of a name and its numbers; None for a name that is none of these."""
     kind, _, numbers = spec.partition(":")
     if kind in ("chain", "dynamic") and all(n.isdigit() for n in numbers.split(",") if numbers):
         values = [int(n) for n in numbers.split(",") if n]
@@ -170,16 +181,22 @@ def load_tree(spec: str) -> Tree:
             return DynamicTree(*values)
         if kind == "chain" and len(values) < 2 and all(values):
             return StaticTree.chain(*(values or [5]))
-    if spec == "static":
-        return StaticTree.paper()
-    file = Path(spec)
+    return StaticTree.paper() if spec == "static" else None
+
+
+def read_tree(file: Path) -> StaticTree:
+    """A JSON file: a list of paths, or {"paths": [...], "copy": N}, as scripts/tune_tree.py writes it."""
     if not file.is_file():
-        raise FileNotFoundError(f"tree {spec!r} is neither static, chain[:DEPTH] or dynamic[:DEPTH,CHILDREN,NODES], "
-                                "nor a JSON file of paths")
+        raise FileNotFoundError(f"tree {str(file)!r} is neither static, chain[:DEPTH] or "
+                                "dynamic[:DEPTH,CHILDREN,NODES], nor a JSON file of paths")
     refuse_lfs_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-        return StaticTree.from_paths(content["paths"] if isinstance(content, dict) else content)
+        content = content if isinstance(content, dict) else {"paths": content}
+        n_copy = content.get("copy", 0)
+        if type(n_copy) is not int or n_copy < 0:
+            raise ValueError(f'"copy" is {n_copy!r}, not a number of tokens')
+        return replace(StaticTree.from_paths(content["paths"]), n_copy=n_copy)
     except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} is not a tree: {error}") from None
 
@@ -218,8 +235,7 @@ class StaticPlan(NamedTuple):
     child_slot: Tensor  # [N] place of each node in `children`, flattened; 0 for the root
 
 
-def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: torch.dtype,
-                n_copy: int = 0) -> StaticPlan:
+def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> StaticPlan:
     def tensor(values: Sequence) -> Tensor:
         return torch.tensor(values, device=device)
 
@@ -243,7 +259,7 @@ def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: 
     children = [[n for n in nodes if n > 0 and tree.parents[n] == parent] for parent in expanded]
     filled = [of_one + of_one[:1] * (tree.n_child - len(of_one)) for of_one in children]
     slots = {n: e * tree.n_child + r for e, of_one in enumerate(children) for r, n in enumerate(of_one)}
-    row, order, is_later = common_plan(tree, batch_size, device, n_copy)
+    row, order, is_later = common_plan(tree, batch_size, device)
     return StaticPlan(
         tree=tree, row=row, order=order, is_later=is_later, parents=tensor(tree.parents)[None],
         depths=tensor(tree.depths)[None], seen=visible(ancestors, dtype),
@@ -254,12 +270,18 @@ def plan_static(tree: StaticTree, batch_size: int, device: torch.device, dtype: 
         child_slot=tensor([slots.get(n, 0) for n in nodes]))
 
 
-def common_plan(tree: Tree, batch_size: int, device: torch.device, n_copy: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields row, order and is_later of both kinds of plans, for a step with a copied branch of n_copy nodes."""
+def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields row, order and is_later of both kinds of plans. N counts the copied branch too."""
     row = torch.arange(batch_size, device=device)[:, None]
-    order = torch.arange(max(tree.n_room, tree.n_node + n_copy, tree.depth + 2, n_copy + 2), device=device)[None]
-    nodes = order[:, :tree.n_node + n_copy]
+    order = torch.arange(max(tree.n_room, tree.depth + 2, tree.n_copy + 2), device=device)[None]
+    nodes = order[:, :tree.n_node + tree.n_copy]
     return row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
+
+
+def draft_nothing(plan: StaticPlan, root: Tensor) -> Draft:
+    """The root [B, 1] alone."""
+    B = len(root)
+    return Draft(root, plan.parents.expand(B, -1), plan.depths.expand(B, -1), plan.seen.expand(B, -1, -1), None)
 
 
 def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor,
@@ -316,13 +338,12 @@ class DynamicPlan(NamedTuple):
     root_scores: Tensor # [B, 2] 0, the score of the root's path, and inf, so that the root is always kept
 
 
-def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype: torch.dtype,
-                 n_copy: int = 0) -> DynamicPlan:
+def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype: torch.dtype) -> DynamicPlan:
     R, E, N = tree.n_child, tree.n_expand, tree.n_node
     depths = [d for d in range(1, tree.depth) for _ in range(R)]
     first = [0] + [1 + (d > 1) * R + max(d - 2, 0) * R ** 2 for d in depths]
     origin = [[0, 0]] + [[e, d + 1] for e, d in enumerate([0, *depths]) for _ in range(R)]
-    row, order, is_later = common_plan(tree, batch_size, device, n_copy)
+    row, order, is_later = common_plan(tree, batch_size, device)
     return DynamicPlan(
         tree=tree, row=row, order=order, is_later=is_later, inner_depths=torch.tensor(depths, device=device).long() - 1,
         itself=visible(torch.eye(E, device=device)[None] > 0, dtype),

@@ -1,8 +1,8 @@
 """One EAGLE step: draft a tree, verify it in one pass of the target, accept a path, commit it.
 
     step = EagleStep(model, head, load_tree("static"), batch_size=1)
-    step.prefill([prompt_ids])
-    step(n_slot=256)                # step.produced [B, D + 1]: the new tokens, -1 where there are fewer
+    step.prefill([prompt_ids])      # step.produced [B, D + 1]: the first token, then -1
+    step(n_slot=256)                # step.produced: the new tokens, -1 where there are fewer
 
 Acceptance is lossless: greedy tokens are the target's own, sampled ones are drawn from its own distribution (EAGLE-1,
 arXiv 2401.15077, called [1]).
@@ -13,11 +13,11 @@ R children of a node, K key/value heads, S cache slots, V vocabulary, F width of
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
-                        draft_static, plan_dynamic, plan_static, room_of, shown_columns)
+                        draft_nothing, draft_static, plan_dynamic, plan_static, shown_columns)
 from eagle_head import EagleHead
 from model import Transformer, causal_mask, prefill
 from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
@@ -140,8 +140,9 @@ def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tupl
     above = draft.ancestors                                                             # [B, N, N]
     is_cut_off = (above[:, :, 1:] & is_wrong[:, None, 1:]).any(-1)
     if n_copy:
-        # The tree and the copied branch may both be right: the deepest node wins.
-        last = (draft.depths * N + plan.order[:, :N]).masked_fill(is_cut_off, 0).amax(1, keepdim=True) % N
+        # The tree and the copied branch may both be right: the deepest node wins, of equals the tree's.
+        depth_first = draft.depths * N + (N - 1 - plan.order[:, :N])
+        last = N - 1 - depth_first.masked_fill(is_cut_off, 0).amax(1, keepdim=True) % N
     else:
         # At most one node of each depth is reached, and deeper nodes have higher numbers.
         last = plan.order[:, :N].masked_fill(is_cut_off, 0).amax(1, keepdim=True)
@@ -157,14 +158,14 @@ def walk(draft: Draft, is_wrong: Tensor, plan: StaticPlan | DynamicPlan) -> tupl
 class EagleStep:
     """Draft, verify, accept and commit over static tensors without a host synchronisation: one CUDA graph or trace.
 
-    State between steps: the root `tokens` [B, 1], the last token decided, at position `pos` [B, 1]; and the pairs that
-    the head has not seen yet, `pair_tokens` [B, D + 1] with `pair_features` [B, D + 1, F]. The first n_pair [B, 1]
-    of them are real. The last real pair holds the root.
+    State between steps: the root `tokens` [B, 1], the last token decided, at position `pos` [B, 1]; the head's output
+    for it, `root_hidden` [B, 1, dim], which drafts the root's children; and what a copied branch holds. Without a head
+    there is only the branch: prompt lookup decoding. What the host reads after a step is one tensor, `report`.
     """
 
-    def __init__(self, model: Transformer, head: EagleHead, tree: Tree, batch_size: int,
-                 sampling: Sampling = Sampling(), draw_drafts: bool | None = None, copy: int = 0):
-        """copy: length of a branch copied from the text so far, beside the tree (copy_branch.py); 0 is none.
+    def __init__(self, model: Transformer, head: EagleHead | None, tree: Tree, batch_size: int,
+                 sampling: Sampling = Sampling(), draw_drafts: bool | None = None):
+        """tree: StaticTree.root() without a head.
 
         draw_drafts: draw children from the draft's distribution and verify them by multi-round speculative sampling.
         Without it they are the likeliest tokens. Default: draw where that is possible (static trees at a temperature),
@@ -172,114 +173,154 @@ class EagleStep:
         sampling.check()
         if not isinstance(tree, StaticTree | DynamicTree):
             raise ValueError(f"tree {tree!r} is no tree: load_tree makes one of a name or a file")
-        can_draw = isinstance(tree, StaticTree) and sampling.temperature > 0
+        if (head is None) != (tree.depth == 0):
+            raise ValueError("a tree needs a head that drafts it" if head is None else "a head needs a tree to draft")
+        can_draw = isinstance(tree, StaticTree) and sampling.temperature > 0 and head is not None
         if draw_drafts and not can_draw:
             raise ValueError("drafts can be drawn for static trees and chains, at a temperature above 0")
         draw_drafts = can_draw if draw_drafts is None else draw_drafts
-        vocab = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
-        if tree.n_child > vocab:
-            raise ValueError(f"the tree takes {tree.n_child} children of a node, "
-                             f"the draft vocabulary has {vocab} tokens")
+        if head is not None:
+            check_children(tree, head)
         self.model, self.head, self.sampling, self.draw_drafts = model, head, sampling, draw_drafts
-        device, dtype, width = model.inv_freq.device, model.norm.weight.dtype, max(tree.depth, copy) + 1
+        device, dtype, n_copy = model.inv_freq.device, model.norm.weight.dtype, tree.n_copy
         self.plan: StaticPlan | DynamicPlan
         if isinstance(tree, StaticTree):
-            self.plan = plan_static(tree.without_gaps() if draw_drafts else tree, batch_size, device, dtype, copy)
+            self.plan = plan_static(tree.without_gaps() if draw_drafts else tree, batch_size, device, dtype)
         else:
-            self.plan = plan_dynamic(tree, batch_size, device, dtype, copy)
+            self.plan = plan_dynamic(tree, batch_size, device, dtype)
         self.tree: Tree = self.plan.tree
-        self.n_room, self.n_node = room_of(tree, copy), tree.n_node + copy
         n_slot = model.kv_cache.shape[4]
-        self.branch = CopyBranch(copy, tree.n_node, batch_size, n_slot, device, dtype) if copy else None
+        self.branch = CopyBranch(n_copy, tree.n_node, batch_size, n_slot, device, dtype) if n_copy else None
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
-        self.n_pair = torch.ones_like(self.tokens)
-        self.pair_tokens = torch.zeros(batch_size, width, dtype=torch.long, device=device)
-        n_feature = model.config.dim * max(len(head.capture), 1)
-        self.pair_features = torch.zeros(batch_size, width, n_feature, dtype=dtype, device=device)
-        self.produced = torch.zeros(batch_size, width, dtype=torch.long, device=device)
+        self.root_hidden = torch.zeros(batch_size, 1, model.config.dim, dtype=dtype, device=device)
+        self.report = torch.zeros(batch_size, max(tree.depth, n_copy) + 3, dtype=torch.long, device=device)
 
     @property
     def state(self) -> list[Tensor]:
-        history = [] if self.branch is None else [self.branch.history]
-        return [self.tokens, self.pos, self.n_pair, self.pair_tokens, self.pair_features, *history]
+        return [self.tokens, self.pos, self.root_hidden, *([] if self.branch is None else self.branch.state)]
+
+    @property
+    def produced(self) -> Tensor:
+        """[B, D + 1] the tokens of the last step, D the longest path; -1 where there are fewer."""
+        return self.report[:, :-2]
+
+    @property
+    def copied(self) -> Tensor:
+        """[B] how many of the last step's drafts were copied: all or none."""
+        return self.report[:, -2]
+
+    @property
+    def can_copy(self) -> Tensor:
+        """[B] 1 where the next step has something to copy, else 0."""
+        return self.report[:, -1]
 
     def prefill(self, prompts: list[list[int]], n_cached: int = 0) -> None:
-        """Fill both caches with the prompts. Their last tokens are the roots of the first step.
+        """Fill both caches with the prompts, whose first n_cached tokens are in both caches, and produce a token each.
 
-        The first n_cached tokens are in both caches. The feature of the last of them is not, so it is computed again.
+        The feature of the last cached token is in no cache: that token is computed again.
         """
-        self.tokens.copy_(torch.tensor([[prompt[-1]] for prompt in prompts]))
-        self.pos.copy_(torch.tensor([[len(prompt) - 1] for prompt in prompts]))
-        self.n_pair.fill_(1)
+        length = torch.tensor([[len(prompt)] for prompt in prompts], device=self.pos.device)
+        capture = () if self.head is None else self.head.capture
+        hidden, feature = None, None
+        for chunk in prefill(self.model, prompts, max(n_cached - (self.head is not None), 0), capture=capture):
+            hidden = chunk.at(length - 1, chunk.hidden, hidden)
+            feature = chunk.at(length - 1, chunk.features, feature)
+            if self.head is not None:   # the pair of a row's last token gets its true token below
+                window = self.head.window
+                mask = chunk.mask if window is None else causal_mask(chunk.pos, chunk.mask.shape[2], window)
+                self.head(chunk.following, chunk.features, chunk.pos, mask=mask)
+        token = next_tokens(self.model.output(hidden), self.sampling)
+        self.pos.copy_(length - 1)
         if self.branch is not None:
             self.branch.begin(prompts)
-        self.pair_tokens.copy_(self.tokens.expand_as(self.pair_tokens))
-        self.pair_features.zero_()      # a prompt of one token has no feature before its root
-        last = (self.pos - 1).clamp(min=0)
-        for pos, following, features, mask in prefill(self.model, prompts, max(n_cached - 1, 0),
-                                                      capture=self.head.capture):
-            if self.head.window is not None:
-                mask = causal_mask(pos, mask.shape[2], self.head.window)
-            self.head(following, features, pos, mask=mask)
-            begin, end = pos[0, 0], pos[0, -1]
-            feature = features[self.plan.row, (last - begin).clamp(0, pos.shape[1] - 1)]
-            here = ((last >= begin) & (last <= end) & (self.pos > 0))[:, :, None]
-            self.pair_features[:, :1] = torch.where(here, feature, self.pair_features[:, :1])
+        self.finish(token, torch.zeros_like(token), token, feature, torch.zeros_like(token), max(map(len, prompts)) + 1)
 
-    def __call__(self, n_slot: int) -> None:
-        """One target pass. It reads n_slot slots of the caches: at least pos + tree.n_room of every row."""
+    def __call__(self, n_slot: int, copies: bool = False) -> None:
+        """One target pass, with the copied branch or without it.
+
+        It reads n_slot slots of the caches: at least pos + tree.n_room of every row.
+        """
         # A finished row may be at the end of the cache. It goes on where the tree still fits.
-        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.n_room)
-        draft = self.grow(self.ingest(n_slot), n_slot)
-        if self.branch is not None:
-            draft = self.branch.graft(draft, self.pos, n_slot)
+        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.tree.n_room)
+        draft = self.grow(n_slot)
+        if copies and self.branch is not None:
+            draft = self.branch.graft(draft)
         logits, features = self.verify(draft, n_slot)
-        self.commit(draft, features, self.accept(logits, draft))
+        self.commit(draft, features, self.accept(logits, draft), n_slot)
 
-    def ingest(self, n_slot: int) -> Tensor:
-        """Run the head over the pending pairs. The last one's output [B, 1, dim] drafts the root's children."""
-        pair_pos = (self.pos - self.n_pair + self.plan.order[:, :self.pair_tokens.shape[1]]).clamp(min=0)
-        hidden = self.head(self.pair_tokens, self.pair_features, pair_pos,
-                           mask=causal_mask(pair_pos, n_slot, self.head.window))
-        return hidden[self.plan.row, self.n_pair - 1]
-
-    def grow(self, root_hidden: Tensor, n_slot: int) -> Draft:
+    def grow(self, n_slot: int) -> Draft:
+        """The head's tree; without a head the root alone."""
+        if self.head is None:
+            return draft_nothing(self.plan, self.tokens)
         if isinstance(self.plan, DynamicPlan):
-            return draft_dynamic(self.head, self.plan, self.tokens, root_hidden, n_slot, self.pos)
-        return draft_static(self.head, self.plan, self.tokens, root_hidden, n_slot, self.pos,
+            return draft_dynamic(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos)
+        return draft_static(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos,
                             self.sampling if self.draw_drafts else None)
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
         """The target over all nodes: logits [B, N, V], features [B, N, F]."""
         slots = self.pos + self.plan.order[:, :draft.tokens.shape[1]]
         bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
-        return self.model(draft.tokens, self.pos + draft.depths, slots, bias, self.head.capture)
+        capture = () if self.head is None else self.head.capture
+        return self.model(draft.tokens, self.pos + draft.depths, slots, bias, capture)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
+        if draft.tokens.shape[1] == 1:      # nothing was drafted
+            none = torch.zeros_like(self.tokens)
+            return Accepted(none, none, next_tokens(logits, self.sampling))
         if self.draw_drafts and isinstance(self.plan, StaticPlan):
             return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
         if self.sampling.temperature > 0:
             return accept_likeliest(logits, draft, self.plan, self.sampling)
         return accept_greedy(logits, draft, self.plan)
 
-    def commit(self, draft: Draft, features: Tensor, accepted: Accepted) -> None:
+    def commit(self, draft: Draft, features: Tensor, accepted: Accepted, n_slot: int) -> None:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
-        order = self.plan.order[:, :self.pair_tokens.shape[1]]
-        if not self.tree.is_chain or self.branch is not None:
-            move_slots(self.model.kv_cache, self.pos + accepted.path, self.pos + order, self.plan.row)
-        following = draft.tokens.gather(1, accepted.path.roll(-1, 1))       # the next node's token; unused past the end
-        bonus = accepted.bonus.clamp(min=0)                                 # not NOT_FINITE, which has no embedding
-        self.pair_tokens.copy_(torch.where(order < accepted.n_accepted, following, bonus))
-        self.produced.copy_(self.pair_tokens.masked_fill(order > accepted.n_accepted, -1))
+        path, n_accepted, bonus = accepted
+        if draft.copied is not None or not self.tree.is_chain:
+            move_slots(self.model.kv_cache, self.pos + path, self.pos + self.plan.order[:, :path.shape[1]], self.plan.row)
+        following = draft.tokens.gather(1, path.roll(-1, 1))       # the next node's token; unused past the end
+        is_copy = path.gather(1, n_accepted) >= self.tree.n_node
+        self.finish(following, n_accepted, bonus, features[self.plan.row, path], n_accepted * is_copy, n_slot)
+
+    def ingest(self, tokens: Tensor, features: Tensor, n_slot: int) -> Tensor:
+        """The head's outputs [B, T, dim] for features [B, T, F] from the root's on, each beside the token after it."""
+        assert self.head is not None
+        at = self.pos + self.plan.order[:, :tokens.shape[1]]
+        return self.head(tokens, features, at, mask=causal_mask(at, n_slot, self.head.window))
+
+    def finish(self, drafts: Tensor, n_accepted: Tensor, bonus: Tensor, features: Tensor, n_copied: Tensor,
+               n_slot: int) -> None:
+        """The root moves on by n_accepted [B, 1] drafts [B, D + 1] and the bonus token [B, 1].
+
+        features [B, D + 1, F] are those of the root and the accepted drafts: the head takes them in.
+        """
+        order = self.plan.order[:, :drafts.shape[1]]
+        token = bonus.clamp(min=0)                                  # not NOT_FINITE, which has no embedding
+        tokens = torch.where(order < n_accepted, drafts, token)
+        if self.head is not None:
+            self.root_hidden.copy_(self.ingest(tokens, features, n_slot)[self.plan.row, n_accepted])
         if self.branch is not None:
-            self.branch.extend(self.pos, self.pair_tokens)
-        self.produced[:, :1].masked_fill_(accepted.bonus < 0, NOT_FINITE)
-        self.pair_features.copy_(features[self.plan.row, accepted.path])
-        self.n_pair.copy_(accepted.n_accepted + 1)
+            self.branch.extend(self.pos, tokens)
         # The root of a row that fills the cache would be past its end. That row has finished: any slot will do.
-        self.pos.add_(self.n_pair).clamp_(max=self.model.kv_cache.shape[4] - 1)
-        self.tokens.copy_(bonus)
+        self.pos.add_(n_accepted + 1).clamp_(max=self.model.kv_cache.shape[4] - 1)
+        self.tokens.copy_(token)
+        produced = tokens.masked_fill(order > n_accepted, -1)
+        can_copy = torch.zeros_like(n_copied)
+        if self.branch is not None:
+            self.branch.look_up(self.pos, n_slot)
+            can_copy = self.branch.found.long()
+        first = produced[:, :1].where(bonus >= 0, NOT_FINITE)
+        rest = nn.functional.pad(produced[:, 1:], (0, self.produced.shape[1] - produced.shape[1]), value=-1)
+        self.report.copy_(torch.cat((first, rest, n_copied, can_copy), dim=1))
+
+
+def check_children(tree: Tree, head: EagleHead) -> None:
+    """Raise ValueError for a tree that takes more children of a node than the head has tokens."""
+    vocab = head.config.vocab_size if head.draft_ids is None else len(head.draft_ids)
+    if tree.n_child > vocab:
+        raise ValueError(f"the tree takes {tree.n_child} children of a node, the draft vocabulary has {vocab} tokens")
 
 
 def move_slots(kv_cache: Tensor, source: Tensor, target: Tensor, row: Tensor) -> None:

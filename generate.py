@@ -27,7 +27,8 @@ from console import (Parser, add_chat_options, check_writable, command, device_n
 from decoder import Decoder, check_prompts, setup_caches, slots_for
 from decoder import Generation as Generation    # `from generate import generate, Generation`
 from decoder import generate as generate
-from draft_tree import load_tree, room_of
+from decoder import tree_of
+from draft_tree import load_tree, named_tree
 from eagle_head import Eagle3Head, EagleHead
 from linears import Format, quantize_in_place
 from model import Transformer
@@ -36,6 +37,7 @@ from sampling import Sampling
 from tokenizer import Tokenizer
 
 DEFAULT_PROMPT = "Why is the sky blue?"
+N_COPY = 8      # length of the copied branch beside a tree that no file describes
 
 
 @command(in_ranks=True)
@@ -49,8 +51,7 @@ def main(args: argparse.Namespace) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Refuse at the start options that would have no effect, or would fail only after the work is done."""
     for name, value in (("--tree", args.tree), ("--draft-vocab", args.draft_vocab), ("--draft-mode", args.draft_mode),
-                        ("--draw-drafts", args.draw_drafts), ("--copy", args.copy),
-                        ("--draft-window", args.draft_window),
+                        ("--draw-drafts", args.draw_drafts), ("--draft-window", args.draft_window),
                         ("--aux-layers", args.aux_layers), ("--draft-rope-theta", args.draft_rope_theta)):
         if value is not None and args.eagle is None:
             raise ValueError(f"{name} needs --eagle")
@@ -108,6 +109,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
         tp.check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
     model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard)
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
+    args.copy = copy_length_of(args.tree) if args.copy is None else args.copy
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
         pack_for_cpu(model)
@@ -123,6 +125,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     return model, head, tokenizer, {
         "checkpoint": args.checkpoint, "eagle": args.eagle, "device": str(device), "device_name": device_name(device),
         "dtype": args.dtype, "torch": torch.__version__, "compiled": args.compile, "tree": args.tree,
+        "copy": args.copy,
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
         "load_seconds": seconds,
     } | ({} if head is None else {"draft_mode": args.draft_mode})
@@ -237,9 +240,8 @@ def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead |
                  n_slot: int) -> Decoder:
     setup_caches(model, head, batch_size, n_slot)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    tree = load_tree(args.tree) if head is not None else None
-    return Decoder(model, batch_size, sampling, compile=args.compile, head=head, tree=tree,
-                   draw_drafts=args.draw_drafts, copy=args.copy or 0)
+    return Decoder(model, batch_size, sampling, compile=args.compile, head=head,
+                   tree=tree_of(args.tree, args.copy, head), draw_drafts=args.draw_drafts)
 
 
 def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
@@ -247,8 +249,8 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     """Answer the prompts of the command line, all in one batch."""
     prompts = [encode(text, tokenizer, args.raw, args.system, args.plain_text) for text in args.texts]
     longest = max(map(len, prompts)) + args.max_new_tokens
-    room = 0 if head is None else room_of(load_tree(args.tree), args.copy or 0)
-    n_slot = args.max_seq_length or slots_for(longest + room, model)
+    tree = tree_of(args.tree, args.copy, head)
+    n_slot = args.max_seq_length or slots_for(longest + (0 if tree is None else tree.n_room), model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
     say_loaded(report, head)
@@ -270,7 +272,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
             "prompt_tokens": [len(prompt) for prompt in prompts], "new_tokens": [len(ids) for ids in result.tokens],
             "tokens": result.tokens, "text": list(map(stop.decode, result.tokens, prompts)),
             "finish_reason": result.finish_reason, "target_passes": result.target_passes,
-            "accept_lengths": result.accept_lengths, "mean_accept_length": result.mean_accept_length,
+            "accept_lengths": result.accept_lengths, "copied": result.copied, "mean_accept_length": result.mean_accept_length,
             **times, "tokens_per_second": result.tokens_per_second, "peak_memory_bytes": peak_memory(model),
         }, indent=1) + "\n")
 
@@ -301,9 +303,17 @@ def copy_length(text: str) -> int:
     return 0 if text == "off" else int(number(int, 1)(text))
 
 
+def copy_length_of(tree: str | None) -> int:
+    """The default of --copy: what the tree's file says; with a tree that is only a name N_COPY; without a head none."""
+    if tree is None:
+        return 0
+    return N_COPY if named_tree(tree) else load_tree(tree).n_copy
+
+
 def add_copy_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy", type=copy_length, metavar="N|off", help="draft one branch more, of N tokens copied "
-                        "from what followed the last three or two tokens before (default: off)")
+                        "from what followed the last three or two tokens before; it needs no head (default: what the "
+                        f"tree's file says, {N_COPY} with a tree that is only a name, off without a head)")
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -357,23 +357,37 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0, chunk: int = PREFILL_CHUNK,
-            capture: tuple[int, ...] = ()) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Fill the cache with all but the last token of each prompt. The last one is the first step's input.
+class Chunk(NamedTuple):
+    """A stretch of the prompts in the cache."""
+    pos: Tensor         # [B, T]
+    following: Tensor   # [B, T] the token after each position; 0 after the last one
+    hidden: Tensor      # [B, T, dim] after the final norm
+    features: Tensor    # [B, T, ...] as of `Transformer.features`
+    mask: Tensor        # [B, T, S] bool
 
-    The first n_cached tokens are in the cache already. Yields per chunk (pos [B, T], next_tokens [B, T], features as of
-    `Transformer.features`, mask [B, T, S]); next_tokens are the tokens after each position. Rows are padded on the
-    right. The padding's keys and values lie past the row's end and are overwritten before any token sees them.
+    def at(self, pos: Tensor, values: Tensor, earlier: Tensor | None) -> Tensor:
+        """values [B, T, n] at position pos [B, 1]: [B, 1, n]. If the chunk ends after it, what `earlier` chunks gave."""
+        index = (pos - self.pos[:, :1])[:, :, None]
+        found = values.gather(1, index.clamp(0, values.shape[1] - 1).expand(-1, -1, values.shape[2]))
+        return found if earlier is None else torch.where(index < 0, earlier, found)
+
+
+def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0, chunk: int = PREFILL_CHUNK,
+            capture: tuple[int, ...] = ()) -> Iterator[Chunk]:
+    """Fill the cache with the prompts, whose first n_cached tokens are in it already, chunk by chunk.
+
+    Rows are padded on the right. The padding's keys and values lie past the row's end and are overwritten before any
+    token sees them.
     """
     device = model.inv_freq.device
     length, n_slot = max(map(len, prompts)), model.kv_cache.shape[4]
-    padded = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts], device=device)
-    for begin in range(n_cached, length - 1, chunk):
-        end = min(begin + chunk, length - 1)
+    padded = torch.tensor([prompt + [0] * (length + 1 - len(prompt)) for prompt in prompts], device=device)
+    for begin in range(n_cached, length, chunk):
+        end = min(begin + chunk, length)
         pos = torch.arange(begin, end, device=device).expand(len(prompts), -1)
         mask = causal_mask(pos, bucket(end, n_slot))
-        features = model.features(padded[:, begin:end], pos, mask=mask, capture=capture)
-        yield pos, padded[:, begin + 1:end + 1], features, mask
+        hidden, features = model.hidden_states(padded[:, begin:end], pos, None, mask, capture)
+        yield Chunk(pos, padded[:, begin + 1:end + 1], hidden, features, mask)
 
 
 # Hugging Face's names of the weights

@@ -223,19 +223,19 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
     step = EagleStep(model, head, tree, 1)
     n_slot = bucket(n_used, model.kv_cache.shape[4])
     with eagerly(args):
-        step.prefill([random_tokens(model, n_used - tree.n_room + 1)])
-    hidden = step.ingest(n_slot)
-    draft = step.grow(hidden, n_slot)
+        step.prefill([random_tokens(model, n_used - tree.n_room)])
+    hidden, draft = step.root_hidden, step.grow(n_slot)
     logits, features = step.verify(draft, n_slot)
     ingest, level, lm_head = head_bytes(head, twin, n_slot, args.shape)
     target = step_bytes(twin, tree.n_node, n_slot)
     grow = lm_head + (tree.depth - 1) * level
     for part, n_row, n_byte, run in (
-            ("ingest", tree.depth + 1, ingest, lambda: step.ingest(n_slot)),
-            ("grow", tree.n_node - 1, grow, lambda: step.grow(hidden, n_slot)),
+            ("grow", tree.n_node - 1, grow, lambda: step.grow(n_slot)),
             ("verify", tree.n_node, target, lambda: step.verify(draft, n_slot)),
-            ("accept + commit", tree.depth + 1, 0,
-             restoring(step, lambda: step.commit(draft, features, step.accept(logits, draft)))),
+            ("ingest", tree.depth + 1, ingest,
+             lambda: step.ingest(draft.tokens[:, :tree.depth + 1], features[:, :tree.depth + 1], n_slot)),
+            ("accept + commit + ingest", tree.depth + 1, ingest,
+             restoring(step, lambda: step.commit(draft, features, step.accept(logits, draft), n_slot))),
             ("draft LM head", 1, lm_head, lambda: head.draft_logits(hidden)),
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
             ("whole step", tree.n_node, ingest + grow + target, restoring(step, lambda: step(n_slot)))):

@@ -50,7 +50,7 @@ def traced(job: Callable[[], object], modules: list[torch.nn.Module]) -> Callabl
 def restoring(step: EagleStep, run: Callable[[], object]) -> Callable[[], list]:
     """`run`, after which the step's state is as before. Returns what was written, for a trace to keep it."""
     state = [tensor.clone() for tensor in step.state]
-    return lambda: [run(), step.produced.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
+    return lambda: [run(), step.report.clone(), *(tensor.copy_(value) for tensor, value in zip(step.state, state))]
 
 
 def elapsed(run: Callable[[], object], device: torch.device) -> float:

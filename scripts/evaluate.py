@@ -38,8 +38,8 @@ from benchmarks.timing import environment
 from chat import encode, opening
 from checkpoint import read_json, resolve_checkpoint
 from console import Parser, add_chat_options, check_writable, command, is_text, launched, number, say, write_atomically
-from decoder import Decoder, not_finite, setup_caches
-from draft_tree import Tree, load_tree
+from decoder import Decoder, not_finite, setup_caches, tree_of
+from draft_tree import Tree
 from eagle_head import EagleHead
 from model import Transformer, causal_mask, prefill
 from sampling import Sampling
@@ -169,8 +169,8 @@ class Arm:
     def __call__(self, prompt: list[int], seed: int) -> Answer:
         result = self.decoder.generate([prompt], self.max_new_tokens, seed=seed, stop_ids=self.stop_ids)
         times = result.timings
-        return Answer(result.tokens[0], len(result.tokens[0]), times["prefill_seconds"], times["decode_seconds"],
-                      result.accept_lengths[0])
+        return Answer(result.tokens[0], len(result.tokens[0]) - 1, times["prefill_seconds"], times["decode_seconds"],
+                      result.accept_lengths[0], result.copied[0], list(result.kinds))
 
     def logits_before(self, prompt: list[int], answer: Answer, n: int) -> Tensor:
         """[V] fp32, what the target says at the answer's token n, in passes over as many rows as this arm made.
@@ -179,36 +179,40 @@ class Arm:
         part in them. Each pass leaves its cache to the next, as in decoding. Rows past the place repeat the last token,
         and a tree's accepted path stands in front; no row sees a later one.
         """
-        model, decoder = self.decoder.model, self.decoder
-        text, begin = prompt + answer.tokens[:n], len(prompt)
+        model, decoder, step = self.decoder.model, self.decoder, self.decoder.eagle
+        text, begin = prompt + answer.tokens[:n], len(prompt) + 1
         with torch.compiler.set_stance("force_eager") if decoder.compile else contextlib.nullcontext():
-            for _ in prefill(model, [prompt]):
-                pass
-        for length in answer.accept_lengths:
-            step = decoder.eagle
-            drafts = step is not None and begin - 1 + step.n_room <= decoder.n_slot
-            n_row = step.n_node if step is not None and drafts else 1
+            *_, last = prefill(model, [prompt])
+            logits = model.output(last.hidden[:, -1:])
+        place = 0           # of the wanted logits in the pass
+        for kind, length in zip(answer.kinds, answer.accept_lengths):
+            if n == 0:
+                break
+            n_row = 1 if step is None or kind == "plain" else step.tree.n_node + (kind == "copy") * step.tree.n_copy
             rows = text[begin - 1:begin - 1 + n_row]
             ids = torch.tensor([rows + rows[-1:] * (n_row - len(rows))], device=model.inv_freq.device)
             pos = torch.arange(begin - 1, begin - 1 + n_row, device=ids.device)[None]
-            logits, _ = model(ids, pos, mask=causal_mask(pos, decoder._n_slot(drafts, begin)))
+            logits, _ = model(ids, pos, mask=causal_mask(pos, decoder._n_slot(kind, begin)))
+            place = len(text) - begin
             if begin + length > len(text):
-                whole = logits if torch.is_tensor(logits) else logits.full()   # each rank has a part of the vocabulary
-                return whole[0, len(text) - begin].float()
+                break
             begin += length
-        raise AssertionError(f"token {n} of an answer of {sum(answer.accept_lengths)}")
+        whole = logits if torch.is_tensor(logits) else logits.full()   # each rank has a part of the vocabulary
+        return whole[0, place].float()
 
 
 def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
              trees: list[str], n_slot: int) -> dict[str, Arm]:
-    """Plain decoding, and EAGLE with each tree ("tuned": the one beside the head), over the same weights and caches."""
+    """Plain decoding, and each spec of --tree, over the same weights and caches."""
     setup_caches(model, head, 1, n_slot)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     decoders = {"plain": Decoder(model, 1, sampling, compile=args.compile)}
     for spec in trees:
-        tree = load_tree(args.tree if spec == "tuned" else spec)
-        decoders[report.arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=head, tree=tree,
-                                                   copy=args.copy or 0)
+        name, _, copy = spec.partition("+")
+        own_head, name = None if name == "none" else head, args.tree if name == "tuned" else name
+        n_copy = cli.copy_length(copy) if copy else cli.copy_length_of(name) if args.copy is None else args.copy
+        decoders[report.arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=own_head,
+                                                     tree=tree_of(name, n_copy, own_head))
     return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
@@ -253,9 +257,9 @@ def order_of(arms: list[str], peers: list[str], place: int) -> list[str]:
 
 
 def turn_entry(answer: Answer, prompt: list[int], tokenizer: Tokenizer) -> dict:
-    return {"turns": tokenizer.decode(answer.tokens).strip(), "new_tokens": len(answer.tokens),
-            "wall_time": answer.prefill_seconds + answer.decode_seconds, "prompt_tokens": len(prompt),
-            **answer._asdict()}
+    entry = {"turns": tokenizer.decode(answer.tokens).strip(), "new_tokens": len(answer.tokens),
+             "wall_time": answer.prefill_seconds + answer.decode_seconds, "prompt_tokens": len(prompt)}
+    return entry | {key: value for key, value in answer._asdict().items() if key != "kinds"}
 
 
 def append_answer(out: Path, arm: str, question: dict, model_id: str, choice: dict) -> None:
@@ -351,7 +355,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", nargs="+", default=["tuned"], metavar="TREE",
-                        help="an arm for each; tuned, the default, is the one beside the head, or static")
+                        help="an arm for each; tuned, the default, is the one beside the head, or static; none is no "
+                        "head. TREE+N and TREE+off: with a copied branch of this length, without")
     cli.add_draft_options(parser)
     cli.add_copy_option(parser)
     parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT",

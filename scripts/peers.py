@@ -23,6 +23,8 @@ class Answer(NamedTuple):
     prefill_seconds: float
     decode_seconds: float
     accept_lengths: list[int]       # tokens produced by each target pass; empty where that is not known
+    copied: list[int] = []          # drafts of each pass that came from a copied branch
+    kinds: list[str] = []           # of our own passes, see decoder.Kind
 
 
 Peer = Callable[[list[int], int], Answer]

@@ -102,7 +102,8 @@ def figures_of_arms(answers: Answers, run: dict) -> dict[str, dict]:
         # Earlier runs do not say which arms draft.
         drafts = arm in run["drafting"] if "drafting" in run else max(lengths, default=0) > 1
         if drafts:
-            out[arm] |= acceptance(lengths)
+            copied = [n for steps in all_of(lines, "copied") for n in steps] if "copied" in turns(lines[0]) else None
+            out[arm] |= acceptance(lengths, copied)
         if arm != plain and run["temperature"] == 0:
             out[arm] |= agreement(answers[plain], lines, (run.get("rounding") or {}).get(plain))
         out[arm] |= {"answers": len(flaws[arm])} | {flaw: flaws[arm].count(flaw) for flaw in ("looping", "empty")}
@@ -164,13 +165,24 @@ def speedup(plain: list[dict], lines: list[dict]) -> dict:
     return {"speedup": ratio(totals), "speedup_interval": [draws[DRAWS // 40], draws[-DRAWS // 40 - 1]]}
 
 
-def acceptance(lengths: list[int]) -> dict:
+def acceptance(lengths: list[int], copied: list[int] | None) -> dict:
     """lengths: tokens produced by each step, bonus included. Acceptance at depth d: how often the draft at depth d was
-    right where the one above it was; n-alpha for a chain."""
+    right where the one above it was; n-alpha for a chain.
+
+    copied: how many of each step's drafts were copied, all or none. Where several drafts were right, head's count first.
+    """
     at_least = [sum(n > depth for n in lengths) for depth in range(max(lengths) + 1)]
-    return {"target_passes": len(lengths), "mean_accept_length": sum(lengths) / len(lengths),
-            "acceptance_by_depth": [deep / above for above, deep in zip(at_least, at_least[1:]) if deep] or [0.0],
-            "tokens_per_step": {str(n): count for n, count in sorted(Counter(lengths).items())}}
+    out = {"target_passes": len(lengths), "mean_accept_length": sum(lengths) / len(lengths),
+           "acceptance_by_depth": [deep / above for above, deep in zip(at_least, at_least[1:]) if deep] or [0.0],
+           "tokens_per_step": {str(n): count for n, count in sorted(Counter(lengths).items())}}
+    if copied is None:      # an earlier run, or a peer
+        return out
+    origin = {"head": [0] * max(lengths), "copy": [0] * max(lengths), "target": [0] * max(lengths)}
+    for n, n_copied in zip(lengths, copied):
+        for depth in range(n - 1):
+            origin["copy" if n_copied else "head"][depth] += 1
+        origin["target"][n - 1] += 1
+    return out | {"tokens_by_origin_and_depth": origin}
 
 
 def agreement(plain: list[dict], lines: list[dict], rounding: dict | None) -> dict:
@@ -214,6 +226,11 @@ def markdown(report: dict) -> str:
         columns = itertools.zip_longest(*deep, fillvalue="")
         rows = [[arm, *cells] for arm, *cells in zip(drafting, *columns)]
         parts.append(table(["acceptance at depth", *map(str, range(1, len(rows[0])))], rows))
+    for arm in drafting:
+        if origin := overall[arm].get("tokens_by_origin_and_depth"):
+            n_token = sum(map(sum, origin.values()))
+            rows = [[of, f"{sum(counts) / n_token:.0%}", *map(str, counts)] for of, counts in origin.items()]
+            parts.append(table([f"tokens of {arm} by depth", "all", *map(str, range(1, len(rows[0]) - 1))], rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -273,11 +290,14 @@ def short_row(arm: str, report: dict) -> list[str]:
     """An arm's name in words, its figures and its command: generate.py, or evaluate.py --peers for a peer."""
     f, label = report["overall"][arm], plain_of(arm, report["arms"]).removesuffix("plain").removesuffix("-")
     kind = arm.removeprefix(f"{label}-")
-    name = {"plain": "plain decoding", "eagle-tuned": "EAGLE"}.get(kind, kind.replace("eagle-", "EAGLE, ", 1))
+    name = {"plain": "plain decoding", "eagle-tuned": "EAGLE", "copy": "prompt lookup"}.get(
+        kind.partition("+")[0], kind.replace("eagle-", "EAGLE, ", 1))
     command = f"python generate.py --checkpoint {'-'.join(filter(None, (report['checkpoint'], label)))} --prompt TEXT"
-    if kind.startswith("eagle-"):
-        tree = next(tree for tree in report["tree"] if arm_of_tree(tree) == kind)
-        command += f" --eagle {report['eagle']}" + f" --tree {tree}" * (tree != "tuned")
+    if kind in (arms := {arm_of_tree(spec): spec for spec in report["tree"]}):
+        tree, _, copy = arms[kind].partition("+")
+        command += (f" --eagle {report['eagle']}" * (tree != "none") + f" --tree {tree}" * (tree not in ("tuned", "none"))
+                    + f" --copy {copy}" * bool(copy))
+        name += f", --copy {copy}" * bool(copy)
     elif kind != "plain":
         command = "python scripts/evaluate.py --questions FILE --peers" + " --gguf FILE" * kind.startswith("llama.cpp")
     if not kind.startswith("llama.cpp"):    # whose weights its name says
@@ -286,9 +306,10 @@ def short_row(arm: str, report: dict) -> list[str]:
     return [name, f"{f['tokens_per_second']:.1f}", speedup_text(f), length, f"`{command}`"]
 
 
-def arm_of_tree(tree: str) -> str:
-    """The name of EAGLE's arm with the tree that --tree names."""
-    return f"eagle-{Path(tree).stem.replace(':', '-')}"
+def arm_of_tree(spec: str) -> str:
+    """The name of the arm that drafts what evaluate.py's --tree names: "eagle-static", "eagle-tuned+off", "copy+5"."""
+    tree, plus, copy = spec.partition("+")
+    return ("copy" if tree == "none" else f"eagle-{Path(tree).stem.replace(':', '-')}") + plus + copy
 
 
 def write_documents(files: list[Path], reports: dict[str, dict]) -> None:

@@ -140,17 +140,14 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
         mask = causal_mask(pos, view)
         return lambda: model(tokens, pos, mask=mask, capture=head.capture)
 
-    deep_root, flat_root = deep.ingest(view), flat.ingest(view)
-    draft = flat.grow(flat_root, view)
+    draft = flat.grow(view)
     logits, features = flat.verify(draft, view)
 
-    def rest() -> Tensor:
-        hidden = flat.ingest(view)
-        flat.commit(draft, features, flat.accept(logits, draft))
-        return hidden
+    def rest() -> None:
+        flat.commit(draft, features, flat.accept(logits, draft), view)
 
     jobs = {("target", n): target(n) for n in rows}
-    jobs |= {("deep", 5): lambda: deep.grow(deep_root, view), ("flat", 1): lambda: flat.grow(flat_root, view),
+    jobs |= {("deep", 5): lambda: deep.grow(view), ("flat", 1): lambda: flat.grow(view),
              ("rest", 0): restoring(flat, rest)}
     if can_trace(model):    # as decoding runs them
         jobs = {key: traced(job, [model, head]) for key, job in jobs.items()}

@@ -45,8 +45,8 @@ def test_the_lookup_on_the_device_equals_a_slow_one_row_by_row_and_over_turns(n_
         branch.begin(rows)
         for _ in range(4):
             pos = torch.tensor([[len(row) - 1] for row in rows])
-            tokens, has = branch.lookup(pos, rng.choice([40, 64]) if max(map(len, rows)) < 40 else 64)
-            for row, copied, is_there in zip(rows, tokens.tolist(), has[:, 0].tolist()):
+            branch.look_up(pos, rng.choice([40, 64]) if max(map(len, rows)) < 40 else 64)
+            for row, copied, is_there in zip(rows, branch.tokens.tolist(), branch.found[:, 0].tolist()):
                 wanted = slow_lookup(row, 6)
                 assert is_there == (wanted is not None) and (not is_there or copied == wanted), row
                 found += is_there
@@ -111,11 +111,11 @@ def test_steps_are_as_long_as_the_slow_lookup_foretells(narrow):
 def test_a_kept_decoder_forgets_the_last_text_and_traces_the_branch(narrow):
     head = head_of(narrow, 1)
     setup_caches(narrow, head, 1, 160)
-    decoder = Decoder(narrow, 1, head=head, tree=TREES["wide"], copy=4)
+    decoder = Decoder(narrow, 1, head=head, tree=replace(TREES["wide"], n_copy=4))
     prompts = [tokens_of(9, seed=n, vocab=12) for n in range(3)]
     for prompt in prompts + prompts[:1]:
         result = decoder.generate([prompt], 100)
-        assert True in decoder.traces
+        assert decoder.traces.keys() == {"tree", "copy"}
         fresh = generate(narrow, [prompt], 100, head=head, tree=TREES["wide"], copy=4, max_seq_length=160)
         assert result.tokens == fresh.tokens and result.accept_lengths == fresh.accept_lengths
 
@@ -123,7 +123,7 @@ def test_a_kept_decoder_forgets_the_last_text_and_traces_the_branch(narrow):
 def test_a_second_turn_looks_up_the_whole_conversation(narrow):
     head = head_of(narrow, 2)
     setup_caches(narrow, head, 1, 200)
-    decoder = Decoder(narrow, 1, head=head, tree=TREES["wide"], copy=5)
+    decoder = Decoder(narrow, 1, head=head, tree=replace(TREES["wide"], n_copy=5))
     prompt = tokens_of(20, seed=5, vocab=12)
     answer = decoder.generate([prompt], 30).tokens[0]
     again = prompt + answer + prompt[:15]
@@ -150,17 +150,15 @@ def small():
 
 def first_three(target, head, tree, sampling, draw_drafts, prompt, n_copy, rows, runs):
     """As in test_eagle_lossless, with a copied branch. Also how many steps went along the branch alone."""
-    n_slot = len(prompt) + 4 + tree.n_room + n_copy
+    n_slot = len(prompt) + 5 + tree.n_room + n_copy
     setup_caches(target, head, rows, n_slot)
-    step = EagleStep(target, head, tree, rows, sampling, draw_drafts, n_copy)
-    step.prefill([prompt] * rows)
-    prefilled, counts, deep = [tensor.clone() for tensor in step.state], torch.zeros(V ** 3), 0
+    step = EagleStep(target, head, replace(tree, n_copy=n_copy), rows, sampling, draw_drafts)
+    counts, deep = torch.zeros(V ** 3), 0
     for _ in range(runs):
-        for tensor, value in zip(step.state, prefilled):
-            tensor.copy_(value)
-        produced = []
-        for _ in range(3):
-            step(n_slot)
+        step.prefill([prompt] * rows)
+        produced = [step.produced.clone()]
+        for _ in range(2):
+            step(n_slot, copies=True)
             produced.append(step.produced.clone())
             deep += int(((step.produced >= 0).sum(1) > tree.depth + 1).sum())
         produced = torch.cat(produced, dim=1)
@@ -197,9 +195,9 @@ def test_a_token_that_head_and_copy_both_draft_leads_into_the_copied_branch(smal
     for draw_drafts, tree in ((False, StaticTree.chain(1)), (True, StaticTree.from_paths([[r] for r in range(V)]))):
         used = 0
         for x in range(V) if not draw_drafts else (0, 5):
-            step = EagleStep(target, head, tree, 1, T1, draw_drafts, 3)
+            step = EagleStep(target, head, replace(tree, n_copy=3), 1, T1, draw_drafts)
             step.prefill([[3, 11, x, 6, 3, 11]])
-            draft = step.branch.graft(step.grow(step.ingest(32), 32), step.pos, 32)
+            draft = step.branch.graft(step.grow(32))
             has_twin = bool((draft.tokens[0, 1:tree.n_node] == x).any())
             assert bool(draft.copied.twin.any()) == has_twin == bool(draft.copied.is_idle.any())
             if not has_twin:

@@ -292,7 +292,7 @@ def drafted(step, n_slot, monkeypatch):
     with monkeypatch.context() as patch:
         original = step.head.draft_logits
         patch.setattr(step.head, "draft_logits", lambda hidden: features.append(hidden) or original(hidden))
-        draft = step.grow(step.ingest(n_slot), n_slot)
+        draft = step.grow(n_slot)
     return draft, torch.cat(features, dim=1)
 
 
@@ -665,7 +665,7 @@ def test_logits_that_are_not_finite_are_told_and_spoil_no_other_row(narrow, tree
         setup_caches(narrow.model, narrow.head, 3, 64)
         step = EagleStep(narrow.model, narrow.head, tree, 3, sampling, draw)
         step.prefill([[1, 2, 3], [4, 5], [6, 7, 8]])
-        draft = step.grow(step.ingest(64), 64)
+        draft = step.grow(64)
         logits, features = step.verify(draft, 64)
         logits[0, :, 3] = -math.inf
         logits[2, 0, 4 if bad != -math.inf else slice(None)] = bad     # at the root alone, which is visited always
@@ -680,7 +680,7 @@ def test_a_node_that_is_not_visited_may_have_any_logits(narrow):
     for sampling in (Sampling(), Sampling(1.0, 1)):
         step = EagleStep(narrow.model, narrow.head, TREES["paper"], 1, sampling, False)
         step.prefill([[1, 2, 3]])
-        draft = step.grow(step.ingest(64), 64)
+        draft = step.grow(64)
         logits, _ = step.verify(draft, 64)
         logits[0, 0] = 0
         logits[0, 0, draft.tokens[0, 2]] = 9        # the second child of the root
@@ -704,7 +704,7 @@ def test_a_prompt_of_one_token_begins_without_the_features_of_the_last_one(narro
     for step in (fresh, used):
         step.prefill([[5], [7]])
         assert not step.pair_features.any()
-        drafts.append(step.grow(step.ingest(64), 64).tokens)
+        drafts.append(step.grow(64).tokens)
     assert torch.equal(*drafts)
 
 

@@ -349,7 +349,7 @@ def drafted(model, head, sequence, tree):
     setup_caches(model, head, 1, 96)
     step = EagleStep(model, head, tree, 1)
     step.prefill([sequence])
-    return step.grow(step.ingest(96), 96)
+    return step.grow(96)
 
 
 @pytest.mark.parametrize("length", [2, 14, 23])
