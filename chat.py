@@ -1,7 +1,7 @@
 """Text in and out: prompts as tokens, texts that end an answer, streaming, and a chat on the terminal.
 
     stop = StopTexts(tokenizer, ["Question:"])
-    printer = Printer(stop, [prompt], color=True)
+    printer = Printer(stop, [prompt])
     generate(model, [prompt], 100, stop=stop, on_tokens=printer)
     printer.close()
 """
@@ -82,19 +82,21 @@ class StopTexts:
 class Printer:
     """Prints one answer as it is generated. Several answers are printed one after the other when all are complete.
 
-    Text that may be the beginning of a stop text is held back until that is known. With `color`, text from accepted
-    drafts is green and the target's own tokens are plain.
+    Text that may be the beginning of a stop text is held back until that is known. With `color_of`, a decoder, text
+    from the head's drafts is green, from copied ones cyan, and the target's own tokens are plain.
     """
 
-    def __init__(self, stop: StopTexts, prompts: list[list[int]], color: bool = False):
-        self.stop, self.color = stop, color
+    def __init__(self, stop: StopTexts, prompts: list[list[int]], color_of: Decoder | None = None):
+        self.stop, self.color_of = stop, color_of
         self.streams = [stop.stream(prompt) for prompt in prompts]
         self.held = [""] * len(prompts)
         self.texts = [""] * len(prompts)
 
     def __call__(self, row: int, ids: list[int], n_draft: int) -> None:
         drafted = self._certain(row, ids[:n_draft])
-        self._put(row, f"\033[32m{drafted}\033[0m" if drafted and self.color else drafted)
+        if drafted and self.color_of is not None:
+            drafted = f"\033[{36 if self.color_of.n_copied[row] else 32}m{drafted}\033[0m"
+        self._put(row, drafted)
         self._put(row, self._certain(row, ids[n_draft:]))
 
     def close(self) -> None:
@@ -182,7 +184,7 @@ class Conversation:
         if len(messages) <= len(self.messages):
             say(f"The conversation has filled its {self.n_slot} tokens; this begins a new one.")
         n_cached = common_prefix(prompt[:-1], self.cached)
-        self.cached, new_ids, printer = prompt[:n_cached], [], Printer(self.stop, [prompt], self.args.color)
+        self.cached, new_ids, printer = prompt[:n_cached], [], Printer(self.stop, [prompt], decoder if self.args.color else None)
 
         def on_tokens(row: int, ids: list[int], n_draft: int) -> None:
             new_ids.extend(ids)

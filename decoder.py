@@ -223,6 +223,7 @@ class Decoder:
         is_cuda = device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if is_cuda else None     # shared: graphs never run side by side
         self.stream = torch.cuda.Stream() if is_cuda else None              # to capture on
+        self.n_copied = [0] * batch_size    # of each row's drafts in the last step
         self.n_ingested = 0     # pairs of row 0 in the head's cache, for the next turn of a chat
         if compile:
             compile_layers(model.layers)
@@ -278,6 +279,7 @@ class Decoder:
                 if is_step:
                     result.accept_lengths[row].append(len(ids))
                     result.copied[row].append(n_copied)
+                self.n_copied[row] = n_copied
                 kept = ids[:limits[row] - len(result.tokens[row])]
                 end = next((n for n, i in enumerate(kept, start=1) if i in stop_ids or ends[row](i)), None)
                 if end is not None:

@@ -168,7 +168,7 @@ def load_tree(spec: str, n_copy: int | None = None) -> Tree:
 
     n_copy: length of the copied branch (default: the file's "copy", else none)
     """
-    tree = named_tree(spec) or read_tree(Path(spec))
+    tree = named_tree(spec) or read_tree(spec)
     return tree if n_copy is None else replace(tree, n_copy=n_copy)
 
 
@@ -184,10 +184,11 @@ def named_tree(spec: str) -> Tree | None:
     return StaticTree.paper() if spec == "static" else None
 
 
-def read_tree(file: Path) -> StaticTree:
+def read_tree(spec: str) -> StaticTree:
     """A JSON file: a list of paths, or {"paths": [...], "copy": N}, as scripts/tune_tree.py writes it."""
+    file = Path(spec)
     if not file.is_file():
-        raise FileNotFoundError(f"tree {str(file)!r} is neither static, chain[:DEPTH] or "
+        raise FileNotFoundError(f"tree {spec!r} is neither static, chain[:DEPTH] or "
                                 "dynamic[:DEPTH,CHILDREN,NODES], nor a JSON file of paths")
     refuse_lfs_pointer(file)
     try:

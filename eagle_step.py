@@ -189,8 +189,8 @@ class EagleStep:
         else:
             self.plan = plan_dynamic(tree, batch_size, device, dtype)
         self.tree: Tree = self.plan.tree
-        n_slot = model.kv_cache.shape[4]
-        self.branch = CopyBranch(n_copy, tree.n_node, batch_size, n_slot, device, dtype) if n_copy else None
+        self.branch = None if not n_copy else CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device,
+                                                         dtype)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
         self.root_hidden = torch.zeros(batch_size, 1, model.config.dim, dtype=dtype, device=device)

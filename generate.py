@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     args.texts = None if args.interactive else read_prompts(args)
     model, head, tokenizer, report = load(args)
+    report["copy"] = args.copy = copy_length_of(args.tree) if args.copy is None else args.copy
     (converse if args.interactive else answer)(args, model, head, tokenizer, report)
 
 
@@ -109,7 +110,6 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
         tp.check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
     model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard)
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
-    args.copy = copy_length_of(args.tree) if args.copy is None else args.copy
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
         pack_for_cpu(model)
@@ -125,7 +125,6 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     return model, head, tokenizer, {
         "checkpoint": args.checkpoint, "eagle": args.eagle, "device": str(device), "device_name": device_name(device),
         "dtype": args.dtype, "torch": torch.__version__, "compiled": args.compile, "tree": args.tree,
-        "copy": args.copy,
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
         "load_seconds": seconds,
     } | ({} if head is None else {"draft_mode": args.draft_mode})
@@ -256,7 +255,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     say_loaded(report, head)
 
     stop = StopTexts(tokenizer, args.stop, goes_on=args.raw)
-    printer = Printer(stop, prompts, args.color and head is not None)
+    printer = Printer(stop, prompts, decoder if args.color else None)
     with profiler(args.profile):
         result = decoder.generate(prompts, args.max_new_tokens, seed=args.seed, stop_ids=tokenizer.stop_ids, stop=stop,
                                   on_tokens=printer)
@@ -367,7 +366,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="compile the layers, and on a GPU capture the steps (default: on a GPU only)")
     parser.add_argument("--color", action=argparse.BooleanOptionalAction,
                         default=sys.stdout is not None and sys.stdout.isatty(),
-                        help="show accepted drafts in green (default: on a terminal)")
+                        help="show accepted drafts in green, copied ones in cyan (default: on a terminal)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write tokens, text and times as one JSON object")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch profiler trace")
     return parser.parse_args(argv)

@@ -357,15 +357,20 @@ def measure_generations(model: Transformer, head: EagleHead | None, sweep: float
     rows = [{"arm": "plain", "simulated": False, **speeds(plain, sweep)}] if results else []
     for (name, (_, *runs)), spec in zip(results.items(), args.simulate_accept):
         steps = [n for run in runs for n in run.accept_lengths[0]]
-        pairs = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(runs, plain)]
+        pairs = [rate(ours) / rate(theirs) for ours, theirs in zip(runs, plain)]
         rows.append({"arm": name, "simulated": True, "simulate_accept": spec,
                      "mean_accept_length": statistics.mean(steps), **speeds(runs, sweep), **spread(pairs, "speedup")})
     return decode, rows
 
 
+def rate(result: Generation) -> float:
+    """Tokens a second of the decode steps. The first token comes from the prefill."""
+    return (len(result.tokens[0]) - 1) / result.timings["decode_seconds"]
+
+
 def speeds(results: list[Generation], sweep: float) -> dict:
     """Tokens a second, and tokens in the time that reading the target's weights once takes: plainly at most 1."""
-    speed = spread([result.tokens_per_second for result in results], "tokens_per_second")
+    speed = spread([*map(rate, results)], "tokens_per_second")
     return speed | {"tokens_per_sweep": sweep * speed["tokens_per_second_median"]}
 
 
@@ -373,7 +378,7 @@ def measure_host_gap(decoder: Decoder, part: Part, args: argparse.Namespace) -> 
     """Decoding end to end, in turn with its step alone over as many slots: the difference is the host's time."""
     n_used, tree = args.slots[0], decoder.eagle and decoder.eagle.tree
     room = tree.n_room if tree else 1
-    n_new = min(STEPS, n_used - room - 1)
+    n_new = 1 + min(STEPS, n_used - room - 2)      # the first token comes from the prefill
     prompt = random_tokens(decoder.model, n_used - room - n_new)
     decoder.TRACE_FROM = 1      # as in a longer answer
     step = ready(part.step, args, [decoder.model, *([decoder.head] if decoder.head else [])])
@@ -382,9 +387,8 @@ def measure_host_gap(decoder: Decoder, part: Part, args: argparse.Namespace) -> 
         result = decoder.generate([prompt], n_new)
         wall.append(result.timings["decode_seconds"] / result.target_passes)
         alone.append(statistics.median(elapsed(step, args.device) for _ in range(n_new)))
-    seconds, whole = statistics.median(wall[1:]), statistics.median(alone[1:])
-    return {"used_slots": n_used, "ms_whole_step": 1e3 * whole, "ms_wall_per_step": 1e3 * seconds,
-            "ms_host_gap": 1e3 * (seconds - whole)}
+    whole, seen = 1e3 * statistics.median(alone[1:]), 1e3 * statistics.median(wall[1:])
+    return {"used_slots": n_used, "ms_whole_step": whole, "ms_wall_per_step": seen, "ms_host_gap": seen - whole}
 
 
 def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: str, args: argparse.Namespace,

@@ -274,7 +274,7 @@ def progress(totals: dict[str, list], answers: dict[str, dict], drafting: list[s
     texts = []
     for name, (tokens, seconds) in totals.items():
         lengths = [n for steps in answers[name]["accept_lengths"] for n in steps]
-        accepts = f" (accepts {sum(lengths) / len(lengths):.2f})" if name in drafting else ""
+        accepts = f" (accepts {sum(lengths) / len(lengths):.2f})" if name in drafting and lengths else ""
         texts.append(f"{name} {tokens / seconds:.1f}{accepts}")
     return "tokens/s: " + ", ".join(texts)
 

@@ -100,15 +100,15 @@ def figures_of_arms(answers: Answers, run: dict) -> dict[str, dict]:
             out[arm] |= {f"own_{key}": value for key, value in speedup(answers[plain], lines).items()}
         lengths = all_lengths(lines)
         # Earlier runs do not say which arms draft.
-        drafts = arm in run["drafting"] if "drafting" in run else max(lengths, default=0) > 1
+        drafts = bool(lengths) and (arm in run["drafting"] if "drafting" in run else max(lengths) > 1)
         if drafts:
-            copied = [n for steps in all_of(lines, "copied") for n in steps] if "copied" in turns(lines[0]) else None
-            out[arm] |= acceptance(lengths, copied)
+            copied = [n for line in lines for steps in turns(line).get("copied", []) for n in steps]
+            out[arm] |= acceptance(lengths, copied or None)     # none of peers and of earlier runs
         if arm != plain and run["temperature"] == 0:
             out[arm] |= agreement(answers[plain], lines, (run.get("rounding") or {}).get(plain))
         out[arm] |= {"answers": len(flaws[arm])} | {flaw: flaws[arm].count(flaw) for flaw in ("looping", "empty")}
         good = [not (mine or plains) for mine, plains in zip(flaws[arm], flaws["plain"])]
-        if any(good) and not all(good):
+        if any(good) and not all(good) and rate(answers["plain"], good):
             lengths = all_lengths(lines, good)
             out[arm]["without_flaws"] = {
                 "answers": sum(good), "tokens_per_second": rate(lines, good),
@@ -158,14 +158,15 @@ def speedup(plain: list[dict], lines: list[dict]) -> dict:
 
     def ratio(rows: list[tuple]) -> float:
         tokens, seconds, base_tokens, base_seconds = map(sum, zip(*rows))
-        return tokens / seconds / (base_tokens / base_seconds)
+        # Answers of one token, which the prefill makes, are not timed.
+        return tokens / seconds / (base_tokens / base_seconds) if tokens and base_tokens else 1.0
 
     rng = random.Random(0)
     draws = sorted(ratio(rng.choices(totals, k=len(totals))) for _ in range(DRAWS))
     return {"speedup": ratio(totals), "speedup_interval": [draws[DRAWS // 40], draws[-DRAWS // 40 - 1]]}
 
 
-def acceptance(lengths: list[int], copied: list[int] | None) -> dict:
+def acceptance(lengths: list[int], copied: list[int] | None = None) -> dict:
     """lengths: tokens produced by each step, bonus included. Acceptance at depth d: how often the draft at depth d was
     right where the one above it was; n-alpha for a chain.
 
@@ -175,7 +176,7 @@ def acceptance(lengths: list[int], copied: list[int] | None) -> dict:
     out = {"target_passes": len(lengths), "mean_accept_length": sum(lengths) / len(lengths),
            "acceptance_by_depth": [deep / above for above, deep in zip(at_least, at_least[1:]) if deep] or [0.0],
            "tokens_per_step": {str(n): count for n, count in sorted(Counter(lengths).items())}}
-    if copied is None:      # an earlier run, or a peer
+    if copied is None:
         return out
     origin = {"head": [0] * max(lengths), "copy": [0] * max(lengths), "target": [0] * max(lengths)}
     for n, n_copied in zip(lengths, copied):

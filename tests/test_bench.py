@@ -135,7 +135,7 @@ def test_the_eagle_step_is_timed_by_parts_and_as_a_whole(tmp_path, short, monkey
         monkeypatch.setattr(module, "elapsed", lambda run, device: (run(), 0.25)[1])     # seconds
     report = run("--checkpoint", folder, "--rows", 1, "--slots", 64, "--trees", "chain:2", "static",
                  "--draft-vocab", 32, "--new-tokens", 4, file=tmp_path / "report.json")
-    parts = ["ingest", "grow", "verify", "accept + commit", "draft LM head", "one draft level", "whole step"]
+    parts = ["grow", "verify", "ingest", "accept + commit + ingest", "draft LM head", "one draft level", "whole step"]
     assert [row["part"] for row in report["steps"]] == ["target pass", "attention alone", "LM head", *(
         f"{tree}: {part}" for tree in ("chain:2", "static") for part in parts)]
     for row in report["eagle"]:
@@ -264,11 +264,11 @@ def test_a_simulated_step_runs_in_full_and_produces_the_lengths_given(tree, monk
     passes, forward = [], Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda self, *args: passes.append(args[0].shape[1])
                         or forward(self, *args))
-    first = decoder.generate([[1, 2, 3]], 13)
-    assert first.accept_lengths == [[3, 1, 5, 2, 3]] and len(first.tokens[0]) == 13
+    first = decoder.generate([[1, 2, 3]], 14)
+    assert first.accept_lengths == [[3, 1, 5, 2, 3]] and len(first.tokens[0]) == 14
     assert passes == [tree.n_node] * 6      # one to warm up, which took no turn
-    assert decoder.eagle.pos.item() == 2 + 14 == 2 + sum(first.accept_lengths[0])
-    second = decoder.generate([[1, 2, 3]], 8)
+    assert decoder.eagle.pos.item() == 3 + 14 == 3 + sum(first.accept_lengths[0])
+    second = decoder.generate([[1, 2, 3]], 9)
     assert second.accept_lengths == [[1, 5, 2]]     # goes on where the first ended
 
 

@@ -1,6 +1,7 @@
 """copy_branch.py: the lookup against a slow one, and decoding with a copied branch against decoding without."""
 import itertools
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -76,15 +77,15 @@ def head_of(target, seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_decoding_with_a_copied_branch_equals_plain_decoding(narrow, seed):
-    """To the last slot of the cache, in batches and alone: 8 seeds x 5 trees x 4 lengths x 4 ways."""
+    """To the last slot of the cache, in batches and alone: 8 seeds x 6 trees x 4 lengths x 4 ways."""
     head = head_of(narrow, seed)
     prompts = [tokens_of(n, seed=10 * seed + n, vocab=12) for n in (1, 9, 5 + seed)]
     wanted = [naive_decode(narrow, prompt, 30) for prompt in prompts]
     longest, lengths = max(map(len, prompts)) + 22, set()
-    for tree, n_copy in itertools.product(TREES.values(), (1, 3, 5, 9)):
+    for tree, n_copy in itertools.product((None, *TREES.values()), (1, 3, 5, 9)):
         for rows, n_slot in (([1], None), ([0, 1, 2], None), ([2], longest), ([0, 1, 2], longest)):
-            result = generate(narrow, [prompts[row] for row in rows], 30, head=head, tree=tree, copy=n_copy,
-                              max_seq_length=n_slot)
+            result = generate(narrow, [prompts[row] for row in rows], 30, head=tree and head, tree=tree or "static",
+                              copy=n_copy, max_seq_length=n_slot)
             for row, tokens in zip(rows, result.tokens):
                 assert tokens == wanted[row][:30 if n_slot is None else n_slot - len(prompts[row])]
             lengths.update(n for row in result.accept_lengths for n in row)
@@ -98,7 +99,7 @@ def test_steps_are_as_long_as_the_slow_lookup_foretells(narrow):
     wanted = naive_decode(narrow, prompt, 90)
     head.set_draft_vocab([next(token for token in range(12) if token not in wanted)])
     result = generate(narrow, [prompt], 80, head=head, tree="chain:1", copy=6)
-    foretold, text = [], list(prompt)
+    foretold, text = [], prompt + wanted[:1]
     while len(text) < len(prompt) + 80:
         copied, rest = slow_lookup(text, 6) or [], wanted[len(text) - len(prompt):]
         n = next((n for n, (ours, theirs) in enumerate(zip(copied, rest)) if ours != theirs), len(copied))
@@ -148,44 +149,60 @@ def small():
         return target, head
 
 
-def first_three(target, head, tree, sampling, draw_drafts, prompt, n_copy, rows, runs):
-    """As in test_eagle_lossless, with a copied branch. Also how many steps went along the branch alone."""
-    n_slot = len(prompt) + 5 + tree.n_room + n_copy
+def first_three(target, head, tree, sampling, draw_drafts, prompt, rows, runs):
+    """As in test_eagle_lossless, with a copied branch. Also in how many steps of rows the branch was right beyond the
+    tree, and began with a token of the head's, and with another one."""
+    n_slot = len(prompt) + 3 + tree.n_room
     setup_caches(target, head, rows, n_slot)
-    step = EagleStep(target, head, replace(tree, n_copy=n_copy), rows, sampling, draw_drafts)
-    counts, deep = torch.zeros(V ** 3), 0
+    step = EagleStep(target, head, tree, rows, sampling, draw_drafts)
+    counts, seen = torch.zeros(V ** 3), Counter()
+    graft = step.branch.graft
+
+    def counted(draft):
+        draft = graft(draft)
+        has_twin = draft.copied.twin.any(1)
+        seen.update(twin=int(has_twin.sum()), other=int((~has_twin & step.branch.found[:, 0]).sum()))
+        return draft
+    step.branch.graft = counted
     for _ in range(runs):
         step.prefill([prompt] * rows)
         produced = [step.produced.clone()]
         for _ in range(2):
             step(n_slot, copies=True)
             produced.append(step.produced.clone())
-            deep += int(((step.produced >= 0).sum(1) > tree.depth + 1).sum())
+            seen["deep"] += int(((step.produced >= 0).sum(1) > tree.depth + 1).sum())
         produced = torch.cat(produced, dim=1)
         order = (produced < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :3]
         counts += torch.bincount(produced.gather(1, order) @ torch.tensor([V * V, V, 1]), minlength=V ** 3)
-    return counts.view(V, V, V), deep
+    return counts.view(V, V, V), seen
 
 
-@pytest.mark.parametrize("tree", [StaticTree.chain(1), TREES["wide"], DynamicTree(2, 2, 4)],
-                         ids=["chain", "wide", "dynamic"])
+def prompt_with_every_pair(seed):
+    """It ends with 11. Whatever token comes next, it has followed an 11 before."""
+    follows = [random.Random(seed).randrange(V) for _ in range(V)]
+    return [token for first in range(V) for token in (11, first, follows[first])] + [3, 11]
+
+
+@pytest.mark.parametrize("tree", [StaticTree.root(), StaticTree.chain(1), TREES["wide"], DynamicTree(2, 2, 4)],
+                         ids=["no head", "chain", "wide", "dynamic"])
 @pytest.mark.parametrize("sampling", [T1, CUT], ids=["T 1", "top-k, top-p"])
 @pytest.mark.parametrize("draw_drafts", [False, True], ids=["likeliest", "drawn"])
 @torch.inference_mode()
 def test_sampling_with_a_copied_branch_has_the_distribution_of_plain_sampling(small, monkeypatch, tree, sampling,
                                                                              draw_drafts):
     """The copied token is one that the head drafts too, or one that it does not."""
-    if draw_drafts and isinstance(tree, DynamicTree):
+    if draw_drafts and (isinstance(tree, DynamicTree) or tree.depth == 0):
         pytest.skip("drafts of a dynamic tree are not drawn")
     target, head = small
-    deepest = 0
-    for x in likely_and_unlikely(target, sampling):
-        prompt = [3, 11, x, 6, 3, 11]
+    all_seen = Counter()
+    for seed in range(3):
+        prompt = prompt_with_every_pair(seed)
         monkeypatch.setattr(lossless, "PROMPT", prompt)
-        counts, deep = first_three(target, head, tree, sampling, draw_drafts, prompt, 3, rows=4000, runs=3)
-        assert chi_square_p(counts, exact(target, sampling)) > 1e-4, x
-        deepest += deep
-    assert deepest > 0
+        counts, seen = first_three(target, head if tree.depth else None, replace(tree, n_copy=3), sampling, draw_drafts,
+                                   prompt, rows=4000, runs=3)
+        assert chi_square_p(counts, exact(target, sampling)) > 1e-4, seed
+        all_seen += seen
+    assert all_seen["deep"] > 5 and all_seen["other"] > 1000 and (tree.depth == 0 or all_seen["twin"] > 100)
 
 
 @torch.inference_mode()
@@ -197,6 +214,8 @@ def test_a_token_that_head_and_copy_both_draft_leads_into_the_copied_branch(smal
         for x in range(V) if not draw_drafts else (0, 5):
             step = EagleStep(target, head, replace(tree, n_copy=3), 1, T1, draw_drafts)
             step.prefill([[3, 11, x, 6, 3, 11]])
+            step.branch.tokens.copy_(torch.tensor([[x, 6, 3]]))     # whatever the prefill's token has found
+            step.branch.found.fill_(True)
             draft = step.branch.graft(step.grow(32))
             has_twin = bool((draft.tokens[0, 1:tree.n_node] == x).any())
             assert bool(draft.copied.twin.any()) == has_twin == bool(draft.copied.is_idle.any())
@@ -210,12 +229,3 @@ def test_a_token_that_head_and_copy_both_draft_leads_into_the_copied_branch(smal
             assert accepted.n_accepted.item() == 3 and accepted.bonus.item() == 0
             assert accepted.path[0, 1:4].tolist() == [tree.n_node, tree.n_node + 1, tree.n_node + 2]
         assert used
-
-
-def likely_and_unlikely(target, sampling):
-    """Tokens to follow the prompt's (3, 11) the first time: the target's likeliest the second time, and others."""
-    caches, target.kv_cache = target.kv_cache, None
-    logits = target(torch.tensor([[3, 11, 0, 6, 3, 11]]), torch.arange(6))[0][0, -1]
-    target.kv_cache = caches
-    order = logits.argsort(descending=True).tolist()
-    return order[0], order[1], order[3]

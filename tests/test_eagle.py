@@ -10,10 +10,12 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ import generate as cli
 import model as model_file
 import quantize
 from benchmarks.shapes import TINY
+from chat import Printer, StopTexts
 from decoder import Decoder, setup_caches
 from draft_tree import Draft, DynamicTree, StaticTree, ancestor_mask, load_tree, plan_static
 from eagle_head import EagleHead
@@ -307,7 +310,7 @@ def test_cached_level_by_level_drafts_equal_the_head_without_cache_on_each_path(
     narrow.head.set_draft_vocab(ids)
     step = EagleStep(narrow.model, narrow.head, tree, 4)
     step.prefill(sequences)
-    lengths = []
+    sequences, lengths = [sequence + new[:1] for sequence, new in zip(sequences, step.produced.tolist())], []
     for _ in range(4):
         draft, features = drafted(step, n_slot, monkeypatch)
         for b, sequence in enumerate(sequences):
@@ -317,8 +320,6 @@ def test_cached_level_by_level_drafts_equal_the_head_without_cache_on_each_path(
             assert draft.depths[b].tolist() == [len(path) for path in paths]
             assert torch.equal(draft.ancestors[b], brute_force_ancestors(parents))
             assert step.pos[b] == len(sequence) - 1 and draft.tokens[b, 0] == sequence[-1]
-            if len(sequence) == 1:
-                continue    # before its first step a one-token prompt has no pair (f_i, t_{i+1}) yet
             slow = SlowDraft(narrow, sequence, ids or list(range(12)))
             wanted, expanded = (slow.dynamic if isinstance(tree, DynamicTree) else slow.static)(tree)
             assert (sorted(paths) == sorted(wanted)) if isinstance(tree, DynamicTree) else (paths == wanted)
@@ -339,7 +340,8 @@ def test_a_dynamic_tree_is_connected_when_the_head_is_certain_of_everything(narr
         step = EagleStep(narrow.model, narrow.head, tree, 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(narrow.head, "draft_logits", lambda hidden: 1e6 * narrow.model.output(hidden))
-            draft = step.grow(root_hidden, 64)
+            step.root_hidden.copy_(root_hidden)
+            draft = step.grow(64)
         for b in range(2):
             assert len(set(node_paths(draft, b))) == tree.n_node
             assert draft.depths[b].tolist() == [len(path) for path in node_paths(draft, b)]
@@ -669,9 +671,9 @@ def test_logits_that_are_not_finite_are_told_and_spoil_no_other_row(narrow, tree
         logits, features = step.verify(draft, 64)
         logits[0, :, 3] = -math.inf
         logits[2, 0, 4 if bad != -math.inf else slice(None)] = bad     # at the root alone, which is visited always
-        step.commit(draft, features, step.accept(logits, draft))
+        step.commit(draft, features, step.accept(logits, draft), 64)
         assert step.produced[2, 0] == NOT_FINITE and (step.produced[:2, 0] >= 0).all()
-        assert (step.tokens >= 0).all() and (step.pair_tokens >= 0).all()
+        assert (step.tokens >= 0).all() and step.root_hidden.isfinite().all()
 
 
 def test_a_node_that_is_not_visited_may_have_any_logits(narrow):
@@ -694,18 +696,18 @@ def test_a_node_that_is_not_visited_may_have_any_logits(narrow):
         assert wanted.n_accepted >= 1 and all(torch.equal(a, b) for a, b in zip(wanted, found))
 
 
-def test_a_prompt_of_one_token_begins_without_the_features_of_the_last_one(narrow):
+def test_a_used_step_begins_as_a_fresh_one(narrow):
+    """Nothing of the last text is left, not for a prompt of one token either."""
     narrow.head.set_draft_vocab(None)
     setup_caches(narrow.model, narrow.head, 2, 64)
-    fresh, used = (EagleStep(narrow.model, narrow.head, TREES["paper"], 2) for _ in range(2))
+    fresh, used = (EagleStep(narrow.model, narrow.head, replace(TREES["paper"], n_copy=3), 2) for _ in range(2))
     used.prefill([[1, 2, 3], [4, 5]])
     used(64)
-    drafts = []
+    states = []
     for step in (fresh, used):
         step.prefill([[5], [7]])
-        assert not step.pair_features.any()
-        drafts.append(step.grow(64).tokens)
-    assert torch.equal(*drafts)
+        states.append([tensor.clone() for tensor in (*step.state, step.report, step.grow(64).tokens)])
+    assert all(map(torch.equal, *states))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -714,12 +716,17 @@ def test_the_head_is_fed_normed_features_in_every_dtype(narrow, dtype):
     head = EagleHead.from_pretrained(narrow.folder / "head", target=model)
     setup_caches(model, head, 1, 64)
     step = EagleStep(model, head, StaticTree.chain(2), 1)
+    fed, whole = [], head.forward
+    head.forward = lambda tokens, features, *args, **kwargs: fed.append(features) or whole(
+        tokens, features, *args, **kwargs)
     step.prefill([[1, 2, 3, 4]])
-    _, features = narrow.oracle(torch.tensor([[1, 2, 3]]), torch.arange(3))
-    torch.testing.assert_close(step.pair_features[:, 0].float(), features[:, -1], rtol=0.1, atol=0.1)
-    step(64)
     _, features = narrow.oracle(torch.tensor([[1, 2, 3, 4]]), torch.arange(4))
-    torch.testing.assert_close(step.pair_features[:, 0].float(), features[:, -1], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(fed[0].float(), features, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(fed[-1].float(), features[:, -1:], rtol=0.1, atol=0.1)
+    text = [1, 2, 3, 4, step.tokens.item()]
+    step(64)
+    _, features = narrow.oracle(torch.tensor([text]), torch.arange(5))
+    torch.testing.assert_close(fed[-1][:, :1].float(), features[:, -1:], rtol=0.1, atol=0.1)
 
 
 def random_head(target, cls=EagleHead, scale=0.25):
@@ -805,7 +812,7 @@ for name in ("chain:3", "static", "dynamic:3,3,8"):
     head.setup_caches(1, 80)
     step = EagleStep(model, head, tree, batch_size=1)
     step.prefill([{prompt}])
-    tokens = []
+    tokens = step.produced[0, :1].tolist()
     while len(tokens) < 24:
         step(n_slot=80)
         tokens += [i for i in step.produced[0].tolist() if i >= 0]
@@ -913,7 +920,9 @@ def test_the_json_report_is_complete_and_consistent(shell, right_head, tree):
     lengths = report["accept_lengths"]
     assert max(map(len, lengths)) == report["target_passes"]
     for row, new in zip(lengths, report["new_tokens"]):  # the last step may have given more than the limit took
-        assert sum(row[:-1]) < new <= sum(row)
+        assert 1 + sum(row[:-1]) < new <= 1 + sum(row)   # the first token came from the prefill
+    assert report["copy"] == 8 and [*map(len, report["copied"])] == [*map(len, lengths)]
+    assert all(n in (0, length - 1) for row, of in zip(report["copied"], lengths) for n, length in zip(row, of))
     total, passes = sum(map(sum, lengths)), sum(map(len, lengths))
     assert report["mean_accept_length"] == pytest.approx(total / passes) and len(lengths[0]) < 20
     assert report["tokens_per_second"] == pytest.approx(sum(report["new_tokens"]) / report["decode_seconds"])
@@ -922,14 +931,25 @@ def test_the_json_report_is_complete_and_consistent(shell, right_head, tree):
 
 def test_color_marks_the_accepted_drafts_and_nothing_else(shell, right_head):
     plain, colored = shell("--tree", "chain:3", "--no-color"), shell("--tree", "chain:3", "--color")
-    assert "\033" not in plain.out and "\033" in colored.out
-    stream, expected, ids = right_head.stream(), "", iter(colored.report["tokens"][0])
-    for length in colored.report["accept_lengths"][0]:
+    assert "\033" not in plain.out and "\033[32m" in colored.out
+    stream, ids = right_head.stream(), iter(colored.report["tokens"][0])
+    expected = stream.push([next(ids)])
+    for length, copied in zip(colored.report["accept_lengths"][0], colored.report["copied"][0]):
         drafts = stream.push([i for _, i in zip(range(length - 1), ids)])
-        expected += f"\033[32m{drafts}\033[0m" if drafts else ""
+        expected += f"\033[{36 if copied else 32}m{drafts}\033[0m" if drafts else ""
         expected += stream.push([i for _, i in zip(range(1), ids)])
     assert colored.out == expected + stream.flush() + "\n"
-    assert colored.out.replace("\033[32m", "").replace("\033[0m", "") == plain.out
+    assert re.sub("\033\\[(32|36|0)m", "", colored.out) == plain.out
+
+
+def test_copied_drafts_have_a_colour_of_their_own(right_head, capsys):
+    source = types.SimpleNamespace(n_copied=[0])
+    printer = Printer(StopTexts(right_head), [[]], source)
+    ids = right_head.encode("the quick fox")
+    for source.n_copied[0] in (0, 2):
+        printer(0, ids[:3], 2)
+    colored = capsys.readouterr().out
+    assert re.findall("\033\\[3.m", colored) == ["\033[32m", "\033[36m"] and colored.count("\033[0m") == 2
 
 
 def test_color_needs_a_head(shell, checkpoint, capsys):
@@ -940,7 +960,7 @@ def test_color_needs_a_head(shell, checkpoint, capsys):
 
 
 def test_the_tree_and_the_draft_vocabulary_beside_the_head_are_taken_up(shell, monkeypatch):
-    (shell.head / "tree.json").write_text("[[0], [1], [0, 0]]")
+    (shell.head / "tree.json").write_text('{"paths": [[0], [1], [0, 0]], "copy": 3}')
     (shell.head / "draft_vocab.json").write_text(json.dumps({"ids": list(range(300, 200, -1))}))
     (shell.folder / "mine.json").write_text(json.dumps({"ids": [5, 9, 2, 4]}))
     seen = []
@@ -951,13 +971,14 @@ def test_the_tree_and_the_draft_vocabulary_beside_the_head_are_taken_up(shell, m
         seen.append((tree, None if head.draft_ids is None else head.draft_ids.tolist()))
 
     monkeypatch.setattr(EagleStep, "__init__", spy)
-    own = StaticTree.from_paths([[0], [1], [0, 0]])
+    own = replace(StaticTree.from_paths([[0], [1], [0, 0]]), n_copy=3)
     for options, tree, ids in (
             ([], own, list(range(300, 200, -1))),
             (["--draft-vocab", "off"], own, None),
             (["--draft-vocab", "10"], own, list(range(300, 290, -1))),
             (["--draft-vocab", str(shell.folder / "mine.json")], own, [5, 9, 2, 4]),
-            (["--tree", "chain:2"], StaticTree.chain(2), list(range(300, 200, -1)))):
+            (["--copy", "off"], replace(own, n_copy=0), list(range(300, 200, -1))),
+            (["--tree", "chain:2"], replace(StaticTree.chain(2), n_copy=cli.N_COPY), list(range(300, 200, -1)))):
         run = shell(*options, max_new_tokens=3)
         assert run.status == 0, run.err
         assert seen.pop() == (tree, ids), options
@@ -969,7 +990,7 @@ def test_the_tree_and_the_draft_vocabulary_beside_the_head_are_taken_up(shell, m
         assert shell(max_new_tokens=3).status == 0 and seen.pop()[0] == own
     (shell.head / "tree.json").unlink()
     (shell.head / "draft_vocab.json").unlink()
-    assert shell(max_new_tokens=3).status == 0 and seen.pop() == (StaticTree.paper(), None)
+    assert shell(max_new_tokens=3).status == 0 and seen.pop() == (replace(StaticTree.paper(), n_copy=cli.N_COPY), None)
 
 
 @pytest.mark.parametrize("dtype, option, width, mode", [

@@ -788,7 +788,7 @@ def test_a_traced_step_is_the_step_and_rows_go_on_to_the_last_slot_of_the_cache(
         assert decoder.can_trace
         decoder.can_trace = traced
         results.append(decoder.generate([prompt], 99))
-        assert set(decoder.traces) == ({True} if traced else set())
+        assert set(decoder.traces) == ({"tree"} if traced else set())
     assert results[0].tokens == results[1].tokens == [target.hf.greedy(prompt, n_slot - len(prompt))]
     assert results[0].accept_lengths == results[1].accept_lengths and max(results[0].accept_lengths[0]) > 2
 

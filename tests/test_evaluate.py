@@ -77,7 +77,9 @@ def test_the_report_recomputes_from_the_answers_file(run, tmp_path):
         for arm in ARMS:    # by hand, from the lines alone
             choices = [line["choices"][0] for line in lines_of(out, arm) if inside(line)]
             tokens = sum(n for c in choices for n in c["new_tokens"])
-            speeds[arm] = tokens / sum(s for c in choices for s in c["decode_seconds"])
+            timed = sum(n for c in choices for n in c["timed_tokens"])
+            assert timed == tokens - sum(len(c["new_tokens"]) for c in choices)     # the first is the prefill's
+            speeds[arm] = timed / sum(s for c in choices for s in c["decode_seconds"])
             steps = [n for c in choices for turn in c["accept_lengths"] for n in turn]
             assert figures[arm]["tokens_per_second"] == speeds[arm] and figures[arm]["new_tokens"] == tokens
             if arm == "plain":
@@ -109,7 +111,7 @@ def test_answers_are_in_fastchats_form_and_say_what_was_decoded(run, pair, tmp_p
             for text, tokens, n, lengths in zip(*(choice[key] for key in ("turns", "tokens", "new_tokens",
                                                                           "accept_lengths"))):
                 assert tokenizer.decode(tokens).strip() == text and len(tokens) == n
-                assert n <= sum(lengths) < n + 6    # the last step may have been cut
+                assert n - 1 <= sum(lengths) < n + 9    # the first is the prefill's, the last step may have been cut
 
 
 def test_in_fp32_every_greedy_answer_is_plain_decodings_and_turns_follow_it(run, pair, tmp_path):
@@ -299,14 +301,14 @@ def arms(pair):
     return evaluate.our_arms(args, model, head, tokenizer, ["chain:3", "static"], 128)
 
 
-def answer(tokens, lengths):
-    return peers.Answer(tokens, len(tokens), 0.1, 0.1, lengths)
+def answer(tokens, lengths, kind="plain"):
+    return peers.Answer(tokens, len(tokens) - 1, 0.1, 0.1, lengths, [0] * len(lengths), [kind] * len(lengths))
 
 
 @torch.inference_mode()
 def test_a_divergence_names_the_place_and_the_gap_and_how_much_the_passes_differ_there(arms, monkeypatch):
     model = arms["plain"].decoder.model
-    prompt, plain, other = [5, 9, 11], answer([20, 21, 22, 23], [1] * 4), answer([20, 21, 30, 31], [1, 3])
+    prompt, plain, other = [5, 9, 11], answer([20, 21, 22, 23], [1] * 3), answer([20, 21, 30, 31], [1, 2], "tree")
     assert evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, plain) is None
     logits, _ = model(torch.tensor([prompt + [20, 21]]), torch.arange(5))
     gap = (logits[0, -1].max() - logits[0, -1, [22, 30]].min()).item()
@@ -324,10 +326,10 @@ def test_a_divergence_names_the_place_and_the_gap_and_how_much_the_passes_differ
     monkeypatch.setattr(model, "forward", off)
     found = evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, other)
     assert found["error"] == pytest.approx(0.25, abs=1e-4)
-    assert rows == [1, 1, 1, 26, 26]    # the passes that the arms made up to there
+    assert rows == [1, 1, 26, 26]       # the passes that the arms made up to there; the first token is the prefill's
     assert not report.is_rounding({"gap": 0.6, "error": 0.25}, None)
     assert report.is_rounding({"gap": 0.4, "error": 0.25}, None)
-    ended = evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, answer([20, 21], [1, 1]))
+    ended = evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, answer([20, 21], [1], "tree"))
     assert ended["gap"] is None and not report.is_rounding(ended, None)
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0] * torch.nan, None))
     with pytest.raises(ValueError, match="not finite in float32"):
@@ -451,10 +453,10 @@ def test_looping_and_empty_answers_are_counted_and_the_figures_of_the_rest_given
 
 def test_a_head_of_which_nothing_is_accepted_is_shown_with_length_one(run, tmp_path, monkeypatch):
     monkeypatch.setattr(EagleStep, "grow", reject_all(EagleStep.grow))
-    status, text, err = run("--tree", "chain:3")
-    figures = json.loads((tmp_path / "out/report.json").read_text())["overall"]["eagle-chain-3"]
+    status, text, err = run("--tree", "chain:3+off")
+    figures = json.loads((tmp_path / "out/report.json").read_text())["overall"]["eagle-chain-3+off"]
     assert status == 0 and figures["mean_accept_length"] == 1 and figures["acceptance_by_depth"] == [0.0], err
-    assert figures["target_passes"] == figures["new_tokens"] and "| 1.00 |" in text
+    assert figures["target_passes"] == figures["new_tokens"] - 5 and "| 1.00 |" in text      # of 5 answers
 
 
 def reject_all(grow):

@@ -121,8 +121,13 @@ def test_a_prefill_by_chunks_fills_the_caches_as_one_pass_does(gqa, n_cached):
     whole = gqa.model.kv_cache.clone()
     gqa.model.kv_cache[..., n_cached:, :] = 9.0
     chunks = list(prefill(gqa.model, prompts, n_cached, chunk=60))
-    assert_close(gqa.model.kv_cache[..., :329, :], whole[..., :329, :])
-    assert_close(torch.cat([chunk[2] for chunk in chunks], dim=1), features[:, n_cached:329])
+    assert_close(gqa.model.kv_cache[..., :330, :], whole[..., :330, :])
+    assert_close(torch.cat([chunk.features for chunk in chunks], dim=1), features[:, n_cached:])
+    assert torch.cat([chunk.following for chunk in chunks], dim=1)[0].tolist() == [*prompts[0][n_cached + 1:], 0]
+    last, found = torch.tensor([[329], [299]]), None
+    for chunk in chunks:
+        found = chunk.at(last, chunk.features, found)
+    assert_close(found[:, 0], features[[0, 1], [329, 299]])
 
 
 @pytest.mark.parametrize("lengths, n_new", [((1, 250), 150), ((120, 130), 9), ((120,), 10), ((300,), 99)])
@@ -167,7 +172,7 @@ def test_rows_that_reach_the_end_of_their_cache_do_not_disturb_the_others(gqa):
     result = generate(gqa.model, prompts, 1000, max_seq_length=64)
     assert result.tokens == [gqa.oracle(prompt, 64 - len(prompt)) for prompt in prompts]
     assert result.finish_reason == ["length"] * 3
-    assert result.target_passes == 59
+    assert result.target_passes == 58       # a row's first token comes from the prefill
 
 
 def test_rows_that_stop_early_do_not_disturb_the_others(gqa):
@@ -202,13 +207,31 @@ def test_a_stop_token_in_the_prompt_does_not_stop(gqa):
     assert stops and generate(gqa.model, [prompt], 20, stop_ids=stops).tokens == [whole]
 
 
-def test_accept_lengths_of_plain_decoding_are_ones_that_sum_to_the_new_tokens(gqa):
+def test_accept_lengths_of_plain_decoding_are_ones_that_sum_to_the_tokens_after_the_first(gqa):
     prompts = [tokens_of(9, seed=n) for n in range(3)]
     result = generate(gqa.model, prompts, 30, stop_ids=[gqa.oracle(prompts[1], 30)[4]])
     assert len(result.tokens[1]) <= 5
-    assert result.accept_lengths == [[1] * len(ids) for ids in result.tokens]
+    assert result.accept_lengths == [[1] * (len(ids) - 1) for ids in result.tokens]
+    assert result.copied == [[0] * (len(ids) - 1) for ids in result.tokens]
     assert result.mean_accept_length == 1
-    assert result.target_passes == max(map(len, result.tokens))
+    assert result.target_passes == max(map(len, result.tokens)) - 1 and set(result.kinds) == {"plain"}
+
+
+def test_an_answer_of_one_token_takes_the_prefill_and_no_step(gqa):
+    prompts, n_pass, forward = [tokens_of(9, seed=1), tokens_of(600, seed=2)[:200]], 0, gqa.model.hidden_states
+
+    def counted(tokens, *args):
+        nonlocal n_pass
+        n_pass += 1
+        return forward(tokens, *args)
+    gqa.model.hidden_states = counted
+    try:
+        result = generate(gqa.model, prompts, 1)
+    finally:
+        del gqa.model.hidden_states
+    assert result.tokens == [gqa.oracle(prompt, 1) for prompt in prompts] and n_pass == 1
+    assert (result.target_passes, result.mean_accept_length, result.tokens_per_second) == (0, 0, 0)
+    assert result.finish_reason == ["length"] * 2
 
 
 def test_timings_are_those_of_the_contract_and_make_the_speed(gqa):
@@ -223,7 +246,8 @@ def test_streamed_tokens_are_the_result_as_it_grows(gqa):
     stop = gqa.oracle(prompts[1], 30)[4]
     result = generate(gqa.model, prompts, 30, stop_ids=[stop], on_tokens=lambda row, ids, *_: seen[row].append(ids))
     assert [sum(pieces, []) for pieces in seen] == result.tokens
-    assert [list(map(len, pieces)) for pieces in seen] == result.accept_lengths
+    assert [[len(piece) for piece in pieces[1:]] for pieces in seen] == result.accept_lengths
+    assert [len(pieces[0]) for pieces in seen] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("prompts, names", [

@@ -47,7 +47,7 @@ def answers(model, head, tree, prompts, *, traced, sampling=Sampling(), seed=Non
     decoder = Decoder(model, len(prompts), sampling, head=head if tree else None, tree=tree)
     decoder.can_trace = traced and decoder.can_trace
     results = [decoder.generate(prompts, N_NEW, seed=seed) for _ in range(2)]
-    assert list(decoder.traces) == ([tree is not None] if traced else [])
+    assert list(decoder.traces) == (["plain" if tree is None else "tree"] if traced else [])
     assert results[0].tokens == results[1].tokens or seed is None and sampling.temperature > 0
     return results[1]
 
