@@ -355,7 +355,12 @@ def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype
 
 
 def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor) -> Draft:
-    """Expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2]."""
+    """Expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2].
+
+    A level none of whose children can be among the best is not drafted where the host may look: on a CPU, in a step
+    that is not traced.
+    """
+    may_look = hidden.is_cpu and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
     B, tree, R = root.shape[0], plan.tree, plan.tree.n_child
     at = pos + plan.order
     columns = shown_columns(pos, n_slot, plan.before, head.window)
@@ -374,6 +379,8 @@ def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tens
         if depth == tree.depth:
             break
         scores, best = drafted.topk(R, dim=-1)                                          # [B, R]
+        if may_look and cannot_matter(scores, torch.cat(all_scores, dim=1), tree.n_node):
+            break
         expanded.append(best)
         above, slots = best // R, slice((depth - 1) * R, depth * R)
         seen = torch.maximum(seen[plan.row, above], plan.itself[:, slots])
@@ -381,10 +388,21 @@ def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tens
                       block_bias(seen, columns, head.config), (cos[:, slots], sin[:, slots]), is_draft=True)
     kept = torch.cat(all_scores, dim=1).topk(tree.n_node, dim=-1).indices.sort(dim=-1).values  # [B, N], the root first
     above, depths = plan.origin[kept].unbind(-1)
-    candidates = torch.cat(expanded, dim=1) + plan.first                                # [B, E + 1] the expanded nodes
+    above_all = torch.cat(expanded, dim=1)                                              # [B, E + 1] the expanded nodes
+    candidates = above_all + plan.first[:, :above_all.shape[1]]
     parents = torch.searchsorted(kept, candidates.gather(1, above))     # a child is never kept without its parent
     seen = plan.unseen.expand(B, -1, -1).scatter(2, lineage(parents, tree.depth, plan.order) + 1, 0.0)
     return Draft(torch.cat(tokens, dim=1).gather(1, kept), parents, depths, seen, None)
+
+
+def cannot_matter(scores: Tensor, all_scores: Tensor, n_node: int) -> bool:
+    """Whether no child of the nodes with these scores [B, R] can be among the n_node best of all_scores [B, n].
+
+    A child's score is never above its parent's.
+    """
+    if all_scores.shape[1] < n_node:
+        return False
+    return bool((scores[:, 0] < all_scores.topk(n_node, dim=-1).values[:, -1]).all())  # sync: on a CPU alone
 
 
 def lineage(parents: Tensor, depth: int, order: Tensor) -> Tensor:

@@ -323,12 +323,39 @@ def test_cached_level_by_level_drafts_equal_the_head_without_cache_on_each_path(
             slow = SlowDraft(narrow, sequence, ids or list(range(12)))
             wanted, expanded = (slow.dynamic if isinstance(tree, DynamicTree) else slow.static)(tree)
             assert (sorted(paths) == sorted(wanted)) if isinstance(tree, DynamicTree) else (paths == wanted)
+            if isinstance(tree, DynamicTree):   # the last levels are not drafted where they cannot matter
+                expanded = expanded[:features.shape[1]]
             assert_close(features[b], torch.stack([slow.feature(path) for path in expanded]).float(), 3e-5)
         step(n_slot)
         produced = [[i for i in row if i >= 0] for row in step.produced.tolist()]
         sequences = [sequence + new for sequence, new in zip(sequences, produced)]
         lengths += map(len, produced)
     assert len(set(lengths)) > 1 or tree.n_node < 20, "rows should advance by different amounts here"
+
+
+def test_a_level_that_cannot_matter_is_not_drafted_and_changes_no_draft(narrow, monkeypatch):
+    """Alone, and in a batch, where it must not matter for any row."""
+    narrow.head.set_draft_vocab(None)
+    setup_caches(narrow.model, narrow.head, 3, 64)
+    skipped = 0
+    for tree, n_row, sharp in itertools.product((DynamicTree(6, 3, 7), DynamicTree(5, 4, 30)), (1, 3), (1, 8)):
+        step = EagleStep(narrow.model, narrow.head, tree, n_row)
+        for seed in range(6):
+            step.prefill([tokens_of(5 + n, seed=3 * seed + n, vocab=12) for n in range(n_row)])
+            drafts, passes = [], []
+            for look in (True, False):
+                with monkeypatch.context() as patch:
+                    original, count = narrow.head.draft_logits, [0]
+                    patch.setattr(narrow.head, "draft_logits", lambda hidden: count.__setitem__(0, count[0] + 1)
+                                  or sharp * original(hidden))
+                    if not look:
+                        patch.setattr(draft_tree, "cannot_matter", lambda *args: False)
+                    drafts.append(step.grow(64))
+                passes.append(count[0])
+            assert all(torch.equal(a, b) for a, b in zip(drafts[0][:4], drafts[1][:4]))
+            assert passes[1] == tree.depth >= passes[0]
+            skipped += passes[1] - passes[0]
+    assert skipped > 10
 
 
 def test_a_dynamic_tree_is_connected_when_the_head_is_certain_of_everything(narrow):
