@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     args.texts = None if args.interactive else read_prompts(args)
     model, head, tokenizer, report = load(args)
-    report["copy"] = args.copy = copy_length_of(args.tree) if args.copy is None else args.copy
+    args.copy = copy_length_of(args.tree) if args.copy is None else args.copy
     (converse if args.interactive else answer)(args, model, head, tokenizer, report)
 
 
@@ -271,8 +271,9 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
             "prompt_tokens": [len(prompt) for prompt in prompts], "new_tokens": [len(ids) for ids in result.tokens],
             "tokens": result.tokens, "text": list(map(stop.decode, result.tokens, prompts)),
             "finish_reason": result.finish_reason, "target_passes": result.target_passes,
-            "accept_lengths": result.accept_lengths, "copied": result.copied, "mean_accept_length": result.mean_accept_length,
-            **times, "tokens_per_second": result.tokens_per_second, "peak_memory_bytes": peak_memory(model),
+            "accept_lengths": result.accept_lengths, "mean_accept_length": result.mean_accept_length,
+            **({} if tree is None else {"copy": tree.n_copy, "copied": result.copied}), **times,
+            "tokens_per_second": result.tokens_per_second, "peak_memory_bytes": peak_memory(model),
         }, indent=1) + "\n")
 
 

@@ -144,9 +144,9 @@ def test_the_report_holds_the_fields_of_the_contract_and_they_agree(answer, chec
     ids, texts = tokens_and_text(checkpoint, prompts)
     assert (report["tokens"], report["text"]) == (ids, texts)
     assert report["prompt_tokens"] == list(map(len, prompts))
-    assert report["new_tokens"] == [12, 12] == [sum(lengths) for lengths in report["accept_lengths"]]
+    assert report["new_tokens"] == [12, 12] == [1 + sum(lengths) for lengths in report["accept_lengths"]]
     assert report["finish_reason"] == ["length", "length"]
-    assert report["target_passes"] == 12 and report["mean_accept_length"] == 1
+    assert report["target_passes"] == 11 and report["mean_accept_length"] == 1
     assert report["tokens_per_second"] == pytest.approx(24 / report["decode_seconds"])
     assert all(report[f"{phase}_seconds"] >= 0 for phase in ("load", "compile", "prefill", "decode"))
     assert report["peak_memory_bytes"] > 1 << 20
@@ -191,6 +191,15 @@ def test_several_prompts_are_answered_in_one_batch_each_as_it_would_be_alone(ans
     report, out = answer("--prompt", texts[0], texts[1], "--prompt", texts[2])
     assert out == "".join(f"[{n + 1}] {text}\n" for n, text in enumerate(report["text"]))
     assert report["text"] == [answer("--prompt", text)[0]["text"][0] for text in texts]
+
+
+def test_copying_needs_no_head_and_changes_no_token(answer):
+    """Prompt lookup: greedy text of a tiny model soon repeats itself."""
+    texts = ["--raw", "--prompt", "abc abc abc", "the quick", "--max-new-tokens", 90]
+    plain, copied = answer(*texts)[0], answer(*texts, "--copy", 6)[0]
+    assert copied["tokens"] == plain["tokens"] and "copy" not in plain and copied["copy"] == 6
+    assert copied["target_passes"] < plain["target_passes"] and max(map(max, copied["copied"])) == 6
+    assert copied["eagle"] is None and copied["tree"] is None
 
 
 def test_the_answer_ends_with_a_stop_token_that_leaves_no_text(answer, broken):
@@ -461,6 +470,8 @@ def test_json_replaces_an_older_report_and_leaves_nothing_beside_it(answer, tmp_
     (["--device", "nonsense"], ["--device", "nonsense"]),
     (["--device", "cpu:x"], ["--device", "cpu:x"]),
     (["--device", "meta"], ["--device", "meta"]),
+    (["--copy", "0"], ["--copy", "'0'"]),
+    (["--copy", "some"], ["--copy", "'some'"]),
     (["--frobnicate"], ["--frobnicate"]),
     (["--prompt"], ["--prompt"]),
     (["--chat-template", "no-such"], ["no-such"]),
