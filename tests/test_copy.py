@@ -81,7 +81,7 @@ def test_greedy_decoding_with_a_copied_branch_equals_plain_decoding(narrow, seed
     head = head_of(narrow, seed)
     prompts = [tokens_of(n, seed=10 * seed + n, vocab=12) for n in (1, 9, 5 + seed)]
     wanted = [naive_decode(narrow, prompt, 30) for prompt in prompts]
-    longest, lengths = max(map(len, prompts)) + 22, set()
+    longest, lengths, looked_up = max(map(len, prompts)) + 22, set(), []
     for tree, n_copy in itertools.product((None, *TREES.values()), (1, 3, 5, 9)):
         for rows, n_slot in (([1], None), ([0, 1, 2], None), ([2], longest), ([0, 1, 2], longest)):
             result = generate(narrow, [prompts[row] for row in rows], 30, head=tree and head, tree=tree or "static",
@@ -89,7 +89,10 @@ def test_greedy_decoding_with_a_copied_branch_equals_plain_decoding(narrow, seed
             for row, tokens in zip(rows, result.tokens):
                 assert tokens == wanted[row][:30 if n_slot is None else n_slot - len(prompts[row])]
             lengths.update(n for row in result.accept_lengths for n in row)
-    assert 1 in lengths and max(lengths) > 2
+            assert all(n in (0, length - 1) for copied, row in zip(result.copied, result.accept_lengths)
+                       for n, length in zip(copied, row))
+            looked_up += [n for row in result.copied for n in row if tree is None]
+    assert 1 in lengths and max(lengths) > 2 and max(looked_up) > 1
 
 
 def test_steps_are_as_long_as_the_slow_lookup_foretells(narrow):
