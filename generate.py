@@ -32,7 +32,7 @@ from draft_tree import load_tree, named_tree
 from eagle_head import Eagle3Head, EagleHead
 from linears import Format, quantize_in_place
 from model import Transformer
-from runtime import pack_for_cpu, tune
+from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -112,6 +112,8 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
+        if is_faster_in_float32(model):
+            say("this CPU has no bf16 instructions: --dtype float32 is faster here, for twice the memory")
         pack_for_cpu(model)
         if head is not None:
             pack_for_cpu(head)
