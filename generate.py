@@ -112,8 +112,6 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
-        if is_faster_in_float32(model):
-            say("this CPU has no bf16 instructions: --dtype float32 is faster here, for twice the memory")
         pack_for_cpu(model)
         if head is not None:
             pack_for_cpu(head)
@@ -223,6 +221,8 @@ def say_head(head: EagleHead | None) -> None:
 
 def say_loaded(report: dict, head: EagleHead | None) -> None:
     say_head(head)
+    if head is not None and not report["compiled"] and is_faster_in_float32(head):
+        say("this CPU has no bf16 instructions: EAGLE is faster here with --dtype float32, for twice the memory")
     say("loaded {checkpoint} in {load_seconds:.1f} s ({device}, {dtype})".format(**report))
 
 

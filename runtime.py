@@ -146,14 +146,17 @@ def pack_for_cpu(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_faster_in_float32(model: nn.Module) -> bool:
-    """Whether this model would run faster in fp32: not quantised, and in bf16 on a CPU without bf16 instructions.
+def is_faster_in_float32(head: nn.Module) -> bool:
+    """Whether EAGLE would run faster in fp32: over 16-bit weights in bf16, on a CPU without bf16 instructions.
 
-    There bf16 weights are not packed, and a block of rows is several times as dear as in packed fp32 (dev/log.md).
+    There bf16 weights are not packed, and from two rows on a pass takes longer than in packed fp32. One row is faster
+    in bf16, and so is plain decoding (dev/log.md).
     """
-    weight = next(model.parameters())
-    return (weight.dtype == torch.bfloat16 and not can_pack(weight) and can_pack(weight.new_empty(0, dtype=torch.float32))
-            and not any(isinstance(module, QuantLinear) for module in model.modules()))
+    target: Any = head.target
+    weight = target.tok_embeddings.weight   # the others may be packed
+    return (weight.dtype == torch.bfloat16 and not can_pack(weight)
+            and can_pack(weight.new_empty(0, dtype=torch.float32))
+            and not any(isinstance(module, QuantLinear) for module in target.modules()))
 
 
 @torch.no_grad()

@@ -711,24 +711,26 @@ def test_fp16_and_other_devices_are_not_packed():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-def test_only_bf16_without_instructions_for_it_is_faster_in_fp32(gqa, monkeypatch):
+def test_only_eagle_in_bf16_without_instructions_for_it_is_faster_in_fp32(gqa, monkeypatch):
     def forge(knows_bf16):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: knows_bf16)
+
+    def asked(model):
+        return is_faster_in_float32(types.SimpleNamespace(target=model))
 
     model = load(gqa.folder, torch.bfloat16)
     for knows_bf16 in (False, True):
         forge(knows_bf16)
         assert can_pack(model.output.weight) == knows_bf16
-        assert is_faster_in_float32(model) == (not knows_bf16)
-        assert not is_faster_in_float32(load(gqa.folder)) and not is_faster_in_float32(load(gqa.folder, torch.float16))
+        assert asked(model) == (not knows_bf16)
+        assert not asked(load(gqa.folder, torch.float32)) and not asked(load(gqa.folder, torch.float16))
     forge(False)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not is_faster_in_float32(model)      # fp32 would not be packed either
-    monkeypatch.undo()
-    forge(False)
-    assert is_faster_in_float32(pack_for_cpu(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert not asked(model)     # fp32 would not be packed either
+    assert asked(pack_for_cpu(model))
     quantize_in_place(model, Format("int8"))
-    assert not is_faster_in_float32(model)
+    assert not asked(model)
 
 
 # --- the real model ---------------------------------------------------------------------------------------------------
