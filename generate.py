@@ -32,7 +32,7 @@ from draft_tree import load_tree, named_tree
 from eagle_head import Eagle3Head, EagleHead
 from linears import Format, quantize_in_place
 from model import Transformer
-from runtime import pack_for_cpu, tune
+from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -221,6 +221,8 @@ def say_head(head: EagleHead | None) -> None:
 
 def say_loaded(report: dict, head: EagleHead | None) -> None:
     say_head(head)
+    if head is not None and not report["compiled"] and is_faster_in_float32(head):
+        say("this CPU has no bf16 instructions: EAGLE is faster here with --dtype float32, for twice the memory")
     say("loaded {checkpoint} in {load_seconds:.1f} s ({device}, {dtype})".format(**report))
 
 

@@ -142,8 +142,16 @@ def reduction() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
     return torch.compile(row_product, dynamic=False, options={"coordinate_descent_tuning": True})
 
 
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN has a packed product for this weight: on a CPU in fp32, and in bf16 if the processor knows it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16
+                                             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class PackedLinear(nn.Module):
-    """A bf16 linear. oneDNN reorders its weight once, not at every call: 1.6 times as fast as nn.Linear at one row."""
+    """A linear in fp32 or bf16 for inference. oneDNN reorders its weight once, not at every call (dev/log.md)."""
     packed: Tensor
 
     def __init__(self, linear: nn.Linear):
@@ -310,7 +318,7 @@ class QuantLinear(nn.Module):
             else:
                 made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
                 made.weight = nn.Parameter(dequantize(*self.parts(expert)), requires_grad=False)
-                if made.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                if can_pack(made.weight):
                     made = PackedLinear(made)
             self.layouts[key] = made
         return self.layouts[key]

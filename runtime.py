@@ -3,7 +3,7 @@
     graph = capture(lambda: step(n_slot=256))           # a CUDA graph: graph.replay()
     replay = trace(step, [model, head], step.state)     # a TorchScript trace on a CPU: replay(n_slot), of any size
     compile_layers(model.layers)                        # torch.compile, one code for all layers
-    pack_for_cpu(model)                                 # bf16 weights in the order that oneDNN wants
+    pack_for_cpu(model)                                 # fp32 and bf16 weights in the order that oneDNN wants
     tune(model)                                         # the fastest kernel of each quantised linear
 
 A small model spends a fifth to a third of a step in Python (dev/log.md). Graphs and traces run the step without Python.
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import read_json
 from console import device_name, say, write_atomically
-from linears import ROWS, PackedLinear, QuantLinear
+from linears import ROWS, PackedLinear, QuantLinear, can_pack
 
 COLD = 1 << 28  # bytes: while a kernel is timed, weights of this size take turns, so that no cache holds them
 
@@ -132,19 +132,31 @@ class PackedRMSNorm(nn.Module):
 
 
 def pack_for_cpu(model: nn.Module) -> nn.Module:
-    """Replace each bf16 linear and RMS norm of a model on a CPU by its packed form, if the processor supports bf16."""
-    def fits(weight: Tensor) -> bool:
-        return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    """Replace each linear of a model on a CPU by its packed form, in fp32 and bf16, and each RMS norm in bf16.
 
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return model
-    for module in list(model.modules()):
+    fp32 norms stay: packed, they are slower on a long prompt, and gain 1% of a pass of one row. A tied LM head gets a
+    packed copy of the embedding, which lookups go on reading.
+    """
+    for module in model.modules():      # not list(...), which would hold all old weights until the end
         for name, child in module.named_children():
-            if type(child) is nn.Linear and fits(child.weight):
+            if type(child) is nn.Linear and can_pack(child.weight):
                 setattr(module, name, PackedLinear(child))
-            elif isinstance(child, nn.RMSNorm) and fits(child.weight):
+            elif isinstance(child, nn.RMSNorm) and child.weight.dtype == torch.bfloat16 and can_pack(child.weight):
                 setattr(module, name, PackedRMSNorm(child))
     return model
+
+
+def is_faster_in_float32(head: nn.Module) -> bool:
+    """Whether EAGLE would run faster in fp32: over 16-bit weights in bf16, on a CPU without bf16 instructions.
+
+    There bf16 weights are not packed, and from two rows on a pass takes longer than in packed fp32. One row is faster
+    in bf16, and so is plain decoding (dev/log.md).
+    """
+    target: Any = head.target
+    weight = target.tok_embeddings.weight   # the others may be packed
+    return (weight.dtype == torch.bfloat16 and not can_pack(weight)
+            and can_pack(weight.new_empty(0, dtype=torch.float32))
+            and not any(isinstance(module, QuantLinear) for module in target.modules()))
 
 
 @torch.no_grad()

@@ -194,7 +194,8 @@ def load_target(folder: Path, device: torch.device, dtype: torch.dtype, rank: in
     """The whole target or, for a world of several, a part of each layer (`shard_layers`)."""
     if world == 1:
         model = Transformer.from_pretrained(folder, device, dtype)
-        pack_for_cpu(model.layers)
+        if dtype == torch.bfloat16:     # in fp32 packing gains nothing over as many rows as a batch has
+            pack_for_cpu(model.layers)
         return model
 
     def load() -> Transformer:

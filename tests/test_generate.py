@@ -7,17 +7,19 @@ Tiny random models in fp32, where a greedy text has one right answer; the demo m
 import functools
 import shutil
 import types
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
+import runtime
 from decoder import Decoder
 from generate import generate
-from linears import PackedLinear
+from linears import Format, PackedLinear, can_pack, quantize_in_place
 from model import RMSNorm, Transformer, bucket, prefill
 from reference import assert_close, expected, naive_decode, tiny, tokens_of
-from runtime import PackedRMSNorm, pack_for_cpu
+from runtime import PackedRMSNorm, is_faster_in_float32, pack_for_cpu
 from sampling import Sampling, logits_to_probs, sample
 
 CONTEXT = 400  # slots: bucket borders at 128, 192, 256, 384 and the end of the cache
@@ -657,10 +659,78 @@ def test_packed_norm_is_the_rms_norm_to_the_last_bit_but_one():
     assert torch.all((PackedRMSNorm(norm)(x).double() - exact).abs() <= 2 ** -8 * exact.abs())
 
 
+@torch.inference_mode()
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (48, 64), (40, 33), (257, 96)])
+def test_a_packed_fp32_linear_is_the_linear_but_for_rounding(shape, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(shape[1], shape[0], bias).requires_grad_(False)
+    packed = PackedLinear(linear)
+    assert torch.equal(packed.weight, linear.weight)
+    traced = torch.jit.trace(packed, torch.randn(1, 2, shape[1]), check_trace=False)
+    for lead in ((1,), (2,), (5,), (26,), (130,), (0,), (1, 1), (2, 7), (1, 0)):
+        x = torch.randn(*lead, shape[1])
+        wide = torch.cat((x, x), -1)[..., :shape[1]]    # not contiguous
+        exact = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+        for ours in (packed(x), packed(wide)) + ((traced(x),) if len(lead) == 2 else ()):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=2e-6)
+
+
 @torch.no_grad()
-def test_packing_leaves_fp32_linears_alone(gqa):
-    model, prompt = pack_for_cpu(load(gqa.folder)), tokens_of(9)
-    assert generate(model, [prompt], 20).tokens == [gqa.oracle(prompt, 20)]
+@pytest.mark.parametrize("kind", ["gqa", "qwen2", "llama2_tied", "mixtral"])
+def test_packed_fp32_models_decode_what_naive_decoding_does(zoo, kind):
+    z, model, prompts = zoo(kind), load(zoo(kind).folder), [tokens_of(9), tokens_of(70)]
+    kinds = {type(part) for part in pack_for_cpu(model).modules()}
+    if torch.backends.mkldnn.is_available():
+        assert PackedLinear in kinds and torch.nn.Linear not in kinds
+    assert PackedRMSNorm not in kinds
+    assert generate(model, prompts, 20).tokens == [z.oracle(prompt, 20) for prompt in prompts]
+
+
+def test_packing_keeps_no_linear_beyond_its_turn(gqa, monkeypatch):
+    """Or a model would be held twice until the last linear is packed."""
+    alive, most = weakref.WeakSet(), []
+
+    def pack(linear):
+        alive.add(linear)
+        most.append(len(alive))
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(runtime, "can_pack", lambda weight: True)
+    monkeypatch.setattr(runtime, "PackedLinear", pack)
+    model = pack_for_cpu(load(gqa.folder))
+    assert len(most) == 4 * len(model.layers) + 1 and max(most) <= 2    # a module's own: wqkv and wo, or w13 and w2
+
+
+def test_fp16_and_other_devices_are_not_packed():
+    with torch.device("meta"):
+        assert not can_pack(torch.empty(2, 2))
+    assert not can_pack(torch.empty(2, 2, dtype=torch.float16))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_only_eagle_in_bf16_without_instructions_for_it_is_faster_in_fp32(gqa, monkeypatch):
+    def forge(knows_bf16):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: knows_bf16)
+
+    def asked(model):
+        return is_faster_in_float32(types.SimpleNamespace(target=model))
+
+    model = load(gqa.folder, torch.bfloat16)
+    for knows_bf16 in (False, True):
+        forge(knows_bf16)
+        assert can_pack(model.output.weight) == knows_bf16
+        assert asked(model) == (not knows_bf16)
+        assert not asked(load(gqa.folder, torch.float32)) and not asked(load(gqa.folder, torch.float16))
+    forge(False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert not asked(model)     # fp32 would not be packed either
+    assert asked(pack_for_cpu(model))
+    quantize_in_place(model, Format("int8"))
+    assert not asked(model)
 
 
 # --- the real model ---------------------------------------------------------------------------------------------------

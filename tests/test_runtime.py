@@ -117,6 +117,20 @@ def test_every_kernel_of_a_cpu_can_be_traced(format, kernel, tree, tmp_path):
     assert traced.tokens == eager.tokens and traced.accept_lengths == eager.accept_lengths
 
 
+@pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
+@pytest.mark.parametrize("kind", ["gqa", "llama2_tied", "mixtral"])
+def test_packed_fp32_weights_decode_what_naive_decoding_over_plain_ones_does(tree, kind, tmp_path):
+    model = load(kind, tmp_path)
+    head, prompt = head_of(model), tokens_of(122)
+    wanted = naive_decode(model, prompt, N_NEW)
+    head.tell([prompt + wanted])
+    pack_for_cpu(model), pack_for_cpu(head)
+    for traced in (False, True):
+        result = answers(model, head, tree, [prompt], traced=traced)
+        assert result.tokens == [wanted]
+        assert tree is None or result.mean_accept_length > 1.2
+
+
 def test_what_decides_on_the_host_is_not_traced(tmp_path, monkeypatch):
     model = load("mixtral", tmp_path, hidden_size=64, intermediate_size=128, num_attention_heads=4)
     setup_caches(model, None, 1, N_SLOT)
