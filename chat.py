@@ -184,7 +184,8 @@ class Conversation:
         if len(messages) <= len(self.messages):
             say(f"The conversation has filled its {self.n_slot} tokens; this begins a new one.")
         n_cached = common_prefix(prompt[:-1], self.cached)
-        self.cached, new_ids, printer = prompt[:n_cached], [], Printer(self.stop, [prompt], decoder if self.args.color else None)
+        printer = Printer(self.stop, [prompt], decoder if self.args.color else None)
+        self.cached, new_ids = prompt[:n_cached], []
 
         def on_tokens(row: int, ids: list[int], n_draft: int) -> None:
             new_ids.extend(ids)

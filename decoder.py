@@ -38,7 +38,7 @@ class Generation:
     accept_lengths: list[list[int]]     # tokens produced by each decode step of a row, before any cut by a stop
     finish_reason: list[str]            # "stop" or "length"
     timings: dict[str, float] = field(default_factory=dict)  # compile_seconds, prefill_seconds, decode_seconds
-    copied: list[list[int]] = field(default_factory=list)   # drafts of each step that were copied: all of them or none
+    copied: list[list[int]] = field(default_factory=list)   # drafts of each step that were copied: all or none
     kinds: list["Kind"] = field(default_factory=list)       # of each decode step
 
     @property
@@ -62,8 +62,8 @@ class Generation:
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, head: EagleHead | None = None,
-             tree: Tree | str = "static", copy: int | None = None, draw_drafts: bool | None = None, temperature: float = 0.0,
-             top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
+             tree: Tree | str = "static", copy: int | None = None, draw_drafts: bool | None = None,
+             temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
              stop_ids: Iterable[int] = (), stop: Stop | None = None, compile: bool = False,
              max_seq_length: int | None = None,
              on_tokens: Callable[[int, list[int], int], None] | None = None) -> Generation:
@@ -235,8 +235,8 @@ class Decoder:
                  on_tokens: Callable[[int, list[int], int], None] | None = None, n_cached: int = 0) -> Generation:
         """The function `generate` for as many prompts as the decoder has rows.
 
-        The first token comes from the prefill. The first n_cached tokens of every prompt are in the caches already, from
-        the last call. No other decoder of the same caches may have run since.
+        The first token comes from the prefill. The first n_cached tokens of every prompt are in the caches already,
+        from the last call. No other decoder of the same caches may have run since.
         """
         check_limit(max_new_tokens)
         check_prompts(prompts, self.n_slot, self.model.config.vocab_size)
@@ -349,7 +349,8 @@ class Decoder:
         end = min(longest + max_new_tokens - 1, self.n_slot)
         # Without graphs one step prepares all sizes.
         ahead = range(shortest if self.compile else longest, end if self.compile else min(longest + 1, end))
-        drafting: list[Kind] = ["tree", "copy"] if self.eagle is not None and self.eagle.branch is not None else ["tree"]
+        can_copy = self.eagle is not None and self.eagle.branch is not None
+        drafting: list[Kind] = ["tree", "copy"] if can_copy else ["tree"]
         steps = [(kind, self._n_slot(kind, length)) for length in ahead if self._tree_fits(length) for kind in drafting]
         if not self._tree_fits(longest):
             steps = []      # a trial step would overwrite tokens of the prompt in the last slots

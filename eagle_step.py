@@ -189,8 +189,9 @@ class EagleStep:
         else:
             self.plan = plan_dynamic(tree, batch_size, device, dtype)
         self.tree: Tree = self.plan.tree
-        self.branch = None if not n_copy else CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device,
-                                                         dtype)
+        self.branch = None
+        if n_copy:
+            self.branch = CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
         self.root_hidden = torch.zeros(batch_size, 1, model.config.dim, dtype=dtype, device=device)
@@ -279,7 +280,8 @@ class EagleStep:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
         path, n_accepted, bonus = accepted
         if draft.copied is not None or not self.tree.is_chain:
-            move_slots(self.model.kv_cache, self.pos + path, self.pos + self.plan.order[:, :path.shape[1]], self.plan.row)
+            order = self.plan.order[:, :path.shape[1]]
+            move_slots(self.model.kv_cache, self.pos + path, self.pos + order, self.plan.row)
         following = draft.tokens.gather(1, path.roll(-1, 1))       # the next node's token; unused past the end
         is_copy = path.gather(1, n_accepted) >= self.tree.n_node
         self.finish(following, n_accepted, bonus, features[self.plan.row, path], n_accepted * is_copy, n_slot)

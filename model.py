@@ -366,7 +366,7 @@ class Chunk(NamedTuple):
     mask: Tensor        # [B, T, S] bool
 
     def at(self, pos: Tensor, values: Tensor, earlier: Tensor | None) -> Tensor:
-        """values [B, T, n] at position pos [B, 1]: [B, 1, n]. If the chunk ends after it, what `earlier` chunks gave."""
+        """values [B, T, n] at position pos [B, 1]: [B, 1, n]. Before the chunk: what `earlier` chunks gave."""
         index = (pos - self.pos[:, :1])[:, :, None]
         found = values.gather(1, index.clamp(0, values.shape[1] - 1).expand(-1, -1, values.shape[2]))
         return found if earlier is None else torch.where(index < 0, earlier, found)

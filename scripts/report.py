@@ -170,7 +170,7 @@ def acceptance(lengths: list[int], copied: list[int] | None = None) -> dict:
     """lengths: tokens produced by each step, bonus included. Acceptance at depth d: how often the draft at depth d was
     right where the one above it was; n-alpha for a chain.
 
-    copied: how many of each step's drafts were copied, all or none. Where several drafts were right, head's count first.
+    copied: how many of each step's drafts were copied, all or none.
     """
     at_least = [sum(n > depth for n in lengths) for depth in range(max(lengths) + 1)]
     out = {"target_passes": len(lengths), "mean_accept_length": sum(lengths) / len(lengths),
@@ -296,8 +296,9 @@ def short_row(arm: str, report: dict) -> list[str]:
     command = f"python generate.py --checkpoint {'-'.join(filter(None, (report['checkpoint'], label)))} --prompt TEXT"
     if kind in (arms := {arm_of_tree(spec): spec for spec in report["tree"]}):
         tree, _, copy = arms[kind].partition("+")
-        command += (f" --eagle {report['eagle']}" * (tree != "none") + f" --tree {tree}" * (tree not in ("tuned", "none"))
-                    + f" --copy {copy}" * bool(copy))
+        if tree != "none":
+            command += f" --eagle {report['eagle']}" + f" --tree {tree}" * (tree != "tuned")
+        command += f" --copy {copy}" * bool(copy)
         name += f", --copy {copy}" * bool(copy)
     elif kind != "plain":
         command = "python scripts/evaluate.py --questions FILE --peers" + " --gguf FILE" * kind.startswith("llama.cpp")
