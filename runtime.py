@@ -134,8 +134,8 @@ class PackedRMSNorm(nn.Module):
 def pack_for_cpu(model: nn.Module) -> nn.Module:
     """Replace each linear of a model on a CPU by its packed form, in fp32 and bf16, and each RMS norm in bf16.
 
-    fp32 norms stay: packed, they are slower on a long prompt, and gain 1% of a pass of one row. A tied LM head gets a
-    packed copy of the embedding, which lookups go on reading.
+    fp32 norms stay: packed, they gain about 1% of a pass of one row and lose on a long prompt (dev/log.md). A tied LM
+    head gets a packed copy of the embedding, which lookups go on reading.
     """
     for module in model.modules():      # not list(...), which would hold all old weights until the end
         for name, child in module.named_children():

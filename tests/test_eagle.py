@@ -986,6 +986,15 @@ def test_color_needs_a_head(shell, checkpoint, capsys):
     assert "\033" not in capsys.readouterr().out
 
 
+def test_a_cpu_without_bf16_instructions_is_told_of_fp32_once(shell, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    for dtype, n_line in (("bfloat16", 1), ("float32", 0), ("float16", 0)):
+        run = shell("--tree", "chain", "--dtype", dtype, max_new_tokens=2)
+        assert run.status == 0 and run.err.count("--dtype float32") == n_line
+    run = shell("--tree", "nowhere.json", "--dtype", "bfloat16")    # a mistake stays one line
+    assert run.status == 2 and len(run.err.splitlines()) == 1
+
+
 def test_the_tree_and_the_draft_vocabulary_beside_the_head_are_taken_up(shell, monkeypatch):
     (shell.head / "tree.json").write_text('{"paths": [[0], [1], [0, 0]], "copy": 3}')
     (shell.head / "draft_vocab.json").write_text(json.dumps({"ids": list(range(300, 200, -1))}))
