@@ -40,7 +40,8 @@ from head_config import FLAG_WEIGHTS, Eagle3Spec, eagle3_spec, official_config, 
 from model import Transformer, rope_inv_freq
 from scripts.questions import HUB_SETS, read_questions
 from scripts.report import acceptance
-from scripts.tune_tree import QUESTIONS, accept_lengths, encode_all, features_of
+from scripts.tree_search import accept_lengths
+from scripts.tune_tree import QUESTIONS, encode_all, features_of
 from train_loss import draft_ranks
 
 DEPTH = 5           # of the chain
@@ -237,7 +238,7 @@ def draft_along(model: Transformer, head: EagleHead, readings: list[Reading], pr
     for reading in readings:
         with read_as(head, reading):
             own = torch.cat([parts[states.index(j)] for j in reading.capture], dim=-1) if states else features
-            ranks = draft_ranks(head, ids, own, DEPTH, begin=max(len(prompt) - 2, 0))
+            ranks = draft_ranks(head, ids, own, DEPTH, begin=len(prompt) - 1)
         lengths.append(accept_lengths(CHAIN, list(zip(*ranks.tolist()))))
     for reading, of_answer in zip(readings, lengths):
         if of_answer:   # else the answer is too short

@@ -1,24 +1,27 @@
-"""Choose the static draft tree that is fastest on this device: python scripts/tune_tree.py --eagle HEAD
+"""Choose the static draft tree and the copied branch that are fastest here: python scripts/tune_tree.py --eagle HEAD
 
     python scripts/tune_tree.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle heads/vicuna-7b --questions calibration.jsonl
     torchrun --nproc-per-node 4 scripts/tune_tree.py ...        # a target of several GPUs; what rank 0 measures decides
 
 Two measurements and a search, as in Sequoia (arXiv 2402.12374):
  1. The target answers some questions greedily. Along each answer, with the head fed its own features as in drafting,
-    count how often the next token is the head's rank-r guess at depth d: a[d][r].
- 2. Time a target pass over 1, 2, 4, ... rows and a draft level, on this device.
+    count how often the next token is the head's rank-r guess at depth d: a[d][r]. How many tokens the copied branch
+    (copy_branch.py) would have right at a place depends on the text alone, not on the steps that led there.
+ 2. Time a target pass over 1, 2, 4, ... rows, a draft level and the rest of a step, on this device.
  3. A node is worth the product of a[d][r] along its path. No child is worth more than its parent, so the N most
-    valuable nodes are connected: the best tree of N nodes. Try every depth and N, each by the steps it would have taken
-    through these answers.
- 4. Answer the questions with the most promising trees in turn, and keep the fastest.
+    valuable nodes are connected: the best tree of N nodes. Try every depth and N with every length of the branch, each
+    by the steps it would have taken through these answers. Where nothing matches, a step is the tree alone.
+ 4. Answer the questions with the most promising pairs of tree and branch in turn, and keep the fastest. The best trees
+    without a branch take part, so that what copying gains is measured. It gains most in answers that loop: all figures
+    are also given for those and for the others apart.
 The tree is written beside the head as tree.json, or tree-int4.json for a target in int4, where generate.py finds it.
 """
 import argparse
-import heapq
 import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +43,13 @@ from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask
 from runtime import can_trace
 from scripts.questions import HUB_SETS, read_questions
+from scripts.report import loops
+from scripts.tree_search import COPY_LENGTHS, Answer, Candidate, choose_finalists, foretell, right_copies, search
 from tokenizer import Tokenizer
 from train_loss import draft_ranks
 
 QUESTIONS = Path(__file__).with_name("calibration.jsonl")
-FINALISTS = 5   # trees that answer the questions
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)      # of the target passes that are timed
 
 
 @command(in_ranks=True)
@@ -59,31 +64,70 @@ def main(args: argparse.Namespace) -> None:
     prompts = encode_all(texts, tokenizer, model.config.block_size - args.max_new_tokens)
     cli.say_head(head)
     with torch.inference_mode():
-        guesses = measure_ranks(model, head, prompts, args.max_new_tokens, tokenizer.stop_ids, args.max_depth)
+        tokens = answer_all(model, prompts, args.max_new_tokens, tokenizer.stop_ids)
+        guesses = measure_ranks(model, head, prompts, tokens, args.max_depth)
         accept = rank_frequencies(torch.cat(guesses, dim=1), args.max_rank)
         costs = measure_costs(model, head, args.max_nodes, args.used_slots, args.repeats)
         costs = tp.on_rank_0(lambda: costs)      # each has its own clock, and all must choose the same trees
-        answers = [list(zip(*answer.tolist())) for answer in guesses]
-        finalists = search(accept, answers, costs, args.max_nodes)[:FINALISTS]
-        trees = [finalist.paths for finalist in finalists]
-        rates = measure_decoding(model, head, trees, prompts, args, tokenizer.stop_ids)
+        answers = [Answer(list(zip(*ranks.tolist())), right_copies(prompt, answer), loops(answer))
+                   for ranks, prompt, answer in zip(guesses, prompts, tokens)]
+        finalists = choose_finalists(search(accept, answers, costs, args.max_nodes))
+        decoded = measure_decoding(model, head, finalists, prompts, args, tokenizer.stop_ids)
     if tp.writes():
-        write_tree(args, finalists, rates, {"device": device_name(model.inv_freq.device), "torch": torch.__version__,
-                                            "dtype": args.dtype, "draft_mode": args.draft_mode, "costs_ms": costs,
-                                            "accept_by_depth_and_rank": accept})
+        write_tree(args, finalists, decoded, answers, {
+            "device": device_name(model.inv_freq.device), "torch": torch.__version__, "dtype": args.dtype,
+            "draft_mode": args.draft_mode, "costs_ms": costs, "accept_by_depth_and_rank": accept})
 
 
-def write_tree(args: argparse.Namespace, finalists: list["Candidate"], rates: list[float], measured: dict) -> None:
-    """The fastest of the finalists. rates: tokens a second, plain decoding's and theirs."""
-    plain, *rates = rates
-    rate, best = max(zip(rates, finalists), key=lambda pair: pair[0])
+def write_tree(args: argparse.Namespace, finalists: list[Candidate], decoded: "Decoded", answers: list[Answer],
+               measured: dict) -> None:
+    """The fastest of the finalists, with figures of all answers, of the looping ones and of the others."""
+    everything = list(range(len(answers)))
+    rates, lengths = decoded.of(everything)
+    pairs = range(len(finalists))       # pair i is arm i + 1; arm 0 is plain decoding
+    first = max(pairs, key=lambda i: rates[i + 1])
+    alone = max((i for i in pairs if not finalists[i].n_copy), key=lambda i: rates[i + 1])
+    best, costs = finalists[first], measured["costs_ms"]
+
+    def figures_of(group: list[int]) -> dict:
+        foretold, without = foretell(best.paths, [answers[i] for i in group], costs, (best.n_copy, 0))
+        rates, lengths = decoded.of(group)
+        return {"answers": len(group), "expected_accept_length": foretold.accept_length,
+                "expected_accept_length_without_copying": without.accept_length,    # of the same tree
+                "foretold_speedup": foretold.rate * costs["target_by_rows"][1],
+                "accept_length": lengths[first + 1], "speedup": rates[first + 1] / rates[0],
+                "best_without_copying": {"accept_length": lengths[alone + 1], "speedup": rates[alone + 1] / rates[0]}}
+
+    groups = {"all": everything, "looping": [i for i in everything if answers[i].is_looping],
+              "others": [i for i in everything if not answers[i].is_looping]}
+    figures = {name: figures_of(group) for name, group in groups.items() if group}
     out = args.out or Path(args.eagle) / cli.tree_name(args.checkpoint)
     write_atomically(out, json.dumps({
-        "expected_accept_length": best.accept_length, "expected_speedup": rate / plain, "paths": best.paths,
-        "finalists": [{"paths": tree.paths, "tokens_per_second": rate} for tree, rate in zip(finalists, rates)],
-        "plain_tokens_per_second": plain, **measured}) + "\n")
-    say(f"{len(best.paths)} nodes below the root, depth {max(map(len, best.paths))}: {best.accept_length:.2f} tokens a "
-        f"step, {rate / plain:.2f}x plain decoding on these questions and this device; wrote {out}")
+        "paths": best.paths, "copy": best.n_copy, "expected_accept_length": best.accept_length,
+        "expected_speedup": figures["all"]["speedup"], "figures": figures,
+        "finalists": [{"paths": pair.paths, "copy": pair.n_copy, "tokens_per_second": rate, "accept_length": length,
+                       "foretold_tokens_per_second": 1e3 * pair.rate, "expected_accept_length": pair.accept_length}
+                      for pair, rate, length in zip(finalists, rates[1:], lengths[1:])],
+        "plain_tokens_per_second": rates[0], **measured}) + "\n")
+    say(f"{describe(best, figures)}; wrote {out}")
+
+
+def describe(best: Candidate, figures: dict[str, dict]) -> str:
+    """The result in one line, from what was measured."""
+    def text(f: dict) -> str:
+        alone = f["best_without_copying"]
+        return (f"{f['accept_length']:.2f} tokens a step, {f['speedup']:.2f}x plain decoding"
+                + f" (without copying {alone['accept_length']:.2f}, {alone['speedup']:.2f}x)" * bool(best.n_copy))
+
+    gain, alone = (f["speedup"] - 1 for f in (figures["all"], figures["all"]["best_without_copying"]))
+    parts = [f"{len(best.paths)} nodes below the root, depth {max(map(len, best.paths))}, "
+             + (f"a copied branch of {best.n_copy}" if best.n_copy else "no copied branch")
+             + f": {text(figures['all'])} on these questions and this device"]
+    if best.n_copy and gain > 0:
+        parts.append(f"copying is {(gain - alone) / gain:.0%} of the gain")
+    parts += [f"{figures[name]['answers']} {kind}: {text(figures[name])}"
+              for name, kind in (("looping", "looping answers"), ("others", "others")) if name in figures]
+    return "; ".join(parts)
 
 
 def encode_all(texts: list[str], tokenizer: Tokenizer, room: int, raw: bool = False) -> list[list[int]]:
@@ -97,15 +141,23 @@ def encode_all(texts: list[str], tokenizer: Tokenizer, room: int, raw: bool = Fa
     return prompts
 
 
-def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]], max_new_tokens: int,
-                  stop_ids: frozenset[int], max_depth: int) -> list[Tensor]:
-    """Rank of the target's next token among the head's guesses at each depth: of each answer [max_depth, positions]."""
+def answer_all(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+               stop_ids: frozenset[int]) -> list[list[int]]:
+    """The target's own answers, greedily."""
     setup_caches(model, None, len(prompts), max(map(len, prompts)) + max_new_tokens)
-    answers = Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
+    return Decoder(model, len(prompts)).generate(prompts, max_new_tokens, stop_ids=stop_ids).tokens
+
+
+def measure_ranks(model: Transformer, head: EagleHead, prompts: list[list[int]], answers: list[list[int]],
+                  max_depth: int) -> list[Tensor]:
+    """Rank of the target's next token among the head's guesses at each depth: of each answer [max_depth, positions].
+
+    The first position is that of the answer's first token, which the prefill makes: the root of the first step.
+    """
     columns = []
     for prompt, answer in tqdm(list(zip(prompts, answers)), desc="acceptance", unit="answer"):
         ids, features = features_of(model, prompt + answer, head.capture)
-        columns.append(draft_ranks(head, ids, features, max_depth, begin=len(prompt) - 2))
+        columns.append(draft_ranks(head, ids, features, max_depth, begin=len(prompt) - 1))
     return columns
 
 
@@ -124,13 +176,20 @@ def rank_frequencies(ranks: Tensor, max_rank: int) -> list[list[float]]:
 
 
 def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int, repeats: int) -> dict:
-    """Milliseconds, medians of alternating runs: a target pass by rows, one draft level, the rest of a step."""
-    rows = [n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if n <= max_nodes + 1]
-    deep, flat = (EagleStep(model, head, StaticTree.chain(depth), 1) for depth in (5, 1))
-    n_slot = used + max(*rows, deep.tree.n_room)
+    """Milliseconds, medians of alternating runs: a target pass by rows, one draft level, the rest of a step.
+
+    The rest is to accept, to move keys, to take the tokens into the head and to look up what to copy: without a branch,
+    with one where nothing matches, and with one that is verified, by its length.
+    """
+    most = max_nodes + 1 + max(COPY_LENGTHS)
+    rows = [n for n in ROWS if n < most] + [most]
+    n_slot = used + most
     setup_caches(model, head, 1, n_slot)
+    deep = EagleStep(model, head, StaticTree.chain(5), 1)
+    steps = {n: EagleStep(model, head, replace(StaticTree.chain(1), n_copy=n), 1) for n in COPY_LENGTHS}
+    flat = steps[0]
     prompt = list(range(1, used + 1))
-    for step in (deep, flat):
+    for step in (deep, *steps.values()):
         step.prefill([prompt])
     view = bucket(n_slot, n_slot)
 
@@ -141,98 +200,58 @@ def measure_costs(model: Transformer, head: EagleHead, max_nodes: int, used: int
         return lambda: model(tokens, pos, mask=mask, capture=head.capture)
 
     draft = flat.grow(view)
-    logits, features = flat.verify(draft, view)
 
-    def rest() -> None:
-        flat.commit(draft, features, flat.accept(logits, draft), view)
+    def rest(step: EagleStep, copies: bool) -> Callable[[], object]:
+        whole = lambda: step.branch.graft(draft) if copies and step.branch is not None else draft
+        logits, features = step.verify(whole(), view)
+
+        def run() -> None:
+            verified = whole()
+            step.commit(verified, features, step.accept(logits, verified), view)
+        return restoring(step, run)
 
     jobs = {("target", n): target(n) for n in rows}
-    jobs |= {("deep", 5): lambda: deep.grow(view), ("flat", 1): lambda: flat.grow(view),
-             ("rest", 0): restoring(flat, rest)}
+    jobs |= {("deep", 5): lambda: deep.grow(view), ("flat", 1): lambda: flat.grow(view)}
+    jobs |= {("rest", n): rest(step, copies=True) for n, step in steps.items()}
+    jobs["no match", 0] = rest(steps[max(COPY_LENGTHS)], copies=False)
     if can_trace(model):    # as decoding runs them
         jobs = {key: traced(job, [model, head]) for key, job in jobs.items()}
     times = interleave(jobs, repeats, model.inv_freq.device)
     ms = {key: statistics.median(seconds) * 1e3 for key, seconds in times.items()}
     return {"target_by_rows": {n: ms["target", n] for n in rows}, "draft_level": (ms["deep", 5] - ms["flat", 1]) / 4,
-            "first_level": ms["flat", 1], "rest": ms["rest", 0]}
+            "first_level": ms["flat", 1], "rest": ms["rest", 0], "rest_without_match": ms["no match", 0],
+            "rest_by_copy": {n: ms["rest", n] for n in COPY_LENGTHS if n}}
 
 
-def measure_decoding(model: Transformer, head: EagleHead, trees: list[list[list[int]]], prompts: list[list[int]],
-                     args: argparse.Namespace, stop_ids: frozenset[int]) -> list[float]:
-    """Tokens a second of plain decoding, and of EAGLE with each tree; all answer each prompt in turn."""
-    shapes = [None, *map(StaticTree.from_paths, trees)]
+class Decoded(NamedTuple):
+    """What was measured, [arms, answers]: plain decoding in arm 0, then the finalists."""
+    tokens: np.ndarray
+    seconds: np.ndarray
+    steps: np.ndarray
+    produced: np.ndarray        # tokens of these steps, before any cut
+
+    def of(self, wanted: list[int]) -> tuple[list[float], list[float]]:
+        """Tokens a second and tokens a step of each arm, over the wanted answers."""
+        tokens, seconds, steps, produced = (part[:, wanted].sum(1) for part in self)
+        return (tokens / seconds).tolist(), (produced / steps.clip(1)).tolist()
+
+
+def measure_decoding(model: Transformer, head: EagleHead, finalists: list[Candidate], prompts: list[list[int]],
+                     args: argparse.Namespace, stop_ids: frozenset[int]) -> Decoded:
+    """Plain decoding, and EAGLE with each pair of tree and branch; all answer each prompt in turn."""
+    shapes = [None, *(replace(StaticTree.from_paths(pair.paths), n_copy=pair.n_copy) for pair in finalists)]
     room = max(tree.n_room for tree in shapes[1:])
     setup_caches(model, head, 1, slots_for(max(map(len, prompts)) + args.max_new_tokens + room, model))
     decoders = [Decoder(model, 1, compile=args.compile, head=tree and head, tree=tree) for tree in shapes]
     for decoder in decoders:
         decoder.TRACE_FROM = 1      # one trace for all the answers
         decoder.generate(prompts[:1], args.max_new_tokens)      # warm up
-    tokens, seconds = [0] * len(decoders), [0.0] * len(decoders)
+    measured = []
     for prompt in tqdm(prompts, desc="decoding", unit="answer"):
-        for i, decoder in enumerate(decoders):
-            result = decoder.generate([prompt], args.max_new_tokens, stop_ids=stop_ids)
-            tokens[i] += len(result.tokens[0])
-            seconds[i] += result.timings["decode_seconds"]
-    return [n / s for n, s in zip(tokens, seconds)]
-
-
-class Candidate(NamedTuple):
-    rate: float                 # tokens a millisecond, by the parts' costs
-    accept_length: float
-    paths: list[list[int]]
-
-
-def search(accept: list[list[float]], answers: list[list[tuple[int, ...]]], costs: dict,
-           max_nodes: int) -> list[Candidate]:
-    """For each number of nodes the tree that promises most, the most promising first.
-
-    accept   a[d][r], by which nodes are ordered
-    answers  for each position the ranks of the tokens that follow: see `accept_lengths`
-    """
-    best: dict[int, Candidate] = {}
-    rows = sorted(costs["target_by_rows"])
-    pass_ms = [costs["target_by_rows"][n] for n in rows]
-    for depth in range(1, len(accept) + 1):
-        paths = [path for _, path in best_nodes(accept[:depth], max_nodes)]
-        for n in range(1, len(paths) + 1):
-            if max(map(len, paths[:n])) < depth:
-                continue                                                # a smaller depth has tried this tree
-            tree = set(map(tuple, paths[:n]))
-            lengths = [length for answer in answers for length in accept_lengths(tree, answer)]
-            ms = (costs["first_level"] + (depth - 1) * costs["draft_level"] + costs["rest"]
-                  + float(np.interp(n + 1, rows, pass_ms)))     # linear between the measured numbers of rows
-            mean = sum(lengths) / len(lengths)
-            if n not in best or mean / ms > best[n].rate:
-                best[n] = Candidate(mean / ms, mean, sorted(paths[:n], key=lambda p: (len(p), p)))
-    return sorted(best.values(), reverse=True)
-
-
-def accept_lengths(tree: set[tuple[int, ...]], ranks: list[tuple[int, ...]]) -> list[int]:
-    """Tokens of each step, the bonus among them, if an answer were decoded with this tree.
-
-    ranks[i]: ranks of the tokens after position i, each among the guesses at its depth. A mean over all positions would
-    promise too much: stretches that are easy to draft hold most positions, and take few steps.
-    """
-    lengths, i = [], 0
-    while i < len(ranks):
-        depth = next((d for d in range(len(ranks[i])) if ranks[i][:d + 1] not in tree), len(ranks[i]))
-        lengths.append(depth + 1)
-        i += depth + 1
-    return lengths
-
-
-def best_nodes(accept: list[list[float]], count: int) -> list[tuple[float, list[int]]]:
-    """The `count` most valuable nodes, best first, from a frontier of the nodes whose parent is taken."""
-    frontier = [(-value, [rank]) for rank, value in enumerate(accept[0])]
-    heapq.heapify(frontier)
-    taken = []
-    while frontier and len(taken) < count:
-        value, path = heapq.heappop(frontier)
-        taken.append((-value, path))
-        if len(path) < len(accept):
-            for rank, factor in enumerate(accept[len(path)]):
-                heapq.heappush(frontier, (value * factor, [*path, rank]))
-    return taken
+        results = [decoder.generate([prompt], args.max_new_tokens, stop_ids=stop_ids) for decoder in decoders]
+        measured.append([(len(result.tokens[0]), result.timings["decode_seconds"], result.target_passes,
+                          sum(result.accept_lengths[0])) for result in results])
+    return Decoded(*np.array(measured).transpose(2, 1, 0))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from eagle_head import Eagle3Head, EagleHead
 from head_config import Eagle3Spec
 from model import Transformer, rope_inv_freq
 from reference import edited_json, naive_decode, write_checkpoint
-from scripts import check_head, tune_tree
+from scripts import check_head, tree_search, tune_tree
 from test_scripts import write_head
 from tokenizer import Tokenizer
 from train_loss import draft_ranks, level_mask
@@ -153,7 +153,7 @@ def test_a_head_read_as_it_was_trained_is_the_best_and_the_table_is_what_decodin
             rope_theta=float(options[1]) if "--draft-rope-theta" in options else None)
         steps = []
         for of_answer in generate(model, prompts, LENGTH, head=head, tree="chain:5").accept_lengths:
-            done = 0
+            done = 1    # the prefill's token
             for n in of_answer:
                 if done < LENGTH - 4:       # later steps look past the end
                     steps.append(n)
@@ -393,13 +393,13 @@ def test_draft_ranks_of_eagle_3_are_the_steps_that_decoding_takes(target, n_stat
     answer = naive_decode(model, prompts[0], 60)
     head.set_draft_vocab(torch.tensor(answer).unique()[:24].tolist())
     wide = [[r] for r in range(20)] + [[r, s] for r in range(8) for s in range(20)]
-    ranks, = tune_tree.measure_ranks(model, head, prompts[:1], 60, frozenset(), max_depth=2)
-    foreseen = tune_tree.accept_lengths(set(map(tuple, wide)), list(zip(*ranks.tolist())))
+    ranks, = tune_tree.measure_ranks(model, head, prompts[:1], [answer], max_depth=2)
+    foreseen = tree_search.accept_lengths(set(map(tuple, wide)), list(zip(*ranks.tolist())))
     taken = generate(model, prompts[:1], 60, head=head, tree=StaticTree.from_paths(wide)).accept_lengths[0]
     assert foreseen[:-1] == taken[:len(foreseen) - 1] and len(foreseen) > 15 and set(foreseen) == {1, 2, 3}
     ids, features = tune_tree.features_of(model, prompts[0] + answer, head.capture)
     whole = draft_ranks(head, ids, features, 2)
-    assert torch.equal(whole[:, len(prompts[0]) - 2:], ranks)       # as from there alone
+    assert torch.equal(whole[:, len(prompts[0]) - 1:], ranks)       # as from there alone
 
 
 def test_a_tree_is_tuned_for_an_eagle_3_head(target, plain_weights, check, capsys, monkeypatch):
