@@ -237,7 +237,7 @@ def draft_along(model: Transformer, head: EagleHead, readings: list[Reading], pr
     for reading in readings:
         with read_as(head, reading):
             own = torch.cat([parts[states.index(j)] for j in reading.capture], dim=-1) if states else features
-            ranks = draft_ranks(head, ids, own, DEPTH, begin=max(len(prompt) - 2, 0))
+            ranks = draft_ranks(head, ids, own, DEPTH, begin=len(prompt) - 1)
         lengths.append(accept_lengths(CHAIN, list(zip(*ranks.tolist()))))
     for reading, of_answer in zip(readings, lengths):
         if of_answer:   # else the answer is too short
