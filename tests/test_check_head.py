@@ -153,7 +153,7 @@ def test_a_head_read_as_it_was_trained_is_the_best_and_the_table_is_what_decodin
             rope_theta=float(options[1]) if "--draft-rope-theta" in options else None)
         steps = []
         for of_answer in generate(model, prompts, LENGTH, head=head, tree="chain:5").accept_lengths:
-            done = 1        # the prefill's
+            done = 1    # the prefill's token
             for n in of_answer:
                 if done < LENGTH - 4:       # later steps look past the end
                     steps.append(n)
