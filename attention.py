@@ -1,0 +1,73 @@
+"""Attention on a CPU that gives a token the same bits in any block: alone, among others, or as a node of a tree.
+
+    seen = rows_seen(bias, kv_cache)        # once a pass
+    y = attend(q, k, kv_cache[1], seen)     # in each layer
+
+torch's fused attention (MKL inside) adds in an order that depends on the number of rows and of slots. Here each sum has
+an order of its own:
+
+    scores          a product in fp32 with rows padded to whole groups of ROW_GROUP: MKL has other kernels for the rest
+    softmax         torch adds slot s into lane s % LANES. So a node at depth d takes a slot with (pos + d) % LANES,
+                    the lane that plain decoding gives it (`spread_slots`). Slots not seen add zeros
+    weighted sum    embedding_bag adds slot after slot, for each row by itself. Slots not seen add zeros
+
+Shapes: B batch, N tree nodes including the root, T new tokens, S cache slots read, K key/value heads, G = H / K query
+heads each, M = G * T rows padded to groups, D head dim.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LANES = 16          # fp32 numbers of the widest vector register, AVX-512; with 8 lanes 16 are right too
+ROW_GROUP = 4
+MAX_TOKENS = 64     # of a sequence: larger blocks are prefill, where the fused attention is faster
+
+
+class Seen(NamedTuple):
+    """What the rows of one pass see."""
+    bias: Tensor        # [B*K, M, S] fp32
+    index: Tensor       # [B*K*M*S] int32: rows of the values [B*K*slots, D]
+    offsets: Tensor     # [B*K*M] int32: where each row's part of the index begins
+
+
+def rows_seen(bias: Tensor, kv_cache: Tensor) -> Seen:
+    """bias [B, 1, G*T, S] additive, kv_cache [..., K, slots, D]."""
+    B, _, rows, S = bias.shape
+    K, slots = kv_cache.shape[-3:-1]
+    M = -(-rows // ROW_GROUP) * ROW_GROUP
+    # The rows that fill up a group see everything. Nobody reads what comes out.
+    wide = F.pad(bias, (0, 0, 0, M - rows)).float().expand(-1, K, -1, -1).reshape(B * K, M, S)
+    head = torch.arange(B * K, dtype=torch.int32)[:, None, None] * slots
+    index = (head + torch.arange(S, dtype=torch.int32)).expand(-1, M, -1).reshape(-1)
+    return Seen(wide, index, torch.arange(B * K * M, dtype=torch.int32) * S)
+
+
+def attend(q: Tensor, k: Tensor, values: Tensor, seen: Seen) -> Tensor:
+    """q [B, K, G*T, D], k [B, K, S, D], values [rows of the cache, K, slots, D] -> [B, K, G*T, D]."""
+    B, K, rows, D = q.shape
+    n_head, M, _ = seen.bias.shape
+    wide = F.pad(q.float(), (0, 0, 0, M - rows)).view(n_head, M, D)
+    keys = k.float().view(n_head, -1, D)
+    scores = torch.baddbmm(seen.bias, wide, keys.transpose(1, 2), alpha=D ** -0.5)
+    weights = scores.softmax(-1).to(values.dtype).view(-1)
+    y = torch.embedding_bag(values.view(-1, D), seen.index, seen.offsets, False, 0, False, weights)[0]
+    return y.view(B, K, M, D)[:, :, :rows]
+
+
+def spread_slots(depths: Tensor, order: Tensor) -> Tensor:
+    """depths [B, N] -> [B, N]: a slot for each node, from the root's on. The j-th node of a depth has depth + j LANES.
+
+    order is [1, N]: 0, 1, 2, ...
+    """
+    is_before = (depths[:, None] == depths[:, :, None]) & (order[:, None] < order[:, :, None])
+    return depths + LANES * is_before.sum(-1)
+
+
+def spread_seen(seen: Tensor, slots: Tensor, n_room: int) -> Tensor:
+    """seen [B, N, N + 2] in the form of draft_tree.visible over N nodes side by side -> [B, N, n_room + 2] over slots."""
+    B, N = slots.shape
+    wide = seen.new_full((B, N, n_room + 2), -torch.inf)
+    wide[:, :, 0] = 0
+    return wide.scatter(2, (slots + 1)[:, None].expand(-1, N, -1), seen[:, :, 1:-1].expand(B, -1, -1))
