@@ -226,6 +226,7 @@ class Decoder:
         self.n_copied = [0] * batch_size    # of each row's drafts in the last step
         self.n_ingested = 0     # pairs of row 0 in the head's cache, for the next turn of a chat
         if compile:
+            model.is_exact = False
             compile_layers(model.layers)
             compile_layers([] if head is None else head.layers)
 
@@ -383,11 +384,11 @@ class Decoder:
         return self.plain if kind == "plain" or self.eagle is None else self.eagle
 
     def _tree_fits(self, length: int) -> bool:
-        return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
+        return self.eagle is not None and length - 1 + self.eagle.n_room <= self.n_slot
 
     def _n_slot(self, kind: Kind, length: int) -> int:
         """Cache slots to read: one of few sizes if each is captured, else close to the length."""
-        used = length - 1 + (1 if kind == "plain" or self.eagle is None else self.eagle.tree.n_room)
+        used = length - 1 + (1 if kind == "plain" or self.eagle is None else self.eagle.n_room)
         return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
 
     def _clock(self) -> float:

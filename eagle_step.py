@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attention import spread_room, spread_seen, spread_slots
 from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
                         draft_nothing, draft_static, plan_dynamic, plan_static, shown_columns)
@@ -197,6 +198,11 @@ class EagleStep:
         self.report = torch.zeros(batch_size, max(tree.depth, n_copy) + 3, dtype=torch.long, device=device)
 
     @property
+    def n_room(self) -> int:
+        """Cache slots that a step needs from the root's slot on."""
+        return max(self.tree.n_room, spread_room(self.tree) if self.model.is_exact else 0)
+
+    @property
     def state(self) -> list[Tensor]:
         return [self.tokens, self.pos, self.root_hidden, *([] if self.branch is None else self.branch.state)]
 
@@ -242,7 +248,7 @@ class EagleStep:
         It reads n_slot slots of the caches: at least pos + tree.n_room of every row.
         """
         # A finished row may be at the end of the cache. It goes on where the tree still fits.
-        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.tree.n_room)
+        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.n_room)
         draft = self.grow(n_slot)
         if copies and self.branch is not None:
             draft = self.branch.graft(draft)
@@ -260,10 +266,17 @@ class EagleStep:
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
         """The target over all nodes: logits [B, N, V], features [B, N, F]."""
-        slots = self.pos + self.plan.order[:, :draft.tokens.shape[1]]
-        bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
+        slots, seen = self.slots(draft), draft.seen
+        if self.model.is_exact:
+            seen = spread_seen(seen, slots, self.n_room)
+        bias = block_bias(seen, shown_columns(self.pos, n_slot, seen), self.model.config)
         capture = () if self.head is None else self.head.capture
-        return self.model(draft.tokens, self.pos + draft.depths, slots, bias, capture)
+        return self.model(draft.tokens, self.pos + draft.depths, self.pos + slots, bias, capture)
+
+    def slots(self, draft: Draft) -> Tensor:
+        """[B or 1, N] where each node's key and value stand, from the root's slot on."""
+        order = self.plan.order[:, :draft.tokens.shape[1]]
+        return spread_slots(draft.depths, order) if self.model.is_exact else order
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if draft.tokens.shape[1] == 1:      # nothing was drafted
@@ -279,7 +292,9 @@ class EagleStep:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
         path, n_accepted, bonus = accepted
         if draft.copied is not None or not self.tree.is_chain:
-            move_slots(self.model.kv_cache, self.pos + path, self.pos + self.plan.order[:, :path.shape[1]], self.plan.row)
+            source = self.slots(draft).expand(len(path), -1).gather(1, path)
+            move_slots(self.model.kv_cache, self.pos + source, self.pos + self.plan.order[:, :path.shape[1]],
+                       self.plan.row)
         following = draft.tokens.gather(1, path.roll(-1, 1))       # the next node's token; unused past the end
         is_copy = path.gather(1, n_accepted) >= self.tree.n_node
         self.finish(following, n_accepted, bonus, features[self.plan.row, path], n_accepted * is_copy, n_slot)

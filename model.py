@@ -115,6 +115,7 @@ class Transformer(nn.Module):
             raise ValueError(f"max_seq_length {max_seq_length} is beyond sliding_window {c.sliding_window}, "
                              "past which windowed attention would be needed; it is not supported")
         weight = self.norm.weight
+        self.is_exact = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         self.kv_cache = torch.zeros(c.n_layer, 2, max_batch_size, c.n_kv_head, max_seq_length, c.head_dim,
                                     dtype=weight.dtype, device=weight.device)
 
