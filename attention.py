@@ -48,8 +48,8 @@ def attend(q: Tensor, k: Tensor, values: Tensor, seen: Seen) -> Tensor:
     """q [B, K, G*T, D], k [B, K, S, D], values [rows of the cache, K, slots, D] -> [B, K, G*T, D]."""
     B, K, rows, D = q.shape
     n_head, M, _ = seen.bias.shape
-    wide = F.pad(q.float(), (0, 0, 0, M - rows)).view(n_head, M, D)
-    keys = k.float().view(n_head, -1, D)
+    wide = F.pad(q.float(), (0, 0, 0, M - rows)).reshape(n_head, M, D)
+    keys = k.float().reshape(n_head, -1, D)
     scores = torch.baddbmm(seen.bias, wide, keys.transpose(1, 2), alpha=D ** -0.5)
     weights = scores.softmax(-1).to(values.dtype).view(-1)
     y = torch.embedding_bag(values.view(-1, D), seen.index, seen.offsets, False, 0, False, weights)[0]
