@@ -171,6 +171,8 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
         for rows in ROWS:
             names = candidates(modules[0], rows)
             if len(names) == 1:
+                for module in modules:
+                    module.kernels[rows] = names[0]
                 continue
             size = "x".join(map(str, shape))
             key = f"{place(modules[0])}, {format.mode} {format.group_size} {dtype}, {rows} x {size}"
@@ -185,7 +187,7 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
         found |= chosen[0]
     for peer, modules in peers.items():
         for module in modules:
-            module.kernels = {rows: found[key] for rows, key in keys[peer].items()}
+            module.kernels |= {rows: found[key] for rows, key in keys[peer].items()}
             module.lay_out(set(module.kernels.values()) or {"dense"})
     if found != before and is_first and cache is not None:
         with contextlib.suppress(OSError):  # not writable: the next run measures again
@@ -203,9 +205,8 @@ def candidates(module: QuantLinear, rows: int) -> list[str]:
                     *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
     # torch packs 16 int4 rows together. Its int8 product reads 16 columns at a time, past the end of other widths.
     by_sixteen = module.in_features if module.format.mode == "int8" else module.out_features
-    if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0:
-        return ["dense", "packed"]
-    return ["dense"]
+    # One kernel for all numbers of rows: a token then has the same bits in any block, and no timing decides the text.
+    return ["packed" if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0 else "dense"]
 
 
 def place(module: QuantLinear) -> str:
