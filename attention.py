@@ -17,7 +17,6 @@ heads each, M = G * T rows padded to groups, D head dim.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LANES = 16          # fp32 numbers of the widest vector register, AVX-512; with 8 lanes 16 are right too
@@ -30,30 +29,36 @@ class Seen(NamedTuple):
     bias: Tensor        # [B*K, M, S] fp32
     index: Tensor       # [B*K*M*S] int32: rows of the values [B*K*slots, D]
     offsets: Tensor     # [B*K*M] int32: where each row's part of the index begins
+    rows: Tensor        # [K*M] among the T*H queries of a sequence: the rows of each head, and what fills up a group
+    queries: Tensor     # [T*H] where each query is among these
 
 
-def rows_seen(bias: Tensor, kv_cache: Tensor) -> Seen:
+def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int) -> Seen:
     """bias [B, 1, G*T, S] additive, kv_cache [..., K, slots, D]."""
     B, _, rows, S = bias.shape
     K, slots = kv_cache.shape[-3:-1]
-    M = -(-rows // ROW_GROUP) * ROW_GROUP
-    # The rows that fill up a group see everything. Nobody reads what comes out.
-    wide = F.pad(bias, (0, 0, 0, M - rows)).float().expand(-1, K, -1, -1).reshape(B * K, M, S)
-    head = torch.arange(B * K, dtype=torch.int32)[:, None, None] * slots
-    index = (head + torch.arange(S, dtype=torch.int32)).expand(-1, M, -1).reshape(-1)
-    return Seen(wide, index, torch.arange(B * K * M, dtype=torch.int32) * S)
+    G, M = rows // n_token, -(-rows // ROW_GROUP) * ROW_GROUP
+    # The rows that fill up a group are copies of the last one. Nobody reads what comes out.
+    order = torch.arange(M).clamp(max=rows - 1)
+    head = torch.arange(K)[:, None]
+    wide = bias.float().index_select(2, order).expand(-1, K, -1, -1).reshape(B * K, M, S)
+    first = torch.arange(B * K, dtype=torch.int32)[:, None, None] * slots
+    index = (first + torch.arange(S, dtype=torch.int32)).expand(-1, M, -1).reshape(-1)
+    token, query = torch.arange(n_token)[:, None, None], torch.arange(G)
+    return Seen(wide, index, torch.arange(B * K * M, dtype=torch.int32) * S,
+                (order % n_token * (K * G) + head * G + order // n_token).view(-1),
+                (head * M + query * n_token + token).view(-1))
 
 
 def attend(q: Tensor, k: Tensor, values: Tensor, seen: Seen) -> Tensor:
-    """q [B, K, G*T, D], k [B, K, S, D], values [rows of the cache, K, slots, D] -> [B, K, G*T, D]."""
-    B, K, rows, D = q.shape
-    n_head, M, _ = seen.bias.shape
-    wide = F.pad(q.float(), (0, 0, 0, M - rows)).reshape(n_head, M, D)
-    keys = k.float().reshape(n_head, -1, D)
-    scores = torch.baddbmm(seen.bias, wide, keys.transpose(1, 2), alpha=D ** -0.5)
-    weights = scores.softmax(-1).to(values.dtype).view(-1)
-    y = torch.embedding_bag(values.view(-1, D), seen.index, seen.offsets, False, 0, False, weights)[0]
-    return y.view(B, K, M, D)[:, :, :rows]
+    """q [B, T, H, D], k [B, K, S, D], values [rows of the cache, K, slots, D] -> [B, T, H * D]."""
+    B, T, H, D = q.shape
+    n_head, M, S = seen.bias.shape
+    wide = q.reshape(B, T * H, D).index_select(1, seen.rows).float().view(n_head, M, D)
+    keys = k.float().view(n_head, S, D)
+    weights = torch.baddbmm(seen.bias, wide, keys.transpose(1, 2), alpha=D ** -0.5).softmax(-1).to(values.dtype)
+    y = torch.embedding_bag(values.view(-1, D), seen.index, seen.offsets, False, 0, False, weights.view(-1))[0]
+    return y.view(B, -1, D).index_select(1, seen.queries).view(B, T, H * D)
 
 
 def spread_slots(depths: Tensor, order: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class Transformer(nn.Module):
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
         bias: Tensor | Seen = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
         if self.is_exact and self.kv_cache is not None and tokens.shape[1] <= MAX_TOKENS:
-            bias = rows_seen(bias, self.kv_cache)
+            bias = rows_seen(bias, self.kv_cache, tokens.shape[1])
         states = {}
         for i, layer in enumerate(self.layers):
             if i in capture:
@@ -268,13 +268,12 @@ class Attention(nn.Module):
         else:
             n_slot = (bias.bias if isinstance(bias, Seen) else bias).shape[-1]
             k, v = write_cache(kv_cache, cache_pos, kv, n_slot)               # [B, K, S, D]
+        if isinstance(bias, Seen) and kv_cache is not None:
+            return self.wo(attend(q, k, kv_cache[1], bias))
         # The G query heads of a key/value head become G*T rows of one head. Keys and values are read once, and no
         # kernel needs to know about grouped queries.
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
-        if isinstance(bias, Seen) and kv_cache is not None:
-            y = attend(q, k, kv_cache[1], bias)                               # [B, K, G*T, D]
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)           # [B, K, G*T, D]
         y = y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
         return self.wo(y)
 
