@@ -1,7 +1,7 @@
 """Attention on a CPU that gives a token the same bits in any block: alone, among others, or as a node of a tree.
 
-    seen = rows_seen(bias, kv_cache)        # once a pass
-    y = attend(q, k, kv_cache[1], seen)     # in each layer
+    seen = rows_seen(bias, kv_cache, n_token)   # once a pass
+    y = attend(q, k, kv_cache[1], seen)         # in each layer
 
 torch's fused attention (MKL inside) adds in an order that depends on the number of rows and of slots. Here each sum has
 an order of its own:
@@ -81,7 +81,7 @@ def spread_room(tree: Any) -> int:
 
 
 def spread_seen(seen: Tensor, slots: Tensor, n_room: int) -> Tensor:
-    """seen [B, N, N + 2] in the form of draft_tree.visible over N nodes side by side -> [B, N, n_room + 2] over slots."""
+    """seen [B, N, N + 2] as draft_tree.visible makes it, nodes side by side -> [B, N, n_room + 2] over slots."""
     B, N = slots.shape
     wide = seen.new_full((B, N, n_room + 2), -torch.inf)
     wide[:, :, 0] = 0
