@@ -324,8 +324,8 @@ def add_copy_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_exact_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--exact", action="store_true", help="plain decoding and greedy EAGLE compute the same "
-                        "bits, and give the same tokens in 16, 8 and 4 bits too (CPUs only; not available on a GPU yet)")
+    parser.add_argument("--exact", action="store_true", help="plain decoding and greedy EAGLE compute the "
+                        "same bits, and give the same tokens in 16, 8 and 4 bits too (CPUs only, not yet GPUs)")
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
