@@ -20,7 +20,7 @@ from torch import Tensor
 
 from draft_tree import StaticTree, Tree, load_tree
 from eagle_head import EagleHead
-from eagle_step import EagleStep
+from eagle_step import EagleStep, room_of
 from model import Transformer, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, trace
 from sampling import NOT_FINITE, Sampling, next_tokens
@@ -88,7 +88,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     drafted = tree_of(tree, copy, head)
     check_limit(max_new_tokens)
     if max_seq_length is None:
-        room = 0 if drafted is None else drafted.n_room
+        room = 0 if drafted is None else room_of(drafted, model)
         max_seq_length = slots_for(max(map(len, prompts), default=0) + max_new_tokens + room, model)
     check_prompts(prompts, max_seq_length, model.config.vocab_size)
     with restored_caches(model, head):
@@ -177,7 +177,8 @@ class PlainStep:
         """Fill the cache with the prompts, whose first n_cached tokens are in it already, and produce a token each."""
         length = torch.tensor([[len(prompt)] for prompt in prompts], device=self.pos.device)
         hidden = None
-        for chunk in prefill(self.model, prompts, n_cached):
+        # Where bits count, the prefill begins where EAGLE's does.
+        for chunk in prefill(self.model, prompts, max(n_cached - self.model.is_exact, 0)):
             hidden = chunk.at(length - 1, chunk.hidden, hidden)
         self.pos.copy_(length - 1)
         self.finish(self.model.output(hidden))
@@ -206,6 +207,8 @@ class Decoder:
         """tree: what EAGLE steps draft, see `tree_of`. Default: with a head the paper's static tree, else nothing."""
         sampling.check()
         check_caches(model, head, batch_size)
+        if compile and model.is_exact:
+            raise ValueError("exact decoding does not go with compiled layers")
         self.model, self.head, self.compile = model, head, compile
         self.caches = {module: module.kv_cache for module in (model, head) if module is not None}
         self.eagle, device = None, model.inv_freq.device
@@ -384,11 +387,11 @@ class Decoder:
         return self.plain if kind == "plain" or self.eagle is None else self.eagle
 
     def _tree_fits(self, length: int) -> bool:
-        return self.eagle is not None and length - 1 + self.eagle.tree.n_room <= self.n_slot
+        return self.eagle is not None and length - 1 + self.eagle.n_room <= self.n_slot
 
     def _n_slot(self, kind: Kind, length: int) -> int:
         """Cache slots to read: one of few sizes if each is captured, else close to the length."""
-        used = length - 1 + (1 if kind == "plain" or self.eagle is None else self.eagle.tree.n_room)
+        used = length - 1 + (1 if kind == "plain" or self.eagle is None else self.eagle.n_room)
         return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
 
     def _clock(self) -> float:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attention import MAX_TOKENS, spread_room, spread_seen, spread_slots
 from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
                         draft_nothing, draft_static, plan_dynamic, plan_static, shown_columns)
@@ -181,6 +182,9 @@ class EagleStep:
         draw_drafts = can_draw if draw_drafts is None else draw_drafts
         if head is not None:
             check_children(tree, head)
+        if model.is_exact and tree.n_node + tree.n_copy > MAX_TOKENS:
+            raise ValueError(f"exact decoding verifies up to {MAX_TOKENS} tokens a step, this tree has {tree.n_node} "
+                             f"nodes and {tree.n_copy} copied ones")
         self.model, self.head, self.sampling, self.draw_drafts = model, head, sampling, draw_drafts
         device, dtype, n_copy = model.inv_freq.device, model.norm.weight.dtype, tree.n_copy
         self.plan: StaticPlan | DynamicPlan
@@ -189,6 +193,7 @@ class EagleStep:
         else:
             self.plan = plan_dynamic(tree, batch_size, device, dtype)
         self.tree: Tree = self.plan.tree
+        self.n_room = room_of(self.tree, model)
         self.branch = None
         if n_copy:
             self.branch = CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype)
@@ -241,10 +246,10 @@ class EagleStep:
     def __call__(self, n_slot: int, copies: bool = False) -> None:
         """One target pass, with the copied branch or without it.
 
-        It reads n_slot slots of the caches: at least pos + tree.n_room of every row.
+        It reads n_slot slots of the caches: at least pos + n_room of every row.
         """
         # A finished row may be at the end of the cache. It goes on where the tree still fits.
-        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.tree.n_room)
+        self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.n_room)
         draft = self.grow(n_slot)
         if copies and self.branch is not None:
             draft = self.branch.graft(draft)
@@ -262,10 +267,17 @@ class EagleStep:
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
         """The target over all nodes: logits [B, N, V], features [B, N, F]."""
-        slots = self.pos + self.plan.order[:, :draft.tokens.shape[1]]
-        bias = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
+        slots, seen = self.slots(draft), draft.seen
+        if self.model.is_exact:
+            seen = spread_seen(seen, slots, self.n_room)
+        bias = block_bias(seen, shown_columns(self.pos, n_slot, seen), self.model.config)
         capture = () if self.head is None else self.head.capture
-        return self.model(draft.tokens, self.pos + draft.depths, slots, bias, capture)
+        return self.model(draft.tokens, self.pos + draft.depths, self.pos + slots, bias, capture)
+
+    def slots(self, draft: Draft) -> Tensor:
+        """[B or 1, N] where each node's key and value stand, from the root's slot on."""
+        order = self.plan.order[:, :draft.tokens.shape[1]]
+        return spread_slots(draft.depths, order) if self.model.is_exact else order
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if draft.tokens.shape[1] == 1:      # nothing was drafted
@@ -281,8 +293,9 @@ class EagleStep:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
         path, n_accepted, bonus = accepted
         if draft.copied is not None or not self.tree.is_chain:
-            order = self.plan.order[:, :path.shape[1]]
-            move_slots(self.model.kv_cache, self.pos + path, self.pos + order, self.plan.row)
+            source = self.slots(draft).expand(len(path), -1).gather(1, path)
+            target = self.plan.order[:, :path.shape[1]]
+            move_slots(self.model.kv_cache, self.pos + source, self.pos + target, self.plan.row)
         following = draft.tokens.gather(1, path.roll(-1, 1))       # the next node's token; unused past the end
         is_copy = path.gather(1, n_accepted) >= self.tree.n_node
         self.finish(following, n_accepted, bonus, features[self.plan.row, path], n_accepted * is_copy, n_slot)
@@ -317,6 +330,11 @@ class EagleStep:
         first = produced[:, :1].where(bonus >= 0, NOT_FINITE)
         rest = nn.functional.pad(produced[:, 1:], (0, self.produced.shape[1] - produced.shape[1]), value=-1)
         self.report.copy_(torch.cat((first, rest, n_copied, can_copy), dim=1))
+
+
+def room_of(tree: Tree, model: Transformer) -> int:
+    """Cache slots that a step needs from the root's slot on."""
+    return max(tree.n_room, spread_room(tree)) if model.is_exact else tree.n_room
 
 
 def check_children(tree: Tree, head: EagleHead) -> None:

@@ -30,9 +30,10 @@ from decoder import generate as generate
 from decoder import tree_of
 from draft_tree import load_tree, named_tree
 from eagle_head import Eagle3Head, EagleHead
+from eagle_step import room_of
 from linears import Format, quantize_in_place
 from model import Transformer
-from runtime import is_faster_in_float32, pack_for_cpu, tune
+from runtime import is_faster_in_float32, make_exact, pack_for_cpu, tune
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -115,6 +116,10 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
         pack_for_cpu(model)
         if head is not None:
             pack_for_cpu(head)
+    if getattr(args, "exact", False):
+        if args.compile:
+            raise ValueError("--exact does not go with --compile")
+        make_exact(model)
     if args.seed is None and args.temperature > 0:
         args.seed = torch.seed() % 2 ** 31
     if shard is not None:
@@ -251,7 +256,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     prompts = [encode(text, tokenizer, args.raw, args.system, args.plain_text) for text in args.texts]
     longest = max(map(len, prompts)) + args.max_new_tokens
     tree = tree_of(args.tree, args.copy, head)
-    n_slot = args.max_seq_length or slots_for(longest + (0 if tree is None else tree.n_room), model)
+    n_slot = args.max_seq_length or slots_for(longest + (0 if tree is None else room_of(tree, model)), model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
     say_loaded(report, head)
@@ -318,6 +323,11 @@ def add_copy_option(parser: argparse.ArgumentParser) -> None:
                         f"tree's file says, {N_COPY} with a tree that is only a name, off without a head)")
 
 
+def add_exact_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--exact", action="store_true", help="plain decoding and greedy EAGLE compute the "
+                        "same bits, and give the same tokens in 16, 8 and 4 bits too (CPUs only, not yet GPUs)")
+
+
 def add_draft_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-vocab", metavar="N|FILE|off", help="draft only these tokens: the first N of "
                         "draft_vocab.json beside the head, or a file (default: all of draft_vocab.json if it is there)")
@@ -340,6 +350,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "JSON file of paths (default: tree.json or tree-int4.json beside the head, else static)")
     add_draft_options(parser)
     add_copy_option(parser)
+    add_exact_option(parser)
     parser.add_argument("--draw-drafts", action=argparse.BooleanOptionalAction,
                         help="at a temperature, draw drafts from the head instead of taking its likeliest tokens "
                         "(default: where the tree is not dynamic)")

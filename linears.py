@@ -153,6 +153,7 @@ def can_pack(weight: Tensor) -> bool:
 class PackedLinear(nn.Module):
     """A linear in fp32 or bf16 for inference. oneDNN reorders its weight once, not at every call (dev/log.md)."""
     packed: Tensor
+    min_rows = 1    # fewer are padded
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -166,6 +167,11 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() < self.min_rows:
+            return self.product(x.expand(self.min_rows, *x.shape))[:1].view(*x.shape[:-1], -1)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         if torch.jit.is_tracing():  # the tracer cannot record the empty list: it has no type
             return _scripted_linear()(x, self.packed, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

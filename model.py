@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import MAX_TOKENS, Seen, attend, rows_seen
 from checkpoint import load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from linears import Experts, install_quantized, stored
@@ -52,6 +53,7 @@ class Transformer(nn.Module):
     """The decoder. Its weights are frozen: this project trains EAGLE heads, never the target model."""
     inv_freq: Tensor    # [D/2], see rope_inv_freq
     kv_cache: Tensor    # see setup_caches; None before it is called
+    is_exact = False    # a token gets the same bits in any block of up to MAX_TOKENS: see runtime.make_exact
 
     def __init__(self, config: ModelArgs):
         super().__init__()
@@ -152,7 +154,9 @@ class Transformer(nn.Module):
         rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype)
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
-        bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
+        bias: Tensor | Seen = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
+        if self.is_exact and self.kv_cache is not None and tokens.shape[1] <= MAX_TOKENS:
+            bias = rows_seen(bias, self.kv_cache, tokens.shape[1])
         states = {}
         for i, layer in enumerate(self.layers):
             if i in capture:
@@ -229,7 +233,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps) if attention_norm else nn.Identity()
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, cache_pos: Tensor,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | Seen, cache_pos: Tensor,
                 kv_cache: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x [B, T, dim or in_dim], bias [B, 1, G*T, S], cache_pos [B, T], kv_cache [2, B, K, slots, D],
         residual [B, T, dim] (default: x) -> [B, T, dim]."""
@@ -248,7 +252,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor, cache_pos: Tensor,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | Seen, cache_pos: Tensor,
                 kv_cache: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
@@ -261,7 +265,10 @@ class Attention(nn.Module):
         if kv_cache is None:
             k, v = kv.permute(2, 0, 3, 1, 4)                                  # [B, K, T, D]
         else:
-            k, v = write_cache(kv_cache, cache_pos, kv, bias.shape[-1])       # [B, K, S, D]
+            n_slot = (bias.bias if isinstance(bias, Seen) else bias).shape[-1]
+            k, v = write_cache(kv_cache, cache_pos, kv, n_slot)               # [B, K, S, D]
+        if isinstance(bias, Seen) and kv_cache is not None:
+            return self.wo(attend(q, k, kv_cache[1], bias))
         # The G query heads of a key/value head become G*T rows of one head. Keys and values are read once, and no
         # kernel needs to know about grouped queries.
         q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)

@@ -94,6 +94,19 @@ def main(args: argparse.Namespace) -> None:
         made = report.write_report(args.out)
         print((args.out / "report.md").read_text())
         say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
+        if args.exact:
+            check_exact(made["overall"])
+
+
+def check_exact(overall: dict[str, dict]) -> None:
+    """Raise ValueError if an answer differs from plain decoding's: the bits were not equal."""
+    for arm, figures in overall.items():
+        if parted := figures.get("divergences"):
+            first = parted[0]
+            raise ValueError(f"--exact: {len(parted)} answers of {arm} differ from plain decoding's. The first: "
+                             f"question {first['question_id']}, turn {first['turn'] + 1}, token "
+                             f"{first['position'] + 1}, tokens "
+                             f"{first['tokens']} with logits {first['logits']} in the plain pass")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -292,20 +305,20 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
     n = common_prefix(plain.tokens, other.tokens)
     if n == min(len(plain.tokens), len(other.tokens)):  # rounding cannot do that
         same = len(plain.tokens) == len(other.tokens)
-        return None if same else {"position": n, "tokens": [], "gap": None, "error": None}
+        return None if same else {"position": n, "tokens": [], "logits": [], "gap": None, "error": None}
     ids = [plain.tokens[n], other.tokens[n]]
     one, block = plain_arm.logits_before(prompt, plain, n), arm.logits_before(prompt, other, n)
     if not (one.isfinite().all() and block.isfinite().all()):
         raise ValueError(not_finite(plain_arm.decoder.model.norm.weight.dtype, 0, n))
     shown = [*one.topk(TOP_LOGITS).indices.tolist(), *ids]
-    return {"position": n, "tokens": ids, "gap": (one.max() - one[ids].min()).item(),
+    return {"position": n, "tokens": ids, "logits": one[ids].tolist(), "gap": (one.max() - one[ids].min()).item(),
             "error": (one[shown] - block[shown]).abs().max().item()}
 
 
 # Resuming
 
 
-DRAFTING = ("copy", "draft_window", "aux_layers", "draft_rope_theta")     # a run is bound to these too
+DRAFTING = ("copy", "exact", "draft_window", "aux_layers", "draft_rope_theta")     # a run is bound to these too
 SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode",
             *DRAFTING, "also", "system", "temperature", "top_k", "top_p", "seed", "question_set", "max_new_tokens",
             "max_seq_length", "arms")
@@ -359,6 +372,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "head. TREE+N and TREE+off: with a copied branch of this length, without")
     cli.add_draft_options(parser)
     cli.add_copy_option(parser)
+    cli.add_exact_option(parser)
     parser.add_argument("--also", nargs="+", default=[], metavar="CHECKPOINT",
                         help="the same model in other formats, such as int4: arms too")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="N questions, evenly over the categories")
