@@ -194,7 +194,8 @@ class EagleStep:
             self.branch = CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.pos = torch.zeros_like(self.tokens)
-        self.root_hidden = torch.zeros(batch_size, 1, model.config.dim, dtype=dtype, device=device)
+        width = (model if head is None else head).config.dim     # an EAGLE-3 head may have its own
+        self.root_hidden = torch.zeros(batch_size, 1, width, dtype=dtype, device=device)
         self.report = torch.zeros(batch_size, max(tree.depth, n_copy) + 3, dtype=torch.long, device=device)
 
     @property

@@ -135,6 +135,11 @@ class WrittenOut:
         """The last row. What is drafted behind it sees `window` rows of verified positions, and drafts."""
         return self.first_pass(sequence, hiddens)[-1]
 
+    def root(self, target, prompt):
+        """What a prompt's first tree grows from: the row of the target's own token after it."""
+        whole = prompt + target.greedy(prompt, 1)
+        return self.start(whole, target.hiddens(whole))
+
     def behind(self, node, token):
         return self.row(token, node.feedback, node.pos + 1, node.rows)
 
@@ -168,10 +173,9 @@ class WrittenOut:
         return (self.static_tree if isinstance(tree, StaticTree) else self.dynamic_tree)(root, tree)
 
     def decode(self, target, prompt, n, tree):
-        """n tokens or a few more, and the number that each step produced."""
-        sequence, lengths = list(prompt), []
-        whole = prompt + target.greedy(prompt, n + tree.depth)
-        hiddens = target.hiddens(whole)
+        """n tokens or a few more, and the number that each step produced. The first token comes before all steps."""
+        whole, lengths = prompt + target.greedy(prompt, n + tree.depth), []
+        sequence, hiddens = whole[:len(prompt) + 1], target.hiddens(whole)
         while len(sequence) < len(prompt) + n:
             paths = set(self.tree(self.start(sequence, hiddens), tree))
             accepted = ()
@@ -315,7 +319,10 @@ def head(target, fitted):
 # Against the method written out
 
 def compare(model, head, written, hf, sequence, tolerance=1e-4):
-    """Captured states, fc, first pass, chains of four with the ten likeliest at each level, and the first tree."""
+    """Captured states, fc, first pass, chains of four with the ten likeliest at each level, and the first tree.
+
+    The tree grows from the target's own token after the sequence.
+    """
     head.setup_caches(1, 96)
     model.kv_cache, head.kv_cache = None, None
     tokens, pos = torch.tensor([sequence]), torch.arange(len(sequence))
@@ -334,13 +341,14 @@ def compare(model, head, written, hf, sequence, tolerance=1e-4):
     chain, tree = StaticTree.chain(4), DynamicTree(4, 10, 30)
     drafts = [drafted(model, head, sequence, shape) for shape in (chain, tree)]
     del head.draft_logits
-    node, k = nodes[-1], min(10, len(written.ids))
+    root, k = written.root(hf, sequence), min(10, len(written.ids))
+    node = root
     for level, token in zip(seen, drafts[0].tokens[0, 1:].tolist()):
         assert_close(level[0, 0], node.logits.float(), tolerance)
         ids = head.to_target_ids(level[0, 0].topk(k).indices).tolist()
         assert ids == [i for _, i in written.drafts(node, k)] and token == ids[0]
         node = written.behind(node, token)
-    paths = written.dynamic_tree(nodes[-1], tree)
+    paths = written.dynamic_tree(root, tree)
     assert len(set(paths)) == tree.n_node - 1 and set(node_paths(drafts[1], 0)[1:]) == set(paths)
     return captured, ours
 
@@ -874,11 +882,11 @@ def test_in_a_window_the_rows_that_a_prompt_leaves_behind_have_seen_no_more_than
 
 def check_window(target, head, written, whole):
     """A chain behind the longest prompt is the method's, and another one than without a window."""
-    sequence, hiddens = PROMPTS[2], target.hf.hiddens(PROMPTS[2])
+    sequence = PROMPTS[2]
     seen, draft_logits = [], head.draft_logits
     head.draft_logits = lambda hidden: seen.append(draft_logits(hidden)) or seen[-1]
     draft = drafted(target.model, head, sequence, StaticTree.chain(4))
-    node, other = written.start(sequence, hiddens), whole.start(sequence, hiddens)
+    node, other = written.root(target.hf, sequence), whole.root(target.hf, sequence)
     assert (node.logits - other.logits).abs().max() > 0.01
     for level, token in zip(seen, draft.tokens[0, 1:].tolist()):
         assert_close(level[0, 0], node.logits.float())
