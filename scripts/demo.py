@@ -14,7 +14,7 @@ from chat import Printer, StopTexts, encode
 from console import Parser, add_chat_options, command, number, say
 from decoder import Decoder, Generation, check_prompts, setup_caches, slots_for
 from draft_tree import load_tree
-from generate import add_draft_options, load, say_head
+from generate import add_draft_options, copy_length_of, load, say_head
 
 PROMPTS = [
     "Why is the sky blue?", "Write a short story about a lighthouse keeper.", "How do I make a good cup of tea?",
@@ -26,15 +26,16 @@ PROMPTS = [
 def main(args: argparse.Namespace) -> None:
     model, head, tokenizer, report = load(args)
     prompts = [encode(text, tokenizer, raw=False) for text in args.prompt]
-    tree = load_tree(args.tree)
+    tree = load_tree(args.tree, copy_length_of(args.tree))
     n_slot = slots_for(max(map(len, prompts)) + args.max_new_tokens + tree.n_room, model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
     setup_caches(model, head, 1, n_slot)
     plain = Decoder(model, 1, compile=args.compile)
     eagle = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
     say_head(head)
-    say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts, {report['dtype']} on "
-        f"{report['device_name']}")
+    copied = f" and {tree.n_copy} copied ones" if tree.n_copy else ""
+    say(f"{report['checkpoint']} with {report['eagle']}, a tree of {tree.n_node - 1} drafts{copied}, "
+        f"{report['dtype']} on {report['device_name']}")
     for decoder in (plain, eagle):  # warm up
         decoder.TRACE_FROM = 1      # one trace for all the answers
         decoder.generate(prompts[:1], min(8, args.max_new_tokens))
@@ -56,8 +57,9 @@ def compared(plain_runs: list[Generation], eagle_runs: list[Generation]) -> str:
     plain, eagle = total(plain_runs), total(eagle_runs)
     same, n = sum(a == b for a, b in zip(plain.tokens, eagle.tokens)), len(plain.tokens)
     texts = f"{same} of {n} texts equal" if n > 1 else f"texts {'equal' if same else 'differ'}"
-    return (f"plain {plain.tokens_per_second:.1f} tokens/s, EAGLE {eagle.tokens_per_second:.1f} tokens/s "
-            f"({eagle.tokens_per_second / plain.tokens_per_second:.2f}x), "
+    # Without a step, where the first token is the last one, there is no speed.
+    speedup = f" ({eagle.tokens_per_second / plain.tokens_per_second:.2f}x)" if plain.target_passes else ""
+    return (f"plain {plain.tokens_per_second:.1f} tokens/s, EAGLE {eagle.tokens_per_second:.1f} tokens/s{speedup}, "
             f"accepted length {eagle.mean_accept_length:.2f}, {texts}")
 
 
@@ -67,6 +69,7 @@ def total(runs: list[Generation]) -> Generation:
         tokens=[row for run in runs for row in run.tokens],
         accept_lengths=[row for run in runs for row in run.accept_lengths],
         finish_reason=[row for run in runs for row in run.finish_reason],
+        kinds=[kind for run in runs for kind in run.kinds],
         timings={"decode_seconds": sum(run.timings["decode_seconds"] for run in runs)})
 
 

@@ -6,6 +6,7 @@ The heads are random and tiny, written by `write_eagle3` under the authors' keys
 """
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -367,11 +368,14 @@ def test_evaluate_answers_as_plain_decoding_and_binds_a_run_to_the_heads_options
         assert names in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_demo_decodes_with_an_eagle3_head(pair, capsys):
+@pytest.mark.parametrize("n_new", [12, 1])
+def test_the_demo_decodes_with_an_eagle3_head(pair, capsys, n_new):
+    """One new token is the prefill's: no step, no speed."""
     argv = ["--checkpoint", str(pair[0]), "--eagle", str(pair[1]), "--prompt", "the fox", "a dog", "--tree", "static",
-            "--max-new-tokens", "12", "--dtype", "float32", "--device", "cpu", "--aux-layers", "0", "1", "2"]
+            "--max-new-tokens", str(n_new), "--dtype", "float32", "--device", "cpu", "--aux-layers", "0", "1", "2"]
     assert demo.main(demo.parse_args(argv)) == 0
     out, err = capsys.readouterr()
+    assert "a tree of 25 drafts and 8 copied ones" in err and len(re.findall(r"\(\d+\.\d+x\)", out)) == 3 * (n_new > 1)
     assert "2 of 2 texts equal" in out and "EAGLE-3 head: hidden states 0, 1, 2 (--aux-layers)" in err
 
 
