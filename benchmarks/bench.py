@@ -3,6 +3,7 @@
     python benchmarks/bench.py --checkpoint checkpoints/SmolLM2-135M-Instruct --json smollm2.json
     python benchmarks/bench.py --shape llama-2-7b                       # random weights: nothing to fetch
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic                # EAGLE's step too, by parts
+    python benchmarks/bench.py --shape smollm2-135m --rows 1 --trees static --copy 8    # what a copied branch costs
     python benchmarks/bench.py --shape llama-3.1-8b --trees dynamic:8,10,60 --head eagle3
     python benchmarks/bench.py --shape llama-2-7b --trees static dynamic --simulate-accept 3.62 4.70   # and generations
 
@@ -21,6 +22,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -35,10 +37,12 @@ from benchmarks.timing import (add_run_options, clock, elapsed, environment, int
 from checkpoint import quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, command, number, say, write_atomically
+from copy_branch import CopyBranch
 from decoder import Decoder, Generation
-from draft_tree import load_tree
+from draft_tree import Tree, load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
+from generate import copy_length
 from linears import Format, quantize_in_place, stored
 from model import Transformer, attention_bias, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
@@ -47,6 +51,7 @@ from sampling import Sampling, next_tokens
 SLOTS = [128, 1024, 4096]
 LONG_PROMPT = 2048          # tokens of the prefill run
 ROUNDS = 5                  # runs of what takes long: prefill, decoding
+LONG_HISTORY = 4096         # tokens among which a copied branch is looked up, beside --slots
 STEPS = 16                  # EAGLE steps in each of them, all within the same bucket of cache slots
 
 
@@ -84,8 +89,10 @@ def check(args: argparse.Namespace) -> None:
                          f"model's context of {longest} tokens")
     if max(args.rows) > min(args.slots):
         raise ValueError(f"{max(args.rows)} rows do not fit in {min(args.slots)} used slots: see --rows and --slots")
+    if args.copy is not None and not args.trees:
+        raise ValueError("--copy needs --trees")
     for tree in args.trees:
-        if load_tree(tree).n_room + 2 > min(args.slots):
+        if load_tree(tree, args.copy).n_room + 2 > min(args.slots):
             raise ValueError(f"--trees {tree} does not fit in {min(args.slots)} used slots: see --slots")
     if args.simulate_accept and not args.trees:
         raise ValueError("--simulate-accept needs --trees")
@@ -119,7 +126,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     model = load(args)
     make_fast(model, model.layers, args)
     load_seconds = clock(device) - begin
-    room = max((load_tree(name).n_room for name in args.trees), default=0)
+    room = max((load_tree(name, args.copy).n_room for name in args.trees), default=0)
     setup_caches(model, max(*args.slots, LONG_PROMPT, args.prompt_tokens + args.new_tokens + room))
     twin = meta_model(model.config, args.dtype, quantised(args))
     parts = list(target_parts(model, twin, args))
@@ -127,6 +134,8 @@ def measure_target(args: argparse.Namespace) -> dict:
     if head is not None:
         for tree, n_used in itertools.product(args.trees, args.slots):
             parts += eagle_parts(model, head, twin, tree, n_used, args)
+            parts += copying_parts(model, head, twin, tree, n_used, args)
+        parts += lookup_parts(args)
     steps = time_parts(parts, [model, *([head] if head else [])], args, bandwidth)
     n_used = args.slots[0]
     plain_step = Part("target pass", 1, n_used, 0, target_pass(model, 1, n_used))
@@ -141,7 +150,7 @@ def measure_target(args: argparse.Namespace) -> dict:
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
         "prefill": measure_prefill(model, args), "decode": decode, "plain": plain,
         "eagle": [measure_eagle(model, head, twin, name, args, steps, plain) for name in args.trees if head],
-        "simulated": simulated,
+        "simulated": simulated, "copying": copying_costs(steps, args),
     }
     print_target(report)
     return report
@@ -154,6 +163,9 @@ def make_fast(model: torch.nn.Module, layers: Iterable[torch.nn.Module], args: a
         compile_layers(layers)
     else:
         pack_for_cpu(model)
+
+
+NO_MATCH, COPYING = "whole step, nothing found", "whole step, copying"   # parts of a tree with a copied branch
 
 
 class Part(NamedTuple):
@@ -218,12 +230,12 @@ def load_head(args: argparse.Namespace, model: Transformer) -> EagleHead:
 
 def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int,
                 args: argparse.Namespace) -> Iterator[Part]:
-    """The stages of one EAGLE step, and the whole step, over a context of n_used slots with the tree's among them."""
-    tree = load_tree(name)
-    step = EagleStep(model, head, tree, 1)
-    n_slot = bucket(n_used, model.kv_cache.shape[4])
-    with eagerly(args):
-        step.prefill([random_tokens(model, n_used - tree.n_room)])
+    """The stages of one EAGLE step, and the whole step, over a context of n_used slots with the tree's among them.
+
+    Without a copied branch.
+    """
+    tree = load_tree(name, 0)
+    step, n_slot = step_at(model, head, tree, n_used, args)
     hidden, draft = step.root_hidden, step.grow(n_slot)
     logits, features = step.verify(draft, n_slot)
     ingest, level, lm_head = head_bytes(head, twin, n_slot, args.shape)
@@ -240,6 +252,70 @@ def eagle_parts(model: Transformer, head: EagleHead, twin: Transformer, name: st
             ("one draft level", tree.n_child, level, draft_level(head, tree.n_child, n_used)),
             ("whole step", tree.n_node, ingest + grow + target, restoring(step, lambda: step(n_slot)))):
         yield Part(f"{name}: {part}", n_row, n_used, n_byte, run)
+
+
+def step_at(model: Transformer, head: EagleHead, tree: Tree, n_used: int,
+            args: argparse.Namespace) -> tuple[EagleStep, int]:
+    """A step of this tree over a context of n_used slots, its own among them, and the slots that it reads."""
+    step = EagleStep(model, head, tree, 1)
+    with eagerly(args):
+        step.prefill([random_tokens(model, n_used - tree.n_room)])
+    return step, bucket(n_used, model.kv_cache.shape[4])
+
+
+def copying_parts(model: Transformer, head: EagleHead, twin: Transformer, name: str, n_used: int,
+                  args: argparse.Namespace) -> Iterator[Part]:
+    """The whole step of a tree with a copied branch: where nothing matches, and with the branch in the pass.
+
+    What the branch holds makes no difference to the time.
+    """
+    tree = load_tree(name, args.copy)
+    if not tree.n_copy:
+        return
+    step, n_slot = step_at(model, head, tree, n_used, args)
+    ingest, level, lm_head = head_bytes(head, twin, n_slot, args.shape)
+    for part, copies in (NO_MATCH, False), (COPYING, True):
+        n_row = tree.n_node + tree.n_copy * copies
+        n_byte = ingest + lm_head + (tree.depth - 1) * level + step_bytes(twin, n_row, n_slot)
+        yield Part(f"{name}: {part}", n_row, n_used, n_byte,
+                   restoring(step, lambda copies=copies: step(n_slot, copies=copies)))
+
+
+def lookup_parts(args: argparse.Namespace) -> Iterator[Part]:
+    """What every step of a tree with a copied branch does for it: take in the new tokens, look up the last ones."""
+    n_copy = max(load_tree(name, args.copy).n_copy for name in args.trees)
+    for n_used in sorted({*args.slots, LONG_HISTORY}) if n_copy else ():
+        n_slot = bucket(n_used, 2 * n_used)
+        branch = CopyBranch(n_copy, 1, 1, n_slot, args.device, args.dtype)
+        branch.begin([torch.randint(args.config.vocab_size, (n_used,)).tolist()])
+        pos, new = torch.full((1, 1), n_used - n_copy - 2, device=args.device), torch.ones_like(branch.tokens)
+
+        def run(branch: CopyBranch = branch, pos: torch.Tensor = pos, new: torch.Tensor = new,
+                n_slot: int = n_slot) -> list[torch.Tensor]:
+            branch.extend(pos, new)
+            branch.look_up(pos + n_copy, n_slot)
+            return [tensor.clone() for tensor in (branch.tokens, branch.found)]     # for a trace to keep them
+        yield Part("lookup", n_copy, n_used, branch.history[:, :n_slot].nbytes, run)
+
+
+def copying_costs(steps: list[dict], args: argparse.Namespace) -> list[dict]:
+    """For each tree with a copied branch and number of slots: the step's times, and the lookup's share of the step.
+
+    Where no step over LONG_HISTORY was timed, its lookup is set against the longest one before: a share that is too high.
+    """
+    ms = {(row["part"], row["used_slots"]): row["ms_median"] for row in steps}
+    found = []
+    for name in args.trees:
+        for lookup, n_used in (key for key in ms if key[0] == "lookup"):
+            n_step = max((n for n in args.slots if n <= n_used), default=0)
+            if (f"{name}: {COPYING}", n_step) in ms:
+                no_match = ms[f"{name}: {NO_MATCH}", n_step]
+                found.append({"tree": name, "n_copy": load_tree(name, args.copy).n_copy, "used_slots": n_used,
+                              "step_used_slots": n_step, "ms_lookup": ms[lookup, n_used],
+                              "ms_whole_step": ms[f"{name}: whole step", n_step], "ms_no_match": no_match,
+                              "ms_copying": ms[f"{name}: {COPYING}", n_step],
+                              "lookup_share": ms[lookup, n_used] / no_match})
+    return found
 
 
 def head_bytes(head: EagleHead, twin: Transformer, n_slot: int, shape: str | None) -> tuple[int, int, int]:
@@ -346,7 +422,7 @@ def measure_generations(model: Transformer, head: EagleHead | None, sweep: float
     decoders = {"plain": Decoder(model, 1, compile=args.compile)}
     for name, lengths in zip(args.trees, args.lengths):
         assert head is not None
-        decoders[name] = simulated_decoder(model, head, load_tree(name), lengths, args.compile)
+        decoders[name] = simulated_decoder(model, head, load_tree(name, 0), lengths, args.compile)
     results = {name: [] for name in decoders}
     for _ in tqdm(range(ROUNDS + 1), "decode", leave=False, disable=None):
         for name, decoder in decoders.items():
@@ -394,7 +470,7 @@ def measure_host_gap(decoder: Decoder, part: Part, args: argparse.Namespace) -> 
 def measure_eagle(model: Transformer, head: EagleHead, twin: Transformer, name: str, args: argparse.Namespace,
                   steps: list[dict], plain: dict) -> dict:
     """EAGLE's step as the host sees it, the share of it outside target and head, and its time over a plain step's."""
-    tree = load_tree(name)
+    tree = load_tree(name, 0)
     decoder = Decoder(model, 1, compile=args.compile, head=head, tree=tree)
     *_, whole = eagle_parts(model, head, twin, name, args.slots[0], args)
     row = {"tree": name} | measure_host_gap(decoder, whole, args)
@@ -427,6 +503,13 @@ def print_target(report: dict) -> None:
                 [[row.get("tree", "plain"), row["ms_whole_step"], row["ms_wall_per_step"], row["ms_host_gap"],
                   row.get("relative_to_plain_step"), row["outside_models_share"] * 100 if "tree" in row else None]
                  for row in [report["plain"], *report["eagle"]]])
+    if report["copying"]:
+        print()
+        print_table(["copied branch", "nodes", "tokens of history", "lookup ms", "step's slots", "ms without a branch",
+                     "nothing found", "copying", "lookup, % of a step"],
+                    [[row["tree"], row["n_copy"], row["used_slots"], row["ms_lookup"], row["step_used_slots"],
+                      row["ms_whole_step"], row["ms_no_match"], row["ms_copying"], 100 * row["lookup_share"]]
+                     for row in report["copying"]])
     if report["simulated"]:
         print()
         print_table(["whole generations", "tokens per pass", "per sweep", "tokens/s median", "min", "max",
@@ -487,6 +570,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=number(int, 1), default=20, metavar="N", help="timed runs of each step")
     parser.add_argument("--trees", nargs="+", default=[], metavar="TREE",
                         help="time EAGLE's step too, with a head of random weights: static, chain:4, dynamic, ...")
+    parser.add_argument("--copy", type=copy_length, metavar="N|off",
+                        help="time the step of --trees with a copied branch of N tokens too, and the lookup alone "
+                        "(default: what a tree's file says)")
     parser.add_argument("--simulate-accept", nargs="+", default=[], metavar="FILE|TAU",
                         help="time whole generations with these accepted lengths: their mean, or the JSON of a real "
                         "run; one for all --trees or one for each")

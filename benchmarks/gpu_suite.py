@@ -42,6 +42,7 @@ class Part(NamedTuple):
     argv: list[str]         # arguments of python
     limit: int              # seconds
     cache: bool = False     # keep compiled code in a folder that was empty when the suite began
+    makes_folder: bool = False      # its report is in a folder, --out, not in one file, --json
 
 
 def all_parts(args: argparse.Namespace) -> Iterator[Part]:
@@ -61,6 +62,11 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
         generate = ["generate.py", "--checkpoint", args.checkpoint, "--max-new-tokens", "256", *device]
         yield Part("demo, plain", "demo", generate, 60)
         yield Part("demo, EAGLE", "demo", [*generate, "--eagle", *([args.eagle] if args.eagle else [])], 60)
+        # Questions that ask for copying: with a copied branch beside the tree, without one, and with the branch alone.
+        yield Part("demo, copying", "copying", [
+            "scripts/evaluate.py", "--checkpoint", args.checkpoint, *(["--eagle", args.eagle] if args.eagle else []),
+            "--questions", "benchmarks/copying.jsonl", "--limit", "8", "--max-new-tokens", "256",
+            "--tree", "tuned+8", "tuned+off", "none+8", *device], 120, makes_folder=True)
     for mode, group_size in (("int4", 128), ("int8", None), ("int4", 32)):  # 128: as others measure; 32: our default
         yield bench_part(shape, args, mode, group_size)
     for other in shapes:
@@ -72,7 +78,7 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
 def bench_part(shape: str, args: argparse.Namespace, mode: str | None = None, group_size: int | None = None) -> Part:
     accept = ACCEPT_LENGTHS.get(shape)
     command = ["benchmarks/bench.py", "--shape", shape, "--rows", "1", "10", "26", "60", "--slots", "256", "2048",
-               "--trees", "static", "dynamic", *(["--simulate-accept", *accept] if accept else []),
+               "--trees", "static", "dynamic", "--copy", "8", *(["--simulate-accept", *accept] if accept else []),
                "--repeats", str(args.repeats), "--device", args.device]
     if mode is None:
         return Part(shape, "bench", command, BENCH)
@@ -125,9 +131,11 @@ def run_parts(parts: list[Part], args: argparse.Namespace, report: dict) -> list
 
 def run_part(part: Part, limit: float, folder: Path, title: str) -> dict:
     """Run a part in a process group of its own: a part that is stopped takes the compiler's workers with it."""
-    file = folder / "report.json"
+    out = folder / part.name if part.makes_folder else folder
+    file = out / "report.json"
     file.unlink(missing_ok=True)
-    argv = part.argv if part.kind == "tests" else [*part.argv, "--json", str(file)]
+    to = ["--out", str(out)] if part.makes_folder else ["--json", str(file)]
+    argv = part.argv if part.kind == "tests" else [*part.argv, *to]
     say(f"{title}: python {shlex.join(part.argv)}")
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TRITON_CACHE_DIR": str(folder / "cache/triton")}
     begin = time.monotonic()
@@ -175,6 +183,12 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
     elif kind == "demo":
         yield "decoding", report["tokens_per_second"], "tokens/s", "", ""
         yield "accepted length", report["mean_accept_length"], "tokens/pass", "", ""
+    elif kind == "copying":
+        for arm, figure in report["overall"].items():
+            yield arm, figure["tokens_per_second"], "tokens/s", "", ""
+            if arm != "plain":
+                yield f"{arm}, speedup", figure["speedup"], "x", "", ""
+                yield f"{arm}, accepted length", figure["mean_accept_length"], "tokens/pass", "", ""
     elif kind in ("bench", "quantised", "eager"):
         yield "plain decoding", report["decode"]["tokens_per_second_median"], "tokens/s", "", ""
     if kind in ("bench", "quantised"):
@@ -192,6 +206,14 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
             yield at_most(f"{tree}: draft level / plain step", level["relative_to_one_row"],
                           1.1 * level["bytes"] / one["bytes"])
             yield at_most(f"{tree}: outside the models", 100 * row["outside_models_share"], 5, "%")
+        for row in report["copying"]:
+            if row["used_slots"] == max(other["used_slots"] for other in report["copying"]):
+                yield at_most(f"{row['tree']}: lookup in {row['used_slots']} tokens / step", 100 * row["lookup_share"], 2,
+                              "%")
+            if row["used_slots"] == n_used:
+                yield at_most(f"{row['tree']}: nothing to copy / without a branch",
+                              row["ms_no_match"] / row["ms_whole_step"], 1.03)
+                yield f"{row['tree']}: copying / without a branch", row["ms_copying"] / row["ms_whole_step"], "x", "", ""
         for row in report["simulated"][1:]:
             name = f"{row['arm']}: SIMULATED at {row['mean_accept_length']:.2f} tokens/pass"
             yield name, row["tokens_per_second_median"], "tokens/s", "", ""
@@ -200,7 +222,7 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    kinds = ("tests", "bench", "cold", "sampled", "quantised", "demo", "eager")
+    kinds = ("tests", "bench", "cold", "sampled", "quantised", "demo", "copying", "eager")
     parser = Parser(description="Everything that needs a GPU, one part after another.")
     parser.add_argument("--parts", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "tiny"], default=["llama-2-7b", "llama-3-8b"])

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from copy_branch import CopyBranch
 from draft_tree import DynamicTree, StaticTree
 from decoder import setup_caches
 from checkpoint import read_json
@@ -149,6 +150,37 @@ def test_the_eagle_step_is_timed_by_parts_and_as_a_whole(tmp_path, short, monkey
     assert by_part["chain:2: whole step"] == sum(by_part[f"chain:2: {part}"] for part in ("ingest", "grow", "verify"))
 
 
+def test_a_copied_branch_is_timed_beside_the_step_without_it(tmp_path, short, monkeypatch, capsys):
+    folder, _ = tiny("gqa", tmp_path / "model", max_position_embeddings=256)
+    seconds, longest = iter(range(1, 1000)), []
+    for module in bench, timing:
+        monkeypatch.setattr(module, "elapsed", lambda run, device: (run(), next(seconds))[1])
+    look_up = CopyBranch.look_up
+    monkeypatch.setattr(CopyBranch, "look_up", lambda self, pos, n_slot: longest.append((int(pos), n_slot))
+                        or look_up(self, pos, n_slot))
+    (tmp_path / "tree.json").write_text(json.dumps({"paths": [[0], [0, 0], [1]], "copy": 3}))
+    tree = str(tmp_path / "tree.json")
+    options = "--checkpoint", folder, "--rows", 1, "--slots", 64, 128, "--trees", "chain:2", tree, "--new-tokens", 4
+    for copy, copied in (((), {tree: 3}), (("--copy", 5), {"chain:2": 5, tree: 5}), (("--copy", "off"), {})):
+        report = run(*options, *copy, file=tmp_path / "report.json")
+        rows = {(row["part"], row["used_slots"]): row for row in report["steps"]}
+        assert {name.partition(":")[0] for name, _ in rows if "lookup" in name} == ({"lookup"} if copied else set())
+        assert [(row["tree"], row["n_copy"], row["used_slots"], row["step_used_slots"]) for row in report["copying"]] == [
+            (name, n, used, min(used, 128)) for name, n in copied.items() for used in (64, 128, 4096)]
+        for row in report["copying"]:
+            lookup = rows["lookup", row["used_slots"]]
+            steps = {part: rows[f"{row['tree']}: {part}", row["step_used_slots"]]
+                     for part in ("whole step", "whole step, nothing found", "whole step, copying")}
+            assert row["ms_lookup"] == lookup["ms_median"] and lookup["rows"] == max(copied.values())
+            assert [row[key] for key in ("ms_whole_step", "ms_no_match", "ms_copying")] == [
+                step["ms_median"] for step in steps.values()]
+            assert row["lookup_share"] == row["ms_lookup"] / row["ms_no_match"]
+            n_node = 3 if row["tree"] == "chain:2" else 4
+            assert [step["rows"] for step in steps.values()] == [n_node, n_node, n_node + row["n_copy"]]
+        assert ("tokens of history" in capsys.readouterr().out) == bool(copied)
+    assert max(longest) == (4094, 4096)     # all of a history of that length
+
+
 def test_quantised_random_weights_are_timed_and_counted_as_they_are_stored(tmp_path, short, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = "--shape", "tiny", "--rows", 1, "--slots", 64, "--new-tokens", 4
@@ -200,6 +232,8 @@ def test_bench_of_a_shape_builds_random_weights(tmp_path, short, monkeypatch):
     (["--shape", "tiny", "--trees", "static", "--simulate-accept", "x.json"], "x.json: neither a number nor a file"),
     (["--shape", "tiny", "--trees", "static", "--simulate-accept", "2", "3"], "one for each of them"),
     (["--shape", "tiny", "--simulate-accept", "2"], "needs --trees"),
+    (["--shape", "tiny", "--copy", "8"], "--copy needs --trees"),
+    (["--shape", "smollm2-135m", "--trees", "static", "--slots", "34", "--rows", "1", "--copy", "8"], "fit in 34"),
     (["--shape", "smollm2-135m", "--json", "/no/such/folder/x.json"], "not a file in an existing folder"),
     (["--shape", "smollm2-135m", "--device", "abacus"], "--device abacus"),
     (["--shape", "smollm2-135m", "--device", "meta"], "--device meta: it holds no values"),

@@ -15,7 +15,7 @@ from benchmarks.simulate import simulated_decoder
 from decoder import Decoder, setup_caches
 from draft_tree import DynamicTree, StaticTree
 from linears import Format, quantize_in_place
-from reference import assert_near_greedy, naive_decode, tokens_of
+from reference import VOCAB, assert_near_greedy, naive_decode, tokens_of
 from runtime import tune
 from sampling import Sampling
 from test_eagle_lossless import head_of, randomise
@@ -25,8 +25,13 @@ DEVICE = torch.device("cuda")
 DENSE = shape(64, 2, 8, 2, 96, 96, 1024)
 MIXTRAL = replace(DENSE, model_type="mixtral", n_expert=4, n_expert_active=2)
 TREES = {"chain": StaticTree.chain(3), "paper": StaticTree.paper(), "dynamic": DynamicTree(3, 3, 8)}
+BRANCHES = {f"{name}, branch": replace(tree, n_copy=5) for name, tree in TREES.items()}
+BRANCHES["branch alone"] = replace(StaticTree.root(), n_copy=5)
+ALL_TREES = {"plain": None} | TREES | BRANCHES
 N_SLOT, N_NEW = 256, 120    # over two sizes of graphs, 128 and 192 slots
 PROMPTS = [tokens_of(n, seed=n) for n in (5, 40)]
+EVERY_PAIR = [token for second in range(VOCAB) for token in (11, second)] + [11]  # whatever comes next, it has been here
+all_trees = pytest.mark.parametrize("tree", ALL_TREES.values(), ids=list(ALL_TREES))
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +55,7 @@ def target(request):
 
 def decoder_of(target, tree=None, batch_size=1, sampling=Sampling(), compile=True):
     model, head, _ = target
-    head = head if tree else None
+    head = head if tree and tree.depth else None
     setup_caches(model, head, batch_size, N_SLOT)
     return Decoder(model, batch_size, sampling, compile=compile, head=head, tree=tree)
 
@@ -60,7 +65,7 @@ def with_known(head, rows):
     return head.known[rows].clone()
 
 
-@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+@all_trees
 def test_captured_steps_decode_what_eager_ones_do(target, tree, monkeypatch):
     model, head, wanted = target
     monkeypatch.setattr(head, "known", with_known(head, [1]))
@@ -71,17 +76,43 @@ def test_captured_steps_decode_what_eager_ones_do(target, tree, monkeypatch):
             with torch.compiler.set_stance("default" if compile else "force_eager"):
                 result = decoder.generate([PROMPTS[1]], N_NEW)
             assert result.tokens == [wanted[1]]
-            assert tree is None or result.mean_accept_length > 1.2
+            assert decoder.head is None or result.mean_accept_length > 1.2
         captured = [graph for graph in decoder.graphs.values() if graph is not None]
         assert len(captured) >= 2 if compile else not captured
 
 
-@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+@all_trees
 def test_a_captured_batch_decodes_what_each_row_does_alone(target, tree):
     assert decoder_of(target, tree, batch_size=2).generate(PROMPTS, N_NEW).tokens == target[2]
 
 
-@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+@pytest.mark.parametrize("tree", BRANCHES.values(), ids=list(BRANCHES))
+@pytest.mark.parametrize("rows", [[1], [0, 1]], ids=["alone", "ragged"])
+def test_both_kinds_of_steps_are_captured_for_every_size_before_the_first(target, tree, rows, monkeypatch):
+    """And both are what eager ones are. The first step has something to copy, later ones have not."""
+    prompts, results = [[PROMPTS[0], EVERY_PAIR][row] for row in rows], []
+    monkeypatch.setattr(target[1], "known", torch.full_like(with_known(target[1], rows), -1))
+    for compile in (False, True):
+        decoder = decoder_of(target, tree, len(rows), compile=compile)
+        seen, prefill = [], decoder.eagle.prefill
+
+        def prefill_after_looking(*args, seen=seen, prefill=prefill, decoder=decoder):
+            seen.append(dict(decoder.graphs))
+            prefill(*args)
+
+        monkeypatch.setattr(decoder.eagle, "prefill", prefill_after_looking)
+        with torch.compiler.set_stance("default" if compile else "force_eager"):
+            results.append(decoder.generate(prompts, N_NEW))
+        assert seen == [decoder.graphs]     # nothing was captured later
+    sizes = {kind: {n_slot for other, n_slot in decoder.graphs if other == kind} for kind in ("tree", "copy")}
+    assert all(decoder.graphs.values()) and sizes["tree"] == sizes["copy"] and len(sizes["tree"]) >= len(rows)
+    eager, captured = results
+    assert captured.tokens == eager.tokens and captured.accept_lengths == eager.accept_lengths
+    assert captured.kinds == eager.kinds and captured.copied == eager.copied
+    assert captured.kinds[0] == "copy" and {"copy", "tree"} <= set(captured.kinds)
+
+
+@all_trees
 @pytest.mark.parametrize("longest_ends", [0, 1])
 def test_every_step_of_a_ragged_batch_is_a_captured_one(target, tree, longest_ends, monkeypatch):
     """Also after the longest row has ended, when fewer slots are looked at."""
@@ -90,9 +121,9 @@ def test_every_step_of_a_ragged_batch_is_a_captured_one(target, tree, longest_en
     stops = decoder.generate(prompts, 1).tokens[1] if longest_ends else []
     asked, n_slot_of = set(), decoder._n_slot
 
-    def n_slot(eagle, length):
-        asked.add((eagle, n_slot_of(eagle, length)))
-        return n_slot_of(eagle, length)
+    def n_slot(kind, length):
+        asked.add((kind, n_slot_of(kind, length)))
+        return n_slot_of(kind, length)
 
     monkeypatch.setattr(decoder, "_n_slot", n_slot)
     decoder.generate(prompts, N_NEW, stop_ids=stops)
@@ -137,7 +168,8 @@ def quantised_target(request, tmp_path_factory):
     return model, head, wanted
 
 
-@pytest.mark.parametrize("tree", [None, TREES["paper"], TREES["dynamic"]], ids=["plain", "paper", "dynamic"])
+@pytest.mark.parametrize("tree", [None, TREES["paper"], TREES["dynamic"], BRANCHES["paper, branch"]],
+                         ids=["plain", "paper", "dynamic", "branch"])
 def test_quantised_steps_captured_and_eager_are_greedy_but_for_near_ties(quantised_target, tree):
     for compile in (False, True):
         decoder = decoder_of(quantised_target, tree, compile=compile)
@@ -149,23 +181,26 @@ def test_quantised_steps_captured_and_eager_are_greedy_but_for_near_ties(quantis
             assert_near_greedy(quantised_target[0], PROMPTS[1], first.tokens[0])
 
 
-@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["plain", *TREES])
+@all_trees
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_step_never_waits_for_the_device(target, tree, temperature, monkeypatch):
     monkeypatch.setattr(target[1], "known", with_known(target[1], [0]))
     decoder = decoder_of(target, tree, sampling=Sampling(temperature), compile=False)
     step = decoder.eagle or decoder.plain
     step.prefill([PROMPTS[0]])
+    kinds = ["plain"] if tree is None else ["tree", "copy"] if tree.n_copy else ["tree"]
     with torch.compiler.set_stance("force_eager"):      # the compiler may wait
-        step(128)                                       # lazy initialisation too
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(128)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        for kind in kinds:
+            decoder.run(kind, len(PROMPTS[0]) + 1)      # lazy initialisation too
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                decoder.run(kind, len(PROMPTS[0]) + 1)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("tree", [None, TREES["paper"], TREES["dynamic"]], ids=["plain", "paper", "dynamic"])
+@pytest.mark.parametrize("tree", [None, TREES["paper"], TREES["dynamic"], BRANCHES["paper, branch"]],
+                         ids=["plain", "paper", "dynamic", "branch"])
 def test_replayed_draws_follow_the_seed_and_are_not_the_same_every_time(target, tree, monkeypatch):
     monkeypatch.setattr(target[1], "known", with_known(target[1], [0]))
     decoder = decoder_of(target, tree, sampling=Sampling(1.0))

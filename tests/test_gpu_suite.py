@@ -10,6 +10,9 @@ import torch
 
 from benchmarks import gpu_suite
 from benchmarks.gpu_suite import Part
+from model import Transformer
+from reference import write_checkpoint
+from test_eagle import head_config, head_weights, write_head
 
 REPO = Path(gpu_suite.__file__).resolve().parent.parent
 
@@ -27,21 +30,27 @@ def python(name, code, limit=60):
 
 
 def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
-    file = tmp_path / "suite.json"
+    file, model, head = tmp_path / "suite.json", tmp_path / "model", tmp_path / "head"
+    write_checkpoint(model, ascii_only=True, context=4096)
+    target = Transformer.from_pretrained(model, dtype=torch.float32)
+    write_head(head, head_config(target), head_weights(head_config(target), target.tok_embeddings.weight))
     run = subprocess.run(
         ["bash", REPO / "benchmarks/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny", "--repeats", "1",
-         "--parts", "bench", "cold", "eager", "--json", file],
+         "--parts", "bench", "cold", "eager", "copying", "--checkpoint", model, "--eagle", head, "--json", file],
         capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
     assert run.returncode == 0, run.stderr
     report = json.loads(file.read_text())
-    assert [row["part"] for row in report["parts"]] == ["tiny", "tiny, cold start", "tiny, second start", "tiny, eager"]
+    assert [row["part"] for row in report["parts"]] == ["tiny", "tiny, cold start", "tiny, second start",
+                                                        "demo, copying", "tiny, eager"]
     assert all(row["status"] == "passed" and row["seconds"] > 0 for row in report["parts"])
-    bench, cold = (row["report"] for row in report["parts"][:2])
+    bench, cold, _, copying = (row["report"] for row in report["parts"][:4])
     assert {row["tree"] for row in bench["eagle"]} == {"static", "dynamic"} and bench["random_weights"]
     assert 0 < cold["import_seconds"] < cold["first_token_seconds"] < cold["whole_answer_seconds"]
     assert cold["ms_per_step"] > 0 and cold["compiled_graphs"] == 0
+    assert list(copying["overall"]) == ["plain", "eagle-tuned+8", "eagle-tuned+off", "eagle-none+8"]
     for text in ("static: outside the models", "first token", "compiled graphs", "a step at temperature 0",
-                 "plain decoding", "goal"):
+                 "plain decoding", "goal", "eagle-none+8, accepted length", "static: nothing to copy / without a branch",
+                 "dynamic: lookup in 4096 tokens / step"):
         assert text in run.stdout
 
 
@@ -89,11 +98,16 @@ def test_figures_are_set_against_their_goals():
         return {"part": part, "rows": rows, "used_slots": 256, "relative_to_one_row": times, "bandwidth_share": share,
                 "bytes": bytes}
 
+    def copying(used, step_used, lookup, no_match):
+        return {"tree": "static", "used_slots": used, "step_used_slots": step_used, "ms_whole_step": 10.0,
+                "ms_no_match": no_match, "ms_copying": 12.0, "lookup_share": lookup}
+
     report = {
         "decode": {"tokens_per_second_median": 50.0}, "plain": {"used_slots": 256},
         "steps": [step("target pass", 1, 1.0), step("target pass", 26, 1.1), step("target pass", 60, 1.4),
                   step("static: one draft level", 4, 0.10, bytes=10)],
         "eagle": [{"tree": "static", "outside_models_share": 0.06}],
+        "copying": [copying(256, 256, 0.001, 10.5), copying(4096, 2048, 0.019, 10.0)],
         "simulated": [{"arm": "plain"}, {"arm": "static", "mean_accept_length": 3.6, "tokens_per_second_median": 99.0,
                                          "speedup_median": 1.98}],
     }
@@ -101,7 +115,17 @@ def test_figures_are_set_against_their_goals():
     assert verdicts == {
         "plain decoding": "", "one row, of the copy's speed": "met", "26 rows / one": "met", "60 rows / one": "MISSED",
         "static: draft level / plain step": "met", "static: outside the models": "MISSED",
+        "static: nothing to copy / without a branch": "MISSED", "static: copying / without a branch": "",
+        "static: lookup in 4096 tokens / step": "met",
         "static: SIMULATED at 3.60 tokens/pass": "", "static: SIMULATED at 3.60 tokens/pass, speedup": ""}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_tests_for_a_gpu_can_pass():
+    """With forged graphs, on the CPU."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "forged_gpu", "tests/test_gpu.py"], cwd=REPO,
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{REPO}:{REPO}/tests"})
+    assert done.returncode == 0 and " 1 skipped" in done.stdout, done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -172,8 +172,13 @@ class OnDevice(TorchDispatchMode):
         return result
 
 
+# With a copied branch beside each tree, and the branch alone.
+ALL_TREES = TREES | {f"{name}, branch": replace(tree, n_copy=5) for name, tree in TREES.items() if tree is not None}
+ALL_TREES["branch alone"] = replace(StaticTree.root(), n_copy=5)
+
+
 @pytest.mark.parametrize("n_expert", [0, 4], ids=["dense", "mixtral"])
-@pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
+@pytest.mark.parametrize("tree", ALL_TREES.values(), ids=list(ALL_TREES))
 def test_a_step_reads_no_value_and_copies_nothing_from_the_host(tree, n_expert):
     """What a captured graph asks of it, seen without a GPU: tensors on the meta device have no values."""
     with torch.device("meta"):
@@ -185,6 +190,8 @@ def test_a_step_reads_no_value_and_copies_nothing_from_the_host(tree, n_expert):
             tokens = torch.zeros(n_row, 1, dtype=torch.long, device="meta")
             step = PlainStep(model, tokens, torch.zeros_like(tokens), sampling)
         else:
-            step = EagleStep(model, head, tree, n_row, sampling)
+            step = EagleStep(model, head if tree.depth else None, tree, n_row, sampling)
         with OnDevice():
             step(128)
+            if tree is not None and tree.n_copy:
+                step(128, copies=True)

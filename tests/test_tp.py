@@ -74,7 +74,9 @@ HEADS = {   # changes of a head's config.json; the heads of quantised targets ar
     "gqa, int4": dict(intermediate_size=64), "mixtral, int4": dict(intermediate_size=64),
     "qwen3_moe, int4": dict(intermediate_size=64),
 }
+REPEATS = {"repeats itself": ("gqa", dict(vocab_size=12))}      # few tokens: there is something to copy
 WORLDS = (2, 4)
+LIMIT = 240     # seconds that a rank may take for a function: ranks that went different ways wait for ever
 
 
 class Group:
@@ -92,15 +94,22 @@ class Group:
     def __call__(self, function, *args):
         for pipe in self.pipes:
             pipe.send((function.__name__, args))
-        results = [pipe.recv() for pipe in self.pipes]
+        end, results = time.monotonic() + LIMIT, []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(max(end - time.monotonic(), 0)):
+                for process in self.processes:
+                    process.kill()
+                raise TimeoutError(f"{function.__name__}: rank {rank} has not answered within {LIMIT} s")
+            results.append(pipe.recv())
         for result in results:
             if isinstance(result, Exception):
                 raise result
         return results
 
     def close(self):
-        for pipe in self.pipes:
-            pipe.send(None)
+        for pipe, process in zip(self.pipes, self.processes):
+            if process.is_alive():
+                pipe.send(None)
         for process in self.processes:
             process.join(10)
 
@@ -142,7 +151,7 @@ def zoo(tmp_path_factory):
     def make(kind):
         folder = tmp_path_factory.mktemp("zoo")
         torch.manual_seed(1)
-        base, keys, *options = (KINDS | QUANTISED)[kind]
+        base, keys, *options = (KINDS | QUANTISED | REPEATS)[kind]
         tiny(base, folder / "target", **keys)
         target = Transformer.from_pretrained(folder / "target", dtype=torch.float32)
         config = head_config(target, **HEADS.get(kind, {}))
@@ -234,6 +243,32 @@ def test_logits_and_features_equal_one_process(group, zoo, kind, world):
 def test_text_of_two_equals_one_process(group, zoo, kind):
     expected = answers(*zoo(kind), list(CASES.values()))
     assert group(2)(answers, *zoo(kind), list(CASES.values())) == [expected] * 2
+
+
+def copied_answers(folder, head_folder, cases):
+    """Of a ragged batch of three, for each case (tree or None for no head, options of generate): tokens, accepted
+    lengths, copied drafts and the kinds of steps."""
+    model, head = load(folder, head_folder)
+    head.set_draft_vocab(None)
+    prompts = [tokens_of(n, seed=n, vocab=12) for n in (5, 17, 9)]
+    found = []
+    for tree, options in cases:
+        result = generate(model, prompts, 40, head=tree and head, tree=tree or "static", copy=4, **options)
+        found.append((result.tokens, result.accept_lengths, result.copied, result.kinds))
+    return found
+
+
+def test_a_copied_branch_gives_two_ranks_what_it_gives_one_process(group, zoo):
+    """With a head, where levels are left out too, and without one. Ranks that took different kinds of steps would hang
+    (LIMIT), or add up what does not belong together."""
+    folders, drawn = zoo("repeats itself"), dict(temperature=1.0, top_p=0.95, seed=3)
+    cases = [(tree, options) for tree in (None, FEW, DynamicTree(4, 3, 6)) for options in ({}, drawn)]
+    cases += [(FEW, drawn | dict(draw_drafts=False))]
+    expected = copied_answers(*folders, cases)
+    assert group(2)(copied_answers, *folders, cases) == [expected] * 2
+    for tokens, lengths, copied, kinds in expected:
+        assert list(map(len, tokens)) == [40] * 3 and set(kinds) == {"tree", "copy"}
+        assert max(map(max, lengths)) > 2 and max(map(max, copied)) > 1
 
 
 @pytest.mark.parametrize("kind, world", [
