@@ -59,7 +59,8 @@ def accept_likeliest(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPla
     if copied is not None:
         mass = mass.masked_fill(copied.is_idle, 0)
     # The masses of siblings lie side by side in the unit interval. The rest of it belongs to all other tokens.
-    is_no_older_sibling = (parents[:, :, None] != parents[:, None]) | plan.is_later
+    N = tokens.shape[1]     # without the copied branch in a step that has nothing to copy
+    is_no_older_sibling = (parents[:, :, None] != parents[:, None]) | plan.is_later[:, :N, :N]
     begin = mass[:, None].masked_fill(is_no_older_sibling, 0).sum(-1)
     draw = torch.rand_like(mass).gather(1, parents)
     is_wrong = ~((begin <= draw) & (draw < begin + mass))

@@ -22,7 +22,6 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -301,7 +300,7 @@ def lookup_parts(args: argparse.Namespace) -> Iterator[Part]:
 def copying_costs(steps: list[dict], args: argparse.Namespace) -> list[dict]:
     """For each tree with a copied branch and number of slots: the step's times, and the lookup's share of the step.
 
-    Where no step over LONG_HISTORY was timed, its lookup is set against the longest one before: a share that is too high.
+    Where no step over LONG_HISTORY was timed, its lookup is set against a shorter one: the share is too high.
     """
     ms = {(row["part"], row["used_slots"]): row["ms_median"] for row in steps}
     found = []

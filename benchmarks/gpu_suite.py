@@ -208,12 +208,13 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
             yield at_most(f"{tree}: outside the models", 100 * row["outside_models_share"], 5, "%")
         for row in report["copying"]:
             if row["used_slots"] == max(other["used_slots"] for other in report["copying"]):
-                yield at_most(f"{row['tree']}: lookup in {row['used_slots']} tokens / step", 100 * row["lookup_share"], 2,
-                              "%")
+                yield at_most(f"{row['tree']}: lookup in {row['used_slots']} tokens / step",
+                              100 * row["lookup_share"], 2, "%")
             if row["used_slots"] == n_used:
                 yield at_most(f"{row['tree']}: nothing to copy / without a branch",
                               row["ms_no_match"] / row["ms_whole_step"], 1.03)
-                yield f"{row['tree']}: copying / without a branch", row["ms_copying"] / row["ms_whole_step"], "x", "", ""
+                copying = row["ms_copying"] / row["ms_whole_step"]
+                yield f"{row['tree']}: copying / without a branch", copying, "x", "", ""
         for row in report["simulated"][1:]:
             name = f"{row['arm']}: SIMULATED at {row['mean_accept_length']:.2f} tokens/pass"
             yield name, row["tokens_per_second_median"], "tokens/s", "", ""

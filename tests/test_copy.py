@@ -208,6 +208,20 @@ def test_sampling_with_a_copied_branch_has_the_distribution_of_plain_sampling(sm
     assert all_seen["deep"] > 5 and all_seen["other"] > 1000 and (tree.depth == 0 or all_seen["twin"] > 100)
 
 
+@pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["no head", *TREES])
+def test_without_a_match_a_step_at_a_temperature_is_the_one_without_a_branch(narrow, tree):
+    """The same draws: until something matches, the texts are equal."""
+    head, prompt = head_of(narrow, 3), tokens_of(1, seed=1, vocab=12)
+    for draw_drafts in (None, False):
+        found = [generate(narrow, [prompt], 40, head=tree and head, tree=tree or "static", copy=copy, temperature=1.0,
+                          seed=seed, draw_drafts=draw_drafts) for seed in range(5) for copy in (4, 0)]
+        for branch, bare in zip(found[::2], found[1::2]):
+            n = branch.kinds.index("copy")
+            assert 0 < n and branch.accept_lengths[0][:n] == bare.accept_lengths[0][:n]
+            same = 1 + sum(bare.accept_lengths[0][:n])
+            assert branch.tokens[0][:same] == bare.tokens[0][:same]
+
+
 @torch.inference_mode()
 def test_a_token_that_head_and_copy_both_draft_leads_into_the_copied_branch(small):
     target, head = small
