@@ -165,12 +165,8 @@ def test_a_copied_branch_is_timed_beside_the_step_without_it(tmp_path, short, mo
         report = run(*options, *copy, file=tmp_path / "report.json")
         rows = {(row["part"], row["used_slots"]): row for row in report["steps"]}
         assert {name.partition(":")[0] for name, _ in rows if "lookup" in name} == ({"lookup"} if copied else set())
-<<<<<<< HEAD
-        assert [(row["tree"], row["n_copy"], row["used_slots"], row["step_used_slots"]) for row in report["copying"]] == [
-=======
         keys = "tree", "n_copy", "used_slots", "step_used_slots"
         assert [tuple(row[key] for key in keys) for row in report["copying"]] == [
->>>>>>> 414d183ab469a98480781a128f506b2951b20514
             (name, n, used, min(used, 128)) for name, n in copied.items() for used in (64, 128, 4096)]
         for row in report["copying"]:
             lookup = rows["lookup", row["used_slots"]]

@@ -30,11 +30,7 @@ BRANCHES["branch alone"] = replace(StaticTree.root(), n_copy=5)
 ALL_TREES = {"plain": None} | TREES | BRANCHES
 N_SLOT, N_NEW = 256, 120    # over two sizes of graphs, 128 and 192 slots
 PROMPTS = [tokens_of(n, seed=n) for n in (5, 40)]
-<<<<<<< HEAD
-EVERY_PAIR = [token for second in range(VOCAB) for token in (11, second)] + [11]  # whatever comes next, it has been here
-=======
 EVERY_PAIR = [token for second in range(VOCAB) for token in (11, second)] + [11]     # whatever comes next has followed
->>>>>>> 414d183ab469a98480781a128f506b2951b20514
 all_trees = pytest.mark.parametrize("tree", ALL_TREES.values(), ids=list(ALL_TREES))
 
 

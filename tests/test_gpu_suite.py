@@ -49,13 +49,8 @@ def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
     assert cold["ms_per_step"] > 0 and cold["compiled_graphs"] == 0
     assert list(copying["overall"]) == ["plain", "eagle-tuned+8", "eagle-tuned+off", "eagle-none+8"]
     for text in ("static: outside the models", "first token", "compiled graphs", "a step at temperature 0",
-<<<<<<< HEAD
-                 "plain decoding", "goal", "eagle-none+8, accepted length", "static: nothing to copy / without a branch",
-                 "dynamic: lookup in 4096 tokens / step"):
-=======
                  "plain decoding", "goal", "eagle-none+8, accepted length",
                  "static: nothing to copy / without a branch", "dynamic: lookup in 4096 tokens / step"):
->>>>>>> 414d183ab469a98480781a128f506b2951b20514
         assert text in run.stdout
 
 
