@@ -279,10 +279,10 @@ def common_plan(tree: Tree, batch_size: int, device: torch.device) -> tuple[Tens
     return row, order, (nodes[:, None] >= nodes[:, :, None]) | (nodes[:, None] == 0)
 
 
-def draft_nothing(plan: StaticPlan, root: Tensor) -> Draft:
+def draft_nothing(root: Tensor, dtype: torch.dtype) -> Draft:
     """The root [B, 1] alone."""
-    B = len(root)
-    return Draft(root, plan.parents.expand(B, -1), plan.depths.expand(B, -1), plan.seen.expand(B, -1, -1), None)
+    none = torch.zeros_like(root)
+    return Draft(root, none, none, visible(none[:, :, None] == 0, dtype), None)
 
 
 def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor,

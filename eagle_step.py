@@ -238,6 +238,7 @@ class EagleStep:
                 window = self.head.window
                 mask = chunk.mask if window is None else causal_mask(chunk.pos, chunk.mask.shape[2], window)
                 self.head(chunk.following, chunk.features, chunk.pos, mask=mask)
+        assert feature is not None      # a prompt has a token that is not cached
         token = next_tokens(self.model.output(hidden), self.sampling)
         self.pos.copy_(length - 1)
         if self.branch is not None:
@@ -260,7 +261,7 @@ class EagleStep:
     def grow(self, n_slot: int) -> Draft:
         """The head's tree; without a head the root alone."""
         if self.head is None:
-            return draft_nothing(self.plan, self.tokens)
+            return draft_nothing(self.tokens, self.root_hidden.dtype)
         if isinstance(self.plan, DynamicPlan):
             return draft_dynamic(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos)
         return draft_static(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos,
@@ -284,7 +285,7 @@ class EagleStep:
         if draft.tokens.shape[1] == 1:      # nothing was drafted
             none = torch.zeros_like(self.tokens)
             return Accepted(none, none, next_tokens(logits, self.sampling))
-        if self.draw_drafts and isinstance(self.plan, StaticPlan):
+        if self.draw_drafts and self.head is not None and isinstance(self.plan, StaticPlan):
             return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
         if self.sampling.temperature > 0:
             return accept_likeliest(logits, draft, self.plan, self.sampling)

@@ -153,7 +153,7 @@ def can_pack(weight: Tensor) -> bool:
 class PackedLinear(nn.Module):
     """A linear in fp32 or bf16 for inference. oneDNN reorders its weight once, not at every call (dev/log.md)."""
     packed: Tensor
-    min_rows = 1    # fewer are padded
+    pads_one_row = False    # to two, where one row has a kernel of its own
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -167,8 +167,8 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() < self.min_rows:
-            return self.product(x.expand(self.min_rows, *x.shape))[:1].view(*x.shape[:-1], -1)
+        if self.pads_one_row and x.shape[:-1].numel() == 1:
+            return self.product(x.expand(2, *x.shape))[0]
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:

@@ -267,7 +267,8 @@ class Attention(nn.Module):
         else:
             n_slot = (bias.bias if isinstance(bias, Seen) else bias).shape[-1]
             k, v = write_cache(kv_cache, cache_pos, kv, n_slot)               # [B, K, S, D]
-        if isinstance(bias, Seen) and kv_cache is not None:
+        if isinstance(bias, Seen):
+            assert kv_cache is not None
             return self.wo(attend(q, k, kv_cache[1], bias))
         # The G query heads of a key/value head become G*T rows of one head. Keys and values are read once, and no
         # kernel needs to know about grouped queries.

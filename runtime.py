@@ -181,7 +181,7 @@ def make_exact(model: nn.Module) -> None:
             module.lay_out(set(module.kernels.values()))
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            module.min_rows = 2
+            module.pads_one_row = True
     target.is_exact = True
 
 
