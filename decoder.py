@@ -354,7 +354,8 @@ class Decoder:
         ahead = range(shortest if self.compile else longest, end if self.compile else min(longest + 1, end))
         can_copy = self.eagle is not None and self.eagle.branch is not None
         drafting: list[Kind] = ["tree", "copy"] if can_copy else ["tree"]
-        steps = [(kind, self._n_slot(kind, length)) for length in ahead if self._tree_fits(length) for kind in drafting]
+        steps: list[tuple[Kind, int]] = [(kind, self._n_slot(kind, length)) for length in ahead
+                                         if self._tree_fits(length) for kind in drafting]
         if not self._tree_fits(longest):
             steps = []      # a trial step would overwrite tokens of the prompt in the last slots
         if len(ahead) and not self._tree_fits(ahead[-1]):

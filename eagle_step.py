@@ -238,6 +238,7 @@ class EagleStep:
                 window = self.head.window
                 mask = chunk.mask if window is None else causal_mask(chunk.pos, chunk.mask.shape[2], window)
                 self.head(chunk.following, chunk.features, chunk.pos, mask=mask)
+        assert feature is not None      # no prompt is empty
         token = next_tokens(self.model.output(hidden), self.sampling)
         self.pos.copy_(length - 1)
         if self.branch is not None:
@@ -260,6 +261,7 @@ class EagleStep:
     def grow(self, n_slot: int) -> Draft:
         """The head's tree; without a head the root alone."""
         if self.head is None:
+            assert isinstance(self.plan, StaticPlan)
             return draft_nothing(self.plan, self.tokens)
         if isinstance(self.plan, DynamicPlan):
             return draft_dynamic(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos)
@@ -284,7 +286,7 @@ class EagleStep:
         if draft.tokens.shape[1] == 1:      # nothing was drafted
             none = torch.zeros_like(self.tokens)
             return Accepted(none, none, next_tokens(logits, self.sampling))
-        if self.draw_drafts and isinstance(self.plan, StaticPlan):
+        if self.draw_drafts and isinstance(self.plan, StaticPlan) and self.head is not None:
             return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
         if self.sampling.temperature > 0:
             return accept_likeliest(logits, draft, self.plan, self.sampling)

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.timing import clock
 from console import say
+from decoder import Kind
 
 
 class Answer(NamedTuple):
@@ -24,7 +25,7 @@ class Answer(NamedTuple):
     decode_seconds: float
     accept_lengths: list[int]       # tokens produced by each target pass; empty where that is not known
     copied: list[int] = []          # drafts of each pass that came from a copied branch
-    kinds: list[str] = []           # of our own passes, see decoder.Kind
+    kinds: list[Kind] = []          # of our own passes
 
 
 Peer = Callable[[list[int], int], Answer]
