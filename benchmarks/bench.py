@@ -398,7 +398,7 @@ def eagerly(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 def measure_prefill(model: Transformer, args: argparse.Namespace) -> dict:
     n = min(LONG_PROMPT, model.kv_cache.shape[4])
-    prompt = random_tokens(model, n + 1)
+    prompt = random_tokens(model, n)
     seconds = []
     for _ in tqdm(range(ROUNDS + 1), "prefill", leave=False, disable=None):
         begin = clock(args.device)

@@ -47,9 +47,9 @@ def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
     assert {row["tree"] for row in bench["eagle"]} == {"static", "dynamic"} and bench["random_weights"]
     assert 0 < cold["import_seconds"] < cold["first_token_seconds"] < cold["whole_answer_seconds"]
     assert cold["ms_per_step"] > 0 and cold["compiled_graphs"] == 0
-    assert list(copying["overall"]) == ["plain", "eagle-tuned+8", "eagle-tuned+off", "eagle-none+8"]
+    assert list(copying["overall"]) == ["plain", "eagle-tuned+8", "eagle-tuned+off", "copy+8"]
     for text in ("static: outside the models", "first token", "compiled graphs", "a step at temperature 0",
-                 "plain decoding", "goal", "eagle-none+8, accepted length",
+                 "plain decoding", "goal", "copy+8, accepted length",
                  "static: nothing to copy / without a branch", "dynamic: lookup in 4096 tokens / step"):
         assert text in run.stdout
 
