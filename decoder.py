@@ -359,8 +359,8 @@ class Decoder:
         if not self._tree_fits(longest):
             steps = []      # a trial step would overwrite tokens of the prompt in the last slots
         if len(ahead) and not self._tree_fits(ahead[-1]):
-            plain: Kind = "plain"
-            steps += [(plain, self._n_slot(plain, length)) for length in ahead]
+            plain: list[tuple[Kind, int]] = [("plain", self._n_slot("plain", length)) for length in ahead]
+            steps += plain
         return list(dict.fromkeys(steps))
 
     def _record(self, kind: Kind, n_slot: int, tracing: bool) -> "torch.cuda.CUDAGraph | None":
