@@ -65,8 +65,8 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
         # Questions that ask for copying: with a copied branch beside the tree, without one, and with the branch alone.
         yield Part("demo, copying", "copying", [
             "scripts/evaluate.py", "--checkpoint", args.checkpoint, *(["--eagle", args.eagle] if args.eagle else []),
-            "--questions", "benchmarks/copying.jsonl", "--limit", "8", "--max-new-tokens", "256",
-            "--tree", "tuned+8", "tuned+off", "none+8", *device], 120, makes_folder=True)
+            "--questions", "benchmarks/copying.jsonl", "--limit", str(min(8, 2 * args.repeats)),
+            "--max-new-tokens", "256", "--tree", "tuned+8", "tuned+off", "none+8", *device], 120, makes_folder=True)
     for mode, group_size in (("int4", 128), ("int8", None), ("int4", 32)):  # 128: as others measure; 32: our default
         yield bench_part(shape, args, mode, group_size)
     for other in shapes:

@@ -77,12 +77,12 @@ def head_of(target, seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_decoding_with_a_copied_branch_equals_plain_decoding(narrow, seed):
-    """To the last slot of the cache, in batches and alone: 8 seeds x 6 trees x 4 lengths x 4 ways."""
+    """To the last slot of the cache, in batches and alone: 8 seeds x 6 trees x 3 lengths x 4 ways."""
     head = head_of(narrow, seed)
     prompts = [tokens_of(n, seed=10 * seed + n, vocab=12) for n in (1, 9, 5 + seed)]
     wanted = [naive_decode(narrow, prompt, 30) for prompt in prompts]
     longest, lengths, looked_up = max(map(len, prompts)) + 22, set(), []
-    for tree, n_copy in itertools.product((None, *TREES.values()), (1, 3, 5, 9)):
+    for tree, n_copy in itertools.product((None, *TREES.values()), (1, 3, 9)):
         for rows, n_slot in (([1], None), ([0, 1, 2], None), ([2], longest), ([0, 1, 2], longest)):
             result = generate(narrow, [prompts[row] for row in rows], 30, head=tree and head, tree=tree or "static",
                               copy=n_copy, max_seq_length=n_slot)
