@@ -198,14 +198,14 @@ def test_sampling_with_a_copied_branch_has_the_distribution_of_plain_sampling(sm
         pytest.skip("drafts of a dynamic tree are not drawn")
     target, head = small
     all_seen = Counter()
-    for seed in range(3):
+    for seed in range(2):
         prompt = prompt_with_every_pair(seed)
         monkeypatch.setattr(lossless, "PROMPT", prompt)
         counts, seen = first_three(target, head if tree.depth else None, replace(tree, n_copy=3), sampling, draw_drafts,
-                                   prompt, rows=4000, runs=3)
+                                   prompt, rows=4000, runs=2)
         assert chi_square_p(counts, exact(target, sampling)) > 1e-4, seed
         all_seen += seen
-    assert all_seen["deep"] > 5 and all_seen["other"] > 1000 and (tree.depth == 0 or all_seen["twin"] > 100)
+    assert all_seen["deep"] > 2 and all_seen["other"] > 1000 and (tree.depth == 0 or all_seen["twin"] > 20)
 
 
 @pytest.mark.parametrize("tree", [None, *TREES.values()], ids=["no head", *TREES])
