@@ -9,6 +9,8 @@ Both decode greedily with the same weights. Speed is new tokens over decode seco
 import argparse
 import sys
 
+import torch
+
 import root  # noqa: F401
 from chat import Printer, StopTexts, encode
 from console import Parser, add_chat_options, command, number, say
@@ -83,7 +85,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_draft_options(parser)
     add_chat_options(parser)
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
+                        default="bfloat16" if has_bf16 else "float32",
+                        help="default: bfloat16, float32 on a CPU without instructions for it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None)
     return parser.parse_args(argv)
