@@ -14,7 +14,7 @@ an order of its own:
 Shapes: B batch, N tree nodes including the root, T new tokens, S cache slots read, K key/value heads, G = H / K query
 heads each, M = G * T rows padded to groups, D head dim.
 """
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,16 +68,6 @@ def spread_slots(depths: Tensor, order: Tensor) -> Tensor:
     """
     is_before = (depths[:, None] == depths[:, :, None]) & (order[:, None] < order[:, :, None])
     return depths + LANES * is_before.sum(-1)
-
-
-def spread_room(tree: Any) -> int:
-    """Slots that spread_slots may take for a draft of this tree, with its copied branch."""
-    if hasattr(tree, "depths"):
-        widest = max((tree.depths.count(d) - 1) * LANES + d for d in tree.depths)
-    else:   # the nodes of one depth have an ancestor at each depth above
-        widest = max(min(tree.n_child ** min(d, 2), tree.n_node - d) * LANES - LANES + d
-                     for d in range(1, tree.depth + 1))
-    return widest + 1 + (LANES + tree.n_copy if tree.n_copy else 0)
 
 
 def spread_seen(seen: Tensor, slots: Tensor, n_room: int) -> Tensor:

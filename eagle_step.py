@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention import MAX_TOKENS, spread_room, spread_seen, spread_slots
+from attention import LANES, MAX_TOKENS, spread_seen, spread_slots
 from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
                         draft_nothing, draft_static, plan_dynamic, plan_static, shown_columns)
@@ -162,7 +162,8 @@ class EagleStep:
 
     State between steps: the root `tokens` [B, 1], the last token decided, at position `pos` [B, 1]; the head's output
     for it, `root_hidden` [B, 1, dim], which drafts the root's children; and what a copied branch holds. Without a head
-    there is only the branch: prompt lookup decoding. What the host reads after a step is one tensor, `report`.
+    there is only the branch: prompt lookup decoding. The host reads one tensor after a step, `report` [B, D + 3]: the
+    tokens produced, how many drafts were copied (all or none), and 1 where the next step has something to copy.
     """
 
     def __init__(self, model: Transformer, head: EagleHead | None, tree: Tree, batch_size: int,
@@ -212,16 +213,6 @@ class EagleStep:
     def produced(self) -> Tensor:
         """[B, D + 1] the tokens of the last step, D the longest path; -1 where there are fewer."""
         return self.report[:, :-2]
-
-    @property
-    def copied(self) -> Tensor:
-        """[B] how many of the last step's drafts were copied: all or none."""
-        return self.report[:, -2]
-
-    @property
-    def can_copy(self) -> Tensor:
-        """[B] 1 where the next step has something to copy, else 0."""
-        return self.report[:, -1]
 
     def prefill(self, prompts: list[list[int]], n_cached: int = 0) -> None:
         """Fill both caches with the prompts, whose first n_cached tokens are in both caches, and produce a token each.
@@ -335,8 +326,14 @@ class EagleStep:
 
 
 def room_of(tree: Tree, model: Transformer) -> int:
-    """Cache slots that a step needs from the root's slot on."""
-    return max(tree.n_room, spread_room(tree)) if model.is_exact else tree.n_room
+    """Cache slots that a step needs from the root's slot on: more where its nodes are spread over lanes."""
+    if not model.is_exact:
+        return tree.n_room
+    if isinstance(tree, StaticTree):
+        last = max((tree.depths.count(d) - 1) * LANES + d for d in tree.depths)
+    else:   # the nodes of one depth have an ancestor at each depth above
+        last = max((min(tree.n_child ** min(d, 2), tree.n_node - d) - 1) * LANES + d for d in range(1, tree.depth + 1))
+    return max(tree.n_room, last + 1 + (LANES + tree.n_copy if tree.n_copy else 0))
 
 
 def check_children(tree: Tree, head: EagleHead) -> None:

@@ -116,7 +116,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
         pack_for_cpu(model)
         if head is not None:
             pack_for_cpu(head)
-    if getattr(args, "exact", False):
+    if args.exact:
         if args.compile:
             raise ValueError("--exact does not go with --compile")
         make_exact(model)

@@ -312,7 +312,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.set_defaults(compile=False, tree="chain", temperature=0.0, top_k=None, top_p=None, seed=None, profile=None)
+    parser.set_defaults(compile=False, tree="chain", temperature=0.0, top_k=None, top_p=None, seed=None, profile=None,
+                        exact=False)
     return parser.parse_args(argv)
 
 

@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         default="bfloat16" if has_bf16 else "float32",
                         help="default: bfloat16, float32 on a CPU without instructions for it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None)
+    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, exact=False)
     return parser.parse_args(argv)
 
 

@@ -340,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     add_chat_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message of dialogues that have none")
-    parser.set_defaults(eagle=None, tree=None, top_k=None)
+    parser.set_defaults(eagle=None, tree=None, top_k=None, exact=False)
     return parser.parse_args(argv)
 
 

@@ -14,6 +14,9 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Tiny models gain little from a second thread; where it has to wait for a busy core, tests take ten times as long.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"     # of child processes
+# A shell starts background jobs with Ctrl-C ignored. Their children inherit that, and tests of Ctrl-C would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # torch's key-value store looks up the names of addresses, local ones too: a name server out of reach costs 5 s each.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 

@@ -310,7 +310,8 @@ def test_norms_are_turned_over_where_the_head_has_their_weights(target):
             assert head.spec == reading.spec and head.capture == reading.capture
             outputs.append(second_drafts(head))
         other = Eagle3Head(reading.spec, model)     # the same weights in a head that was built so
-        other.load_state_dict(head.state_dict(), strict=False)
+        weights = head.state_dict()
+        other.load_state_dict({name: weights[name] for name in other.state_dict()})     # some readings have fewer norms
         other.inv_freq = rope_inv_freq(reading.args)
         assert torch.equal(outputs[-1], second_drafts(other))
     assert torch.equal(outputs[0], second_drafts(head))     # as before

@@ -201,6 +201,14 @@ def test_copying_needs_no_head_and_changes_no_token(answer):
     assert copied["eagle"] is None and copied["tree"] is None
 
 
+def test_exact_answers_are_the_same_with_a_copied_branch_in_bfloat16(answer, monkeypatch):
+    made, make = [], cli.make_exact
+    monkeypatch.setattr(cli, "make_exact", lambda model: made.append(model) or make(model))
+    texts = ["--raw", "--prompt", "abc abc abc", "--max-new-tokens", 40, "--dtype", "bfloat16", "--exact"]
+    plain, copied = answer(*texts)[0], answer(*texts, "--copy", 6)[0]
+    assert copied["tokens"] == plain["tokens"] and [model.is_exact for model in made] == [True, True]
+
+
 def test_the_answer_ends_with_a_stop_token_that_leaves_no_text(answer, broken):
     ids = answer("--prompt", "hi", model=broken)[0]["tokens"][0]
     stop = ids[6]
@@ -471,6 +479,8 @@ def test_json_replaces_an_older_report_and_leaves_nothing_beside_it(answer, tmp_
     (["--device", "meta"], ["--device", "meta"]),
     (["--copy", "0"], ["--copy", "'0'"]),
     (["--copy", "some"], ["--copy", "'some'"]),
+    (["--exact", "--dtype", "float32"], ["exact", "float32"]),
+    (["--exact", "--compile"], ["--exact", "--compile"]),
     (["--frobnicate"], ["--frobnicate"]),
     (["--prompt"], ["--prompt"]),
     (["--chat-template", "no-such"], ["no-such"]),

@@ -158,8 +158,7 @@ def first_three(target, head, tree, sampling, draw_drafts, prompt, rows, runs):
     n_slot = len(prompt) + 3 + tree.n_room
     setup_caches(target, head, rows, n_slot)
     step = EagleStep(target, head, tree, rows, sampling, draw_drafts)
-    counts, seen = torch.zeros(V ** 3), Counter()
-    graft = step.branch.graft
+    seen, graft = Counter(), step.branch.graft
 
     def counted(draft):
         draft = graft(draft)
@@ -167,17 +166,11 @@ def first_three(target, head, tree, sampling, draw_drafts, prompt, rows, runs):
         seen.update(twin=int(has_twin.sum()), other=int((~has_twin & step.branch.found[:, 0]).sum()))
         return draft
     step.branch.graft = counted
-    for _ in range(runs):
-        step.prefill([prompt] * rows)
-        produced = [step.produced.clone()]
-        for _ in range(2):
-            step(n_slot, copies=True)
-            produced.append(step.produced.clone())
-            seen["deep"] += int(((step.produced >= 0).sum(1) > tree.depth + 1).sum())
-        produced = torch.cat(produced, dim=1)
-        order = (produced < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :3]
-        counts += torch.bincount(produced.gather(1, order) @ torch.tensor([V * V, V, 1]), minlength=V ** 3)
-    return counts.view(V, V, V), seen
+
+    def run():
+        step(n_slot, copies=True)
+        seen["deep"] += int(((step.produced >= 0).sum(1) > tree.depth + 1).sum())
+    return lossless.count_triples(step, run, prompt, runs), seen
 
 
 def prompt_with_every_pair(seed):

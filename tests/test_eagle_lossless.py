@@ -373,12 +373,17 @@ def first_three(target, head, tree, sampling, draw_drafts, rows, runs):
     n_slot = len(PROMPT) + 3 + tree.n_room
     setup_caches(target, head, rows, n_slot)
     step = EagleStep(target, head, tree, rows, sampling, draw_drafts)
-    counts = torch.zeros(V ** 3)
+    return count_triples(step, lambda: step(n_slot), PROMPT, runs)
+
+
+def count_triples(step, run, prompt, runs):
+    """How often the step's rows begin with each triple of tokens: the prefill's, then those of two calls of `run`."""
+    counts, rows = torch.zeros(V ** 3), len(step.tokens)
     for _ in range(runs):
-        step.prefill([PROMPT] * rows)
+        step.prefill([prompt] * rows)
         produced = [step.produced.clone()]
         for _ in range(2):
-            step(n_slot)
+            run()
             produced.append(step.produced.clone())
         produced = torch.cat(produced, dim=1)
         order = (produced < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :3]       # tokens before gaps

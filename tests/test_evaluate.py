@@ -336,6 +336,17 @@ def test_a_divergence_names_the_place_and_the_gap_and_how_much_the_passes_differ
         evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, other)
 
 
+def test_an_answer_that_differs_in_exact_decoding_is_a_failure_by_name(run, tmp_path, monkeypatch):
+    options = "--dtype", "bfloat16", "--exact", "--tree", "chain:3"
+    assert run(*options)[0] == 0
+    shutil.rmtree(tmp_path / "out")
+    parted = {"position": 4, "tokens": [7, 9], "logits": [2.5, 2.25], "gap": 0.25, "error": 0.5}
+    monkeypatch.setattr(evaluate, "divergence", lambda *args: parted)
+    status, _, err = run(*options)
+    assert status == 2 and "5 answers of eagle-chain-3 differ" in err and "Traceback" not in err
+    assert "question 7, turn 1, token 5, tokens [7, 9] with logits [2.5, 2.25]" in err
+
+
 def in_int8(checkpoint, folder):
     out = folder / f"{checkpoint.name}-int8"
     argv = ["--checkpoint", str(checkpoint), "--out", str(out), "--mode", "int8", "--device", "cpu"]
