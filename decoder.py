@@ -20,7 +20,7 @@ from torch import Tensor
 
 from draft_tree import StaticTree, Tree, load_tree
 from eagle_head import EagleHead
-from eagle_step import EagleStep, room_of
+from eagle_step import EagleStep
 from model import Transformer, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, trace
 from sampling import NOT_FINITE, Sampling, next_tokens
@@ -88,7 +88,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     drafted = tree_of(tree, copy, head)
     check_limit(max_new_tokens)
     if max_seq_length is None:
-        room = 0 if drafted is None else room_of(drafted, model)
+        room = 0 if drafted is None else drafted.n_room
         max_seq_length = slots_for(max(map(len, prompts), default=0) + max_new_tokens + room, model)
     check_prompts(prompts, max_seq_length, model.config.vocab_size)
     with restored_caches(model, head):

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention import LANES, MAX_TOKENS, spread_seen, spread_slots
+from attention import MAX_TOKENS, Seen, rows_seen
 from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
-                        draft_nothing, draft_static, plan_dynamic, plan_static, shown_columns)
+                        draft_nothing, draft_static, lineage, path_slots, plan_dynamic, plan_static, shown_columns)
 from eagle_head import EagleHead
-from model import Transformer, causal_mask, prefill
+from model import Transformer, attention_bias, causal_mask, prefill
 from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
 
 
@@ -195,7 +195,7 @@ class EagleStep:
         else:
             self.plan = plan_dynamic(tree, batch_size, device, dtype)
         self.tree: Tree = self.plan.tree
-        self.n_room = room_of(self.tree, model)
+        self.n_room = self.tree.n_room
         self.branch = None
         if n_copy:
             self.branch = CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype)
@@ -260,17 +260,24 @@ class EagleStep:
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
         """The target over all nodes: logits [B, N, V], features [B, N, F]."""
-        slots, seen = self.slots(draft), draft.seen
         if self.model.is_exact:
-            seen = spread_seen(seen, slots, self.n_room)
-        bias = block_bias(seen, shown_columns(self.pos, n_slot, seen), self.model.config)
+            mask = self.seen_by_position(draft, n_slot)
+        else:
+            mask = block_bias(draft.seen, shown_columns(self.pos, n_slot, draft.seen), self.model.config)
         capture = () if self.head is None else self.head.capture
-        return self.model(draft.tokens, self.pos + draft.depths, self.pos + slots, bias, capture)
+        slots = self.pos + self.plan.order[:, :draft.tokens.shape[1]]
+        return self.model(draft.tokens, self.pos + draft.depths, slots, mask, capture)
 
-    def slots(self, draft: Draft) -> Tensor:
-        """[B or 1, N] where each node's key and value stand, from the root's slot on."""
-        order = self.plan.order[:, :draft.tokens.shape[1]]
-        return spread_slots(draft.depths, order) if self.model.is_exact else order
+    def seen_by_position(self, draft: Draft, n_slot: int) -> Seen:
+        """What the nodes see where bits count. The drafts of one sequence are within the last n_room + 15 of the slots
+        read: n_slot may exceed pos + n_room by 15."""
+        config = self.model.config
+        width = self.n_room + 15 if len(self.tokens) == 1 else self.model.kv_cache.shape[4]
+        depth = max(self.tree.depth, 0 if draft.copied is None else self.tree.n_copy, 1)
+        above = lineage(draft.parents, depth, self.plan.order)
+        slots, seen = path_slots(draft.depths, above, self.pos, torch.arange(n_slot)[-width:])
+        bias = attention_bias(seen, config.n_head // config.n_kv_head, torch.float)
+        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if draft.tokens.shape[1] == 1:      # nothing was drafted
@@ -286,9 +293,8 @@ class EagleStep:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
         path, n_accepted, bonus = accepted
         if draft.copied is not None or not self.tree.is_chain:
-            source = self.slots(draft).expand(len(path), -1).gather(1, path)
             target = self.plan.order[:, :path.shape[1]]
-            move_slots(self.model.kv_cache, self.pos + source, self.pos + target, self.plan.row)
+            move_slots(self.model.kv_cache, self.pos + path, self.pos + target, self.plan.row)
         following = draft.tokens.gather(1, path.roll(-1, 1))       # the next node's token; unused past the end
         is_copy = path.gather(1, n_accepted) >= self.tree.n_node
         self.finish(following, n_accepted, bonus, features[self.plan.row, path], n_accepted * is_copy, n_slot)
@@ -323,17 +329,6 @@ class EagleStep:
         first = produced[:, :1].where(bonus >= 0, NOT_FINITE)
         rest = nn.functional.pad(produced[:, 1:], (0, self.produced.shape[1] - produced.shape[1]), value=-1)
         self.report.copy_(torch.cat((first, rest, n_copied, can_copy), dim=1))
-
-
-def room_of(tree: Tree, model: Transformer) -> int:
-    """Cache slots that a step needs from the root's slot on: more where its nodes are spread over lanes."""
-    if not model.is_exact:
-        return tree.n_room
-    if isinstance(tree, StaticTree):
-        last = max((tree.depths.count(d) - 1) * LANES + d for d in tree.depths)
-    else:   # the nodes of one depth have an ancestor at each depth above
-        last = max((min(tree.n_child ** min(d, 2), tree.n_node - d) - 1) * LANES + d for d in range(1, tree.depth + 1))
-    return max(tree.n_room, last + 1 + (LANES + tree.n_copy if tree.n_copy else 0))
 
 
 def check_children(tree: Tree, head: EagleHead) -> None:

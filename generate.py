@@ -30,7 +30,6 @@ from decoder import generate as generate
 from decoder import tree_of
 from draft_tree import load_tree, named_tree
 from eagle_head import Eagle3Head, EagleHead
-from eagle_step import room_of
 from linears import Format, quantize_in_place
 from model import Transformer
 from runtime import is_faster_in_float32, make_exact, pack_for_cpu, tune
@@ -256,7 +255,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     prompts = [encode(text, tokenizer, args.raw, args.system, args.plain_text) for text in args.texts]
     longest = max(map(len, prompts)) + args.max_new_tokens
     tree = tree_of(args.tree, args.copy, head)
-    n_slot = args.max_seq_length or slots_for(longest + (0 if tree is None else room_of(tree, model)), model)
+    n_slot = args.max_seq_length or slots_for(longest + (0 if tree is None else tree.n_room), model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
     decoder = make_decoder(args, model, head, len(prompts), n_slot)
     say_loaded(report, head)

@@ -118,8 +118,8 @@ class Transformer(nn.Module):
         self.kv_cache = torch.zeros(c.n_layer, 2, max_batch_size, c.n_kv_head, max_seq_length, c.head_dim,
                                     dtype=weight.dtype, device=weight.device)
 
-    def forward(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None, mask: Tensor | None = None,
-                capture: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
+                mask: Tensor | Seen | None = None, capture: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """One pass over a block of new tokens.
 
         tokens     [B, T] int64
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         cache_pos  [B, T] or [T] int64: cache slot each token's key and value go to; input_pos when None
         mask       [B, T, S] bool: the slots each token may see, its own among them. Only the first S slots are
                    read, S <= those allocated, so a narrow mask makes a short conversation in a long cache cheap.
-                   None means causal: every slot up to the token's position.
+                   None means causal: every slot up to the token's position. Or what `rows_seen` made (attention.py).
         capture    return the hidden states of these indices in the place of the features (EAGLE-3, section 3.1): j is
                    the residual stream before layer j, n_layer the state after the final norm
 
@@ -137,12 +137,12 @@ class Transformer(nn.Module):
         last, captured = self.hidden_states(tokens, input_pos, cache_pos, mask, capture)
         return self.output(last), captured
 
-    def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None, mask: Tensor | None = None,
-                 capture: tuple[int, ...] = ()) -> Tensor:
+    def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
+                 mask: Tensor | Seen | None = None, capture: tuple[int, ...] = ()) -> Tensor:
         """The second value of `forward`, without the LM head."""
         return self.hidden_states(tokens, input_pos, cache_pos, mask, capture)[1]
 
-    def hidden_states(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None, mask: Tensor | None,
+    def hidden_states(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None, mask: Tensor | Seen | None,
                       capture: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The hidden state after the final norm [B, T, dim], and the features that `forward` returns."""
         check_block(tokens, self.kv_cache)
@@ -154,9 +154,11 @@ class Transformer(nn.Module):
         rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype)
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
-        bias: Tensor | Seen = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
-        if self.is_exact and self.kv_cache is not None and tokens.shape[1] <= MAX_TOKENS:
-            bias = rows_seen(bias, self.kv_cache, tokens.shape[1])
+        bias = mask
+        if not isinstance(mask, Seen):
+            bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
+            if self.is_exact and self.kv_cache is not None and tokens.shape[1] <= MAX_TOKENS:
+                bias = rows_seen(bias, self.kv_cache, tokens.shape[1], bias.shape[-1])
         states = {}
         for i, layer in enumerate(self.layers):
             if i in capture:
@@ -265,7 +267,7 @@ class Attention(nn.Module):
         if kv_cache is None:
             k, v = kv.permute(2, 0, 3, 1, 4)                                  # [B, K, T, D]
         else:
-            n_slot = (bias.bias if isinstance(bias, Seen) else bias).shape[-1]
+            n_slot = bias.n_slot if isinstance(bias, Seen) else bias.shape[-1]
             k, v = write_cache(kv_cache, cache_pos, kv, n_slot)               # [B, K, S, D]
         if isinstance(bias, Seen):
             assert kv_cache is not None
