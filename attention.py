@@ -25,26 +25,30 @@ MAX_TOKENS = 64     # of a sequence: larger blocks are prefill, where the fused 
 
 class Seen(NamedTuple):
     """What the rows of one pass see."""
-    bias: Tensor        # [B*K, M, S] fp32; for a tree [1], 0: `end` has it
-    end: tuple[Tensor, Tensor] | None   # of a tree's last W columns: slots, counted from S - W, and bias, [B*K, M, W]
     n_slot: int         # S
+    bias: Tensor        # [B*K, M, S] fp32; for a tree [1], 0
+    end: tuple[Tensor, Tensor] | None   # of a tree's last W columns: slots, counted from S - W, and bias, [B*K, M, W]
+    n_end: int          # W or more
     index: Tensor       # [B*K*M*S] int32: rows of the values [B*K*slots, D]
     offsets: Tensor     # [B*K*M] int32: where each row's part of the index begins
-    rows: Tensor        # [K*M] among the T*H queries of a sequence: the rows of each head, and what fills up a group
-    queries: Tensor     # [T*H] where each query is among these
+    rows: Tensor        # [B*K*M] among the B*T*(H + 2K) vectors of qkv: each head's queries, and what fills up a group
+    queries: Tensor     # [B*T*H] where each query is among these
 
 
-def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: Tensor | None = None) -> Seen:
+def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: Tensor | None = None,
+              n_end: int = 0) -> Seen:
     """bias [B, 1, G*T, S] additive, kv_cache [..., K, slots, D], n_slot = S.
 
     For a tree: bias [B, 1, G*T, W], and the slots [B, T, W] whose keys stand at these positions on each node's path.
+    W is n_end, or S if that is less.
     """
     B, _, rows, width = bias.shape
     K, n_all = kv_cache.shape[-3:-1]
     G, M = rows // n_token, -(-rows // ROW_GROUP) * ROW_GROUP
     # The rows that fill up a group are copies of the last one. Nobody reads what comes out.
     order = torch.arange(M).clamp(max=rows - 1)
-    head = torch.arange(K)[:, None]
+    first, head = torch.arange(B)[:, None, None], torch.arange(K)[:, None]
+    token, query = torch.arange(n_token)[:, None, None], torch.arange(G)
 
     def for_heads(x: Tensor) -> Tensor:     # [B, M, W] -> [B*K, M, W]
         return x[:, None].expand(-1, K, -1, -1).flatten(0, 1)
@@ -53,26 +57,25 @@ def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: 
     column = torch.arange(n_slot, dtype=torch.int32).expand(B * K, M, -1)
     if slots is not None:
         slots = for_heads(slots.index_select(1, order % n_token))
-        column = torch.cat((column[:, :, :-width], slots.int()), dim=-1)
+        column = torch.cat((column[..., :-n_end], slots.int()), dim=-1)
         end, wide = (slots - (n_slot - width), wide), wide.new_zeros(1)
-    first = torch.arange(B * K, dtype=torch.int32)[:, None, None] * n_all
-    token, query = torch.arange(n_token)[:, None, None], torch.arange(G)
-    return Seen(wide, end, n_slot, (first + column).flatten(), torch.arange(B * K * M, dtype=torch.int32) * n_slot,
-                (order % n_token * (K * G) + head * G + order // n_token).view(-1),
-                (head * M + query * n_token + token).view(-1))
+    index = torch.arange(B * K, dtype=torch.int32)[:, None, None] * n_all + column
+    vector = (first * n_token + order % n_token) * (K * G + 2 * K) + head * G + order // n_token    # [B, K, M]
+    place = (first[..., None] * K + head) * M + query * n_token + token                             # [B, T, K, G]
+    return Seen(n_slot, wide, end, n_end, index.flatten(), torch.arange(B * K * M, dtype=torch.int32) * n_slot,
+                vector.flatten(), place.flatten())
 
 
-def attend(q: Tensor, k: Tensor, values: Tensor, seen: Seen) -> Tensor:
-    """q [B, T, H, D], k [B, K, S, D], values [rows of the cache, K, slots, D] -> [B, T, H * D]."""
-    B, T, H, D = q.shape
-    K, S = k.shape[1:3]
-    wide = q.reshape(B, T * H, D).index_select(1, seen.rows).float().view(B * K, -1, D)
-    keys = k.float().view(B * K, S, D)
-    scores = torch.baddbmm(seen.bias, wide, keys.transpose(1, 2), alpha=D ** -0.5)
+def attend(qkv: Tensor, k: Tensor, values: Tensor, seen: Seen) -> Tensor:
+    """qkv [B, T, H + 2K, D], k [B, K, S, D], values [rows of the cache, K, slots, D] -> [B*T*H, D]."""
+    D = int(k.shape[-1])    # a constant of a trace, which has no need to ask again at each step
+    keys = k.flatten(0, 1).float()
+    q = qkv.flatten(0, 2).index_select(0, seen.rows).float().view(len(keys), -1, D)             # [B*K, M, D]
+    scores = torch.baddbmm(seen.bias, q, keys.transpose(1, 2), alpha=D ** -0.5)
     if seen.end is not None:
         slots, bias = seen.end
-        last = scores[:, :, -slots.shape[2]:]
+        last = scores[..., -seen.n_end:]
         torch.add(last.gather(2, slots), bias, out=last)
     weights = scores.softmax(-1).to(values.dtype)
     y = torch.embedding_bag(values.view(-1, D), seen.index, seen.offsets, False, 0, False, weights.view(-1))[0]
-    return y.view(B, -1, D).index_select(1, seen.queries).view(B, T, H * D)
+    return y.index_select(0, seen.queries)

@@ -277,7 +277,7 @@ class EagleStep:
         above = lineage(draft.parents, depth, self.plan.order)
         slots, seen = path_slots(draft.depths, above, self.pos, torch.arange(n_slot)[-width:])
         bias = attention_bias(seen, config.n_head // config.n_kv_head, torch.float)
-        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots)
+        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots, width)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if draft.tokens.shape[1] == 1:      # nothing was drafted

@@ -30,9 +30,10 @@ from decoder import generate as generate
 from decoder import tree_of
 from draft_tree import load_tree, named_tree
 from eagle_head import Eagle3Head, EagleHead
+from exact import make_exact
 from linears import Format, quantize_in_place
 from model import Transformer
-from runtime import is_faster_in_float32, make_exact, pack_for_cpu, tune
+from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -108,17 +109,15 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     shard = tp.Shard.world() if launched() else None
     if shard is not None and device.type == "cuda":
         tp.check_memory(args.checkpoint, shard.size, torch.cuda.get_device_properties(device).total_memory)
-    model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard)
+    model = Transformer.from_pretrained(args.checkpoint, device, getattr(torch, args.dtype), shard,
+                                        choose_kernels=device.type == "cuda" or args.exact is False)
     head, args.tree = load_head(args, model, shard) if args.eagle is not None else (None, None)
     args.compile = model.inv_freq.is_cuda if args.compile is None else args.compile
     if not args.compile:  # the compiler brings kernels of its own
         pack_for_cpu(model)
         if head is not None:
             pack_for_cpu(head)
-    if args.exact:
-        if args.compile:
-            raise ValueError("--exact does not go with --compile")
-        make_exact(model)
+    args.exact = settle_exact(args, model)
     if args.seed is None and args.temperature > 0:
         args.seed = torch.seed() % 2 ** 31
     if shard is not None:
@@ -130,8 +129,23 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
         "checkpoint": args.checkpoint, "eagle": args.eagle, "device": str(device), "device_name": device_name(device),
         "dtype": args.dtype, "torch": torch.__version__, "compiled": args.compile, "tree": args.tree,
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
-        "load_seconds": seconds,
+        "load_seconds": seconds, "exact": args.exact,
     } | ({} if head is None else {"draft_mode": args.draft_mode})
+
+
+def settle_exact(args: argparse.Namespace, model: Transformer) -> bool:
+    """Whether plain decoding and EAGLE compute the same bits: by default wherever that is known to hold."""
+    try:
+        if args.compile:
+            raise ValueError("exact decoding does not go with --compile")
+        if args.exact is not False:
+            make_exact(model)
+        return args.exact is not False
+    except ValueError:
+        if args.exact:
+            raise
+        tune(model)
+        return False
 
 
 # Keys of generation_config.json that change which tokens are chosen, and their values without effect.
@@ -323,8 +337,9 @@ def add_copy_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_exact_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--exact", action="store_true", help="plain decoding and greedy EAGLE compute the "
-                        "same bits, and give the same tokens in 16, 8 and 4 bits too (CPUs only, not yet GPUs)")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, help="plain decoding and greedy EAGLE "
+                        "compute the same bits, and so give the same tokens (default: where that is known to hold, on "
+                        "a CPU in bfloat16, int8 and int4; --exact fails where it is not)")
 
 
 def add_draft_options(parser: argparse.ArgumentParser) -> None:

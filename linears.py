@@ -168,7 +168,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pads_one_row and x.shape[:-1].numel() == 1:
-            return self.product(x.expand(2, *x.shape))[0]
+            return self.product(x.expand(2, *x.shape[1:]))[:1]
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
@@ -231,6 +231,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", torch.empty(*lead, n_group) if halves else None)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
         self.kernels: dict[int, str] = {}       # rows -> the kernel that runtime.tune chose; empty means dense
+        self.prefill_kernel: str | None = None  # for more rows of one sequence than a step has; None: by `kernels`
         self.layouts = nn.ModuleDict()          # the weight in the layouts of CPU kernels, by kernel and expert
 
     @classmethod
@@ -290,11 +291,13 @@ class QuantLinear(nn.Module):
         name = self.kernels.get(next((n for n in ROWS if rows <= n), ROWS[-1]), "dense")
         if x.is_cuda and rows > ROWS[-1]:
             name = "dense"
+        if self.prefill_kernel is not None and x.shape[-2] > ROWS[-1]:
+            name = self.prefill_kernel
         return self.product(name, x, expert)
 
     def product(self, name: str, x: Tensor, expert: int | None = None) -> Tensor:
         """`forward` by the kernel of this name."""
-        rows = x.reshape(-1, self.in_features)
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
         if name.startswith("triton"):
             from linears_triton import quant_matmul
             block_n, split_k = map(int, name.split()[1:])
@@ -305,7 +308,8 @@ class QuantLinear(nn.Module):
             y = dense_product(rows, *self.parts(expert))    # dequantised at each call
         else:
             y = self._layout(name, expert)(rows)
-        y = y.view(*x.shape[:-1], self.out_features)
+        # len is a constant of a trace, a size would be asked for at each step
+        y = y.view(len(x), -1, self.out_features) if x.dim() == 3 else y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def lay_out(self, names: set[str]) -> None:
@@ -337,7 +341,8 @@ class IntLinear(nn.Module):
 
     def __init__(self, q: Tensor, scales: Tensor, zeros: Tensor | None):
         super().__init__()
-        self.group_size = None if zeros is None else 2 * q.shape[1] // scales.shape[1]
+        self.out_features, self.in_features = q.shape[0], q.shape[1] * (1 if zeros is None else 2)
+        self.group_size = None if zeros is None else self.in_features // scales.shape[1]
         if zeros is None:
             scales = scales.flatten()
         else:

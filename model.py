@@ -53,7 +53,7 @@ class Transformer(nn.Module):
     """The decoder. Its weights are frozen: this project trains EAGLE heads, never the target model."""
     inv_freq: Tensor    # [D/2], see rope_inv_freq
     kv_cache: Tensor    # see setup_caches; None before it is called
-    is_exact = False    # a token gets the same bits in any block of up to MAX_TOKENS: see runtime.make_exact
+    is_exact = False    # a token gets the same bits in any block of up to MAX_TOKENS: see exact.py
 
     def __init__(self, config: ModelArgs):
         super().__init__()
@@ -219,7 +219,7 @@ def rope_cos_sin(input_pos: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tup
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x [B, T, heads, D] in the planes (i, i + D/2), the pairing of Hugging Face's weights."""
     cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return torch.addcmul(x * cos, x.roll(int(x.shape[-1]) // 2, -1), sin)
 
 
 class TransformerBlock(nn.Module):
@@ -256,28 +256,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | Seen, cache_pos: Tensor,
                 kv_cache: Tensor | None) -> Tensor:
-        B, T, _ = x.shape
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
-        qkv = self.wqkv(x).view(B, T, H + 2 * K, D)
-        rotated = qkv[:, :, :H + K]
+        qkv = self.wqkv(x).unflatten(2, (H + 2 * K, D))                           # [B, T, H + 2K, D]
+        rotated = mixed = qkv.narrow(2, 0, H + K)
         if self.q_norm is not None and self.k_norm is not None:
-            rotated = torch.cat((self.q_norm(rotated[:, :, :H]), self.k_norm(rotated[:, :, H:])), dim=2)
-        qkv[:, :, :H + K] = apply_rope(rotated, rope)  # in place, so that keys and values stay one block to write
-        q, kv = qkv[:, :, :H], qkv[:, :, H:].unflatten(2, (2, K))
+            mixed = torch.cat((self.q_norm(mixed.narrow(2, 0, H)), self.k_norm(mixed.narrow(2, H, K))), dim=2)
+        rotated.copy_(apply_rope(mixed, rope))  # in place, so that keys and values stay one block to write
+        kv = qkv.narrow(2, H, 2 * K).unflatten(2, (2, K))
         if kv_cache is None:
-            k, v = kv.permute(2, 0, 3, 1, 4)                                  # [B, K, T, D]
+            k, v = kv.permute(2, 0, 3, 1, 4)                                      # [B, K, T, D]
         else:
             n_slot = bias.n_slot if isinstance(bias, Seen) else bias.shape[-1]
-            k, v = write_cache(kv_cache, cache_pos, kv, n_slot)               # [B, K, S, D]
+            k, v = write_cache(kv_cache, cache_pos, kv, n_slot)                   # [B, K, S, D]
         if isinstance(bias, Seen):
             assert kv_cache is not None
-            return self.wo(attend(q, k, kv_cache[1], bias))
+            return self.wo(attend(qkv, k, kv_cache[1], bias).view(len(x), -1, H * D))
         # The G query heads of a key/value head become G*T rows of one head. Keys and values are read once, and no
         # kernel needs to know about grouped queries.
-        q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)           # [B, K, G*T, D]
-        y = y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
-        return self.wo(y)
+        q = qkv.narrow(2, 0, H).unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)               # [B, K, G*T, D]
+        return self.wo(y.unflatten(2, (H // K, -1)).permute(0, 3, 1, 2, 4).flatten(2))
 
 
 def write_cache(kv_cache: Tensor, cache_pos: Tensor, kv: Tensor, n_slot: int) -> Tensor:
@@ -285,12 +283,12 @@ def write_cache(kv_cache: Tensor, cache_pos: Tensor, kv: Tensor, n_slot: int) ->
 
     Returns a view of the first n_slot slots: [2, B, K, n_slot, D].
     """
-    B = kv.shape[0]
+    B = len(kv)
     if B == 1:  # takes a CPU a third of the general form's time
-        kv_cache[:, :1].index_copy_(3, cache_pos[0], kv.permute(2, 0, 3, 1, 4))
+        kv_cache.narrow(1, 0, 1).index_copy_(3, cache_pos[0], kv.permute(2, 0, 3, 1, 4))
     else:
         kv_cache[:, torch.arange(B, device=kv.device)[:, None], :, cache_pos] = kv
-    return kv_cache[:, :B, :, :n_slot]
+    return kv_cache.narrow(1, 0, B).narrow(3, 0, n_slot)
 
 
 class FeedForward(nn.Module):

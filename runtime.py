@@ -5,7 +5,6 @@
     compile_layers(model.layers)                        # torch.compile, one code for all layers
     pack_for_cpu(model)                                 # fp32 and bf16 weights in the order that oneDNN wants
     tune(model)                                         # the fastest kernel of each quantised linear
-    make_exact(model)                                   # on a CPU: EAGLE then computes plain decoding's bits
 
 A small model spends a fifth to a third of a step in Python (dev/log.md). Graphs and traces run the step without Python.
 Both need a step whose tensors stay where they are, and whose code does not branch on their values. PYTORCH_JIT=0 runs
@@ -129,7 +128,8 @@ class PackedRMSNorm(nn.Module):
         self.register_buffer("weight", torch.cat((norm.weight.data, norm.weight.data)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(torch.cat((x, -x), -1), self.weight.shape, self.weight, None, self.eps)[..., :x.shape[-1]]
+        normed = F.layer_norm(torch.cat((x, -x), -1), self.weight.shape, self.weight, None, self.eps)
+        return normed.narrow(-1, 0, len(self.weight) // 2)
 
 
 def pack_for_cpu(model: nn.Module) -> nn.Module:
@@ -158,31 +158,6 @@ def is_faster_in_float32(head: nn.Module) -> bool:
     return (weight.dtype == torch.bfloat16 and not can_pack(weight)
             and can_pack(weight.new_empty(0, dtype=torch.float32))
             and not any(isinstance(module, QuantLinear) for module in target.modules()))
-
-
-@torch.no_grad()
-def make_exact(model: nn.Module) -> None:
-    """A token then gets the same bits in any block of tokens, plainly and as a node of a tree (attention.py).
-
-    Quantised products take one kernel for all numbers of rows, chosen by shape and not by a measurement. Packed 16-bit
-    products never see a single row, for which oneDNN has another kernel. Raises ValueError where this is not known to
-    hold: on a GPU, in fp32 and fp16, for a mixture of experts and for a part of a model.
-    """
-    target: Any = model
-    weight = target.tok_embeddings.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        raise ValueError(f"exact decoding is for CPUs in bfloat16, int8 and int4, not for {weight.device.type} in "
-                         f"{str(weight.dtype).removeprefix('torch.')}")
-    if target.config.n_expert or torch.distributed.is_initialized():
-        raise ValueError("exact decoding is for dense models in one process")
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.kernels = {rows: candidates(module, rows)[-1] for rows in ROWS}
-            module.lay_out(set(module.kernels.values()))
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.pads_one_row = True
-    target.is_exact = True
 
 
 @torch.no_grad()

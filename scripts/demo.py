@@ -16,7 +16,7 @@ from chat import Printer, StopTexts, encode
 from console import Parser, add_chat_options, command, number, say
 from decoder import Decoder, Generation, check_prompts, setup_caches, slots_for
 from draft_tree import load_tree
-from generate import add_draft_options, copy_length_of, load, say_head
+from generate import add_draft_options, add_exact_option, copy_length_of, load, say_head
 
 PROMPTS = [
     "Why is the sky blue?", "Write a short story about a lighthouse keeper.", "How do I make a good cup of tea?",
@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"\n  {compared(plain_runs[-1:], eagle_runs[-1:])}", flush=True)
     print(f"\nall {len(prompts)}: {compared(plain_runs, eagle_runs)}")
     if any(a.tokens != b.tokens for a, b in zip(plain_runs, eagle_runs)) and args.dtype != "float32":
-        print("(Two tokens can be so close in probability that 16-bit rounding decides between them. "
-              "With --dtype float32 the texts are equal.)")
+        print("(Two tokens can be so close in probability that 16-bit rounding decides between them: "
+              "docs/losslessness.md. With --dtype float32 the texts are equal.)")
 
 
 def compared(plain_runs: list[Generation], eagle_runs: list[Generation]) -> str:
@@ -83,6 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", help="default: the one beside the head, or static")
     add_draft_options(parser)
+    add_exact_option(parser)
     add_chat_options(parser)
     parser.add_argument("--device")
     has_bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -90,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         default="bfloat16" if has_bf16 else "float32",
                         help="default: bfloat16, float32 on a CPU without instructions for it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
-    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None, exact=False)
+    parser.set_defaults(temperature=0.0, top_k=None, top_p=None, seed=None)
     return parser.parse_args(argv)
 
 

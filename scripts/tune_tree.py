@@ -271,7 +271,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.set_defaults(compile=None, temperature=0.0, top_k=None, top_p=None, seed=None, exact=False)
+    parser.set_defaults(compile=None, temperature=0.0, top_k=None, top_p=None, seed=None, exact=None)
     return parser.parse_args(argv)
 
 

@@ -13,10 +13,11 @@ import torch
 from decoder import Decoder, PlainStep, setup_caches
 from draft_tree import DynamicTree, StaticTree
 from eagle_step import EagleStep
+from exact import make_exact
 from linears import Format, quantize_in_place
 from model import Transformer
 from reference import tiny, tokens_of
-from runtime import make_exact, pack_for_cpu, tune
+from runtime import pack_for_cpu, tune
 from test_eagle_lossless import head_of
 
 TREES = {"chain:1": StaticTree.chain(1), "chain:3": StaticTree.chain(3),
