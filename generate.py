@@ -137,7 +137,7 @@ def settle_exact(args: argparse.Namespace, model: Transformer) -> bool:
     """Whether plain decoding and EAGLE compute the same bits: by default wherever that is known to hold."""
     try:
         if args.compile:
-            raise ValueError("exact decoding does not go with --compile")
+            raise ValueError("--exact does not go with --compile")
         if args.exact is not False:
             make_exact(model)
         return args.exact is not False

@@ -33,7 +33,7 @@ from reference import CONTEXT, edited_json, read_safetensors, write_checkpoint
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-FIELDS = """checkpoint eagle device device_name dtype torch compiled tree temperature top_k top_p seed
+FIELDS = """checkpoint eagle device device_name dtype torch compiled tree temperature top_k top_p seed exact
             prompt_tokens new_tokens tokens text finish_reason target_passes accept_lengths mean_accept_length
             load_seconds compile_seconds prefill_seconds decode_seconds tokens_per_second peak_memory_bytes""".split()
 
@@ -201,12 +201,11 @@ def test_copying_needs_no_head_and_changes_no_token(answer):
     assert copied["eagle"] is None and copied["tree"] is None
 
 
-def test_exact_answers_are_the_same_with_a_copied_branch_in_bfloat16(answer, monkeypatch):
-    made, make = [], cli.make_exact
-    monkeypatch.setattr(cli, "make_exact", lambda model: made.append(model) or make(model))
-    texts = ["--raw", "--prompt", "abc abc abc", "--max-new-tokens", 40, "--dtype", "bfloat16", "--exact"]
+def test_in_bfloat16_answers_are_the_same_with_a_copied_branch_unless_no_exact_is_asked_for(answer):
+    texts = ["--raw", "--prompt", "abc abc abc", "--max-new-tokens", 40, "--dtype", "bfloat16"]
     plain, copied = answer(*texts)[0], answer(*texts, "--copy", 6)[0]
-    assert copied["tokens"] == plain["tokens"] and [model.is_exact for model in made] == [True, True]
+    assert copied["tokens"] == plain["tokens"] and plain["exact"] and copied["exact"]
+    assert not answer(*texts, "--no-exact")[0]["exact"]
 
 
 def test_the_answer_ends_with_a_stop_token_that_leaves_no_text(answer, broken):

@@ -360,7 +360,7 @@ def test_in_16_bits_rounding_is_told_from_drafts_verified_one_position_too_far(r
     verify = EagleStep.verify
     monkeypatch.setattr(EagleStep, "verify", lambda self, draft, n_slot: verify(
         self, draft._replace(depths=draft.depths + too_far), n_slot))
-    status, text, err = run("--dtype", "bfloat16", "--also", in_int8(pair[0], tmp_path))
+    status, text, err = run("--dtype", "bfloat16", "--no-exact", "--also", in_int8(pair[0], tmp_path))
     assert status == 0, err
     made = json.loads((tmp_path / "out/report.json").read_text())["overall"]
     for arm in (f"{form}{arm}" for form in ("", "int8-") for arm in ARMS[1:]):
