@@ -41,7 +41,7 @@ from decoder import Decoder, Generation
 from draft_tree import Tree, load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
-from generate import copy_length
+from generate import add_exact_option, copy_length, settle_exact
 from linears import Format, quantize_in_place, stored
 from model import Transformer, attention_bias, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
@@ -124,6 +124,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     begin = clock(device)
     model = load(args)
     make_fast(model, model.layers, args)
+    args.exact = settle_exact(args, model)
     load_seconds = clock(device) - begin
     room = max((load_tree(name, args.copy).n_room for name in args.trees), default=0)
     setup_caches(model, max(*args.slots, LONG_PROMPT, args.prompt_tokens + args.new_tokens + room))
@@ -143,7 +144,7 @@ def measure_target(args: argparse.Namespace) -> dict:
     decode, simulated = measure_generations(model, head, sweep, args)
     report = {
         "parameters": sum(p.numel() for p in meta_model(model.config, args.dtype).parameters()),
-        "mode": args.mode, "group_size": args.group_size, "head": head and head.kind,
+        "mode": args.mode, "group_size": args.group_size, "exact": args.exact, "head": head and head.kind,
         "head_parameters": head and sum(p.numel() for p in random_head(twin, args.shape, args.head).parameters()),
         "bandwidth": bandwidth, "load_seconds": load_seconds, "first_step_seconds": steps[0]["warmup_seconds"],
         "compile_seconds": sum(step["warmup_seconds"] for step in steps), "steps": steps,
@@ -583,6 +584,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=number(int, 1), default=32, metavar="N", help="of the generations")
     parser.add_argument("--new-tokens", type=number(int, 1), default=128, metavar="N", help="of the generations")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_exact_option(parser)
     add_run_options(parser)
     parser.set_defaults(command=shlex.join(["python", "benchmarks/bench.py", *argv]))
     return parser.parse_args(argv)

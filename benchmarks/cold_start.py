@@ -11,6 +11,7 @@ import time
 BEGIN = time.perf_counter()     # before torch is imported, which takes seconds
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -23,6 +24,7 @@ from benchmarks.timing import add_run_options, clock, environment, print_table, 
 from console import Parser, command, number, write_atomically
 from decoder import Decoder, setup_caches, slots_for
 from draft_tree import load_tree
+from exact import make_exact
 from runtime import pack_for_cpu
 from sampling import Sampling
 
@@ -47,6 +49,8 @@ def measure(args: argparse.Namespace, imported: float) -> dict:
     if not args.compile:
         for module in filter(None, (model, head)):
             pack_for_cpu(module)
+        with contextlib.suppress(ValueError):   # as generate.py does by default
+            make_exact(model)
     setup_caches(model, head, 1, slots_for(args.prompt_tokens + args.new_tokens + (tree.n_room if tree else 0), model))
     decoder = Decoder(model, 1, Sampling(args.temperature), compile=args.compile, head=head, tree=tree)
     made, came = clock(args.device), []
