@@ -201,6 +201,7 @@ class Decoder:
     Raises ValueError for caches that are missing, too small or not alike, and for options out of range.
     """
     TRACE_FROM: int = 64    # new tokens from which a trace, which takes a quarter of a second, pays
+    STRIDE = 16             # a step that is not compiled reads a multiple of so many slots
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
                  head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):
@@ -214,6 +215,8 @@ class Decoder:
         self.eagle, device = None, model.inv_freq.device
         if head is not None or tree is not None:
             self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts)
+            if batch_size == 1 and not compile:
+                self.eagle.n_end = self.eagle.n_room + self.STRIDE - 1      # see _n_slot
             tokens, pos = self.eagle.tokens, self.eagle.pos     # shared: plain steps go on where EAGLE's end
         else:
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
@@ -394,7 +397,8 @@ class Decoder:
     def _n_slot(self, kind: Kind, length: int) -> int:
         """Cache slots to read: one of few sizes if each is captured, else close to the length."""
         used = length - 1 + (1 if kind == "plain" or self.eagle is None else self.eagle.n_room)
-        return bucket(used, self.n_slot) if self.compile else min(-(-used // 16) * 16, self.n_slot)
+        size = -(-used // self.STRIDE) * self.STRIDE
+        return bucket(used, self.n_slot) if self.compile else min(size, self.n_slot)
 
     def _clock(self) -> float:
         if self.plain.pos.is_cuda:

@@ -446,16 +446,3 @@ def block_bias(seen: Tensor, columns: Tensor, config: ModelArgs) -> Tensor:
     group, B = config.n_head // config.n_kv_head, columns.shape[0]
     bias = seen[:, None].expand(B, group, -1, -1)
     return bias.gather(3, columns[:, None, None].expand(-1, group, seen.shape[1], -1)).flatten(1, 2)[:, None]
-
-
-def path_slots(depths: Tensor, above: Tensor, pos: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions [W] -> the slot [B, N, W] that each one has on the path to each node, and whether the node sees it.
-
-    above [B, N, depth + 1] is the `lineage`. The root is at pos [B, 1], the nodes side by side from there on.
-    """
-    below = (positions - pos)[:, None]                                  # [B, 1, W] depth below the root
-    depths = depths[:, :, None]
-    node = above.gather(2, (depths - below).clamp(0, above.shape[2] - 1).expand(*above.shape[:2], -1))
-    seen = below <= depths
-    slots = (pos[:, None] + node).clamp(max=positions[-1])     # a finished row may be past the slots that are read
-    return torch.where(seen & (below > 0), slots, positions), seen

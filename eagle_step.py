@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention import MAX_TOKENS, Seen, rows_seen
+from attention import MAX_TOKENS, Seen, path_slots, rows_seen
 from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
-                        draft_nothing, draft_static, lineage, path_slots, plan_dynamic, plan_static, shown_columns)
+                        draft_nothing, draft_static, lineage, plan_dynamic, plan_static, shown_columns)
 from eagle_head import EagleHead
 from model import Transformer, attention_bias, causal_mask, prefill
 from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
@@ -196,6 +196,7 @@ class EagleStep:
             self.plan = plan_dynamic(tree, batch_size, device, dtype)
         self.tree: Tree = self.plan.tree
         self.n_room = self.tree.n_room
+        self.n_end = model.kv_cache.shape[4]    # of the slots that a step reads, so many at the end may hold drafts
         self.branch = None
         if n_copy:
             self.branch = CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype)
@@ -269,15 +270,13 @@ class EagleStep:
         return self.model(draft.tokens, self.pos + draft.depths, slots, mask, capture)
 
     def seen_by_position(self, draft: Draft, n_slot: int) -> Seen:
-        """What the nodes see where bits count. The drafts of one sequence are within the last n_room + 15 of the slots
-        read: n_slot may exceed pos + n_room by 15."""
+        """What the nodes see where bits count."""
         config = self.model.config
-        width = self.n_room + 15 if len(self.tokens) == 1 else self.model.kv_cache.shape[4]
         depth = max(self.tree.depth, 0 if draft.copied is None else self.tree.n_copy, 1)
         above = lineage(draft.parents, depth, self.plan.order)
-        slots, seen = path_slots(draft.depths, above, self.pos, torch.arange(n_slot)[-width:])
+        slots, seen = path_slots(draft.depths, above, self.pos, torch.arange(n_slot)[-self.n_end:])
         bias = attention_bias(seen, config.n_head // config.n_kv_head, torch.float)
-        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots, width)
+        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots, self.n_end)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if draft.tokens.shape[1] == 1:      # nothing was drafted
