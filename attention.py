@@ -11,8 +11,8 @@ wherever in the cache they stand. Columns not seen add zeros at the end.
     softmax         torch adds column c into lane c % 16 of a vector register, or c % 8
     weighted sum    embedding_bag adds column after column, for each row by itself
 
-Shapes: B batch, T new tokens, N tree nodes including the root, S cache slots read, K key/value heads, G = H / K query heads each, M = G * T rows padded
-to groups, D head dim, W columns at the end of S, all that the drafts of a tree can take.
+Shapes: B batch, T new tokens, N tree nodes including the root, S cache slots read, K key/value heads, G = H / K query
+heads each, M = G * T rows padded to groups, D head dim, W columns at the end of S, all that drafts can take.
 """
 from typing import NamedTuple
 
@@ -69,8 +69,8 @@ def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: 
 def path_slots(depths: Tensor, above: Tensor, pos: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """positions [W] -> the slot [B, N, W] that each one has on the path to each node, and whether the node sees it.
 
-    depths [B, N] below the root, above [B, N, depth + 1] each node and what is above it (`draft_tree.lineage`). The root
-    is at pos [B, 1], the nodes stand side by side from there on.
+    depths [B, N] below the root, above [B, N, depth + 1] each node and what is above it (`draft_tree.lineage`). The
+    root is at pos [B, 1], the nodes stand side by side from there on.
     """
     below = (positions - pos)[:, None]                                  # [B, 1, W] depth below the root
     depths = depths[:, :, None]
