@@ -186,7 +186,7 @@ class EagleStep:
             check_children(tree, head)
         if model.is_exact and tree.n_node + tree.n_copy > MAX_TOKENS:
             raise ValueError(f"exact decoding verifies up to {MAX_TOKENS} tokens a step, this tree has {tree.n_node} "
-                             f"nodes and {tree.n_copy} copied ones")
+                             f"nodes and {tree.n_copy} copied ones: --no-exact takes it")
         self.model, self.head, self.sampling, self.draw_drafts = model, head, sampling, draw_drafts
         device, dtype, n_copy = model.inv_freq.device, model.norm.weight.dtype, tree.n_copy
         self.plan: StaticPlan | DynamicPlan

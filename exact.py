@@ -18,7 +18,7 @@ from linears import ROWS, IntLinear, PackedLinear, QuantLinear
 from model import Transformer, attention_bias, causal_mask
 from runtime import candidates
 
-BLOCKS = (1, 2, 3, 4, 5, 8, 12, 16, 26, 32, 60, 64, 3 * MAX_TOKENS)    # rows; the last are three sequences
+BLOCKS = (1, 2, 3, 4, 5, 8, 12, 16, 26, 32, 60, MAX_TOKENS, 3 * MAX_TOKENS)    # rows; the last are three sequences
 N_OUTPUT = 1 << 16      # compared for each: of a kernel with an order of its own, one output in 3,000 is another
 
 
@@ -27,8 +27,10 @@ def make_exact(model: Transformer) -> None:
     """Raises ValueError on a GPU, in fp32 and fp16, for a mixture of experts, for a part of a model, and where sums on
     this CPU depend on the size of a block. The model then decodes as before."""
     weight = model.tok_embeddings.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        raise ValueError(f"exact decoding is for CPUs in bfloat16, int8 and int4, not for {weight.device.type} in "
+    if weight.device.type != "cpu":
+        raise ValueError("exact decoding is not available on a GPU: it has not been measured there")
+    if weight.dtype != torch.bfloat16:
+        raise ValueError("exact decoding is for targets in bfloat16, int8 and int4, not in "
                          f"{str(weight.dtype).removeprefix('torch.')}")
     if model.config.n_expert or torch.distributed.is_initialized():
         raise ValueError("exact decoding is for dense models in one process")
@@ -40,7 +42,7 @@ def make_exact(model: Transformer) -> None:
     products = [part for part in model.modules() if isinstance(part, nn.Linear | PackedLinear | IntLinear)]
     found, padded = {}, []
     for product in products:
-        kind = type(product), product.in_features, product.out_features
+        kind = type(product), product.in_features, product.out_features, getattr(product, "group_size", None)
         if kind not in found:
             found[kind] = blocks_apart(product)
         if found[kind] == {1} and isinstance(product, PackedLinear):
@@ -51,7 +53,7 @@ def make_exact(model: Transformer) -> None:
     for product in padded:
         product.pads_one_row = True
     for module, kernel in quantised.items():
-        module.kernels, module.prefill_kernel = dict.fromkeys(ROWS, kernel), "dense"
+        module.kernels, module.dense_from = dict.fromkeys(ROWS, kernel), MAX_TOKENS + 1
         module.lay_out({kernel, "dense"})
     model.is_exact = True
 

@@ -135,17 +135,20 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
 
 def settle_exact(args: argparse.Namespace, model: Transformer) -> bool:
     """Whether plain decoding and EAGLE compute the same bits: by default wherever that is known to hold."""
+    if args.exact is False:
+        return False
+    is_cuda = model.inv_freq.is_cuda
     try:
-        if args.compile:
+        if args.compile and not is_cuda:
             raise ValueError("--exact does not go with --compile")
-        if args.exact is not False:
-            make_exact(model)
-        return args.exact is not False
+        make_exact(model)
+        return True
     except ValueError:
         if args.exact:
             raise
+    if not is_cuda:     # there the kernels are chosen already
         tune(model)
-        return False
+    return False
 
 
 # Keys of generation_config.json that change which tokens are chosen, and their values without effect.

@@ -231,7 +231,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("zeros", torch.empty(*lead, n_group) if halves else None)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
         self.kernels: dict[int, str] = {}       # rows -> the kernel that runtime.tune chose; empty means dense
-        self.prefill_kernel: str | None = None  # for more rows of one sequence than a step has; None: by `kernels`
+        self.dense_from: int | None = None      # so many rows of one sequence take the dense kernel in any case
         self.layouts = nn.ModuleDict()          # the weight in the layouts of CPU kernels, by kernel and expert
 
     @classmethod
@@ -291,8 +291,8 @@ class QuantLinear(nn.Module):
         name = self.kernels.get(next((n for n in ROWS if rows <= n), ROWS[-1]), "dense")
         if x.is_cuda and rows > ROWS[-1]:
             name = "dense"
-        if self.prefill_kernel is not None and x.shape[-2] > ROWS[-1]:
-            name = self.prefill_kernel
+        if self.dense_from is not None and x.shape[-2] >= self.dense_from:
+            name = "dense"
         return self.product(name, x, expert)
 
     def product(self, name: str, x: Tensor, expert: int | None = None) -> Tensor:

@@ -212,12 +212,16 @@ def test_exact_decoding_is_refused_where_it_is_not_known_to_hold(folders, tmp_pa
     for kind, dtype, names in (("gqa", torch.float32, "float32"), ("gqa", torch.float16, "float16"),
                                ("mixtral", torch.bfloat16, "dense models")):
         folder, _ = tiny(kind, tmp_path / f"{kind}-{names}")
+        model = Transformer.from_pretrained(folder, dtype=dtype)
         with pytest.raises(ValueError, match=names):
-            make_exact(Transformer.from_pretrained(folder, dtype=dtype))
+            make_exact(model)
+    with pytest.raises(ValueError, match="not available on a GPU"):
+        make_exact(model.to("meta"))
     model = target(folders("gqa"), "bf16", 0)
     head = head_of(model).bfloat16()
     setup_caches(model, head, 1, 256)
-    with pytest.raises(ValueError, match="60 nodes and 8 copied"):
-        Decoder(model, 1, head=head, tree=DynamicTree(n_copy=8))
+    Decoder(model, 1, head=head, tree=DynamicTree(n_copy=8))    # the default beside a head of EAGLE-3
+    with pytest.raises(ValueError, match="70 nodes and 8 copied"):
+        Decoder(model, 1, head=head, tree=DynamicTree(n_node=70, n_copy=8))
     with pytest.raises(ValueError, match="compiled"):
         Decoder(model, 1, head=head, tree=TREES["chain:1"], compile=True)
