@@ -48,7 +48,8 @@ class Part(NamedTuple):
 def all_parts(args: argparse.Namespace) -> Iterator[Part]:
     """The most telling first: the budget cuts from the end."""
     device, (shape, *shapes) = ["--device", args.device], args.shapes
-    tests = ["tests/test_gpu.py", "tests/test_quantize.py", "-k", "test_gpu or (triton and cuda)"]
+    tests = ["tests/test_gpu.py", "tests/test_quantize.py", "tests/test_exact_triton.py", "-k",
+             "test_gpu or (triton and cuda)"]
     # -v shows what has passed, should the part be stopped.
     yield Part("tests", "tests", ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests], 210)
     yield bench_part(shape, args)
@@ -69,6 +70,9 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
             "--max-new-tokens", "256", "--tree", "tuned+8", "tuned+off", "none+8", *device], 120, makes_folder=True)
     for mode, group_size in (("int4", 128), ("int8", None), ("int4", 32)):  # 128: as others measure; 32: our default
         yield bench_part(shape, args, mode, group_size)
+    # What decides whether exact decoding is offered here. After the parts that choose the ordinary kernels.
+    yield Part(f"{shape}, exact", "exact", ["benchmarks/exact_kernels.py", "--shape", shape, "--repeats",
+                                            str(args.repeats), *device], 120)
     for other in shapes:
         yield bench_part(other, args)
     yield Part(f"{shape}, eager", "eager", ["benchmarks/bench.py", "--shape", shape, "--rows", "1", "--slots", "256",
@@ -189,6 +193,11 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
             if arm != "plain":
                 yield f"{arm}, speedup", figure["speedup"], "x", "", ""
                 yield f"{arm}, accepted length", figure["mean_accept_length"], "tokens/pass", "", ""
+    elif kind == "exact":
+        yield at_most("parts whose bits differ", sum(map(bool, report["apart"].values())), 0, "")
+        for row in report["passes"]:
+            yield at_most(f"{row['format']}, {row['rows']} rows, {row['used_slots']} slots: exact pass / ordinary",
+                          row["relative"], report["limit"])
     elif kind in ("bench", "quantised", "eager"):
         yield "plain decoding", report["decode"]["tokens_per_second_median"], "tokens/s", "", ""
     if kind in ("bench", "quantised"):
@@ -223,7 +232,7 @@ def figures(kind: str, report: dict) -> Iterator[tuple[str, float, str, str, str
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    kinds = ("tests", "bench", "cold", "sampled", "quantised", "demo", "copying", "eager")
+    kinds = ("tests", "bench", "cold", "sampled", "quantised", "exact", "demo", "copying", "eager")
     parser = Parser(description="Everything that needs a GPU, one part after another.")
     parser.add_argument("--parts", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "tiny"], default=["llama-2-7b", "llama-3-8b"])

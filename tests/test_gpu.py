@@ -130,9 +130,10 @@ def test_every_step_of_a_ragged_batch_is_a_captured_one(target, tree, longest_en
     assert asked and all(decoder.graphs.get(key) is not None for key in asked), (asked, decoder.graphs)
 
 
-def test_the_quantised_product_keeps_its_values_in_registers():
+def test_triton_s_kernels_keep_their_values_in_registers():
     """No kernel of a block of rows spills: one that does reads its own overflow again and again."""
     from linears import QuantLinear
+    import exact_triton
     import linears_triton
     for mode, group_size in (("int4", 32), ("int4", 128), ("int8", None)):
         linear = torch.nn.Linear(4096, 4096, bias=False, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
@@ -143,7 +144,16 @@ def test_the_quantised_product_keeps_its_values_in_registers():
             for block_n in (64, 128):
                 x = torch.randn(rows, 4096, device=DEVICE, dtype=torch.bfloat16)
                 linears_triton.quant_matmul(x, module.q, module.scales, getattr(module, "zeros", None), block_n, 1)
-    kernels = [kernel for cache in linears_triton._quant_matmul.device_caches.values() for kernel in cache[0].values()]
+        for n_output in (4096, 16384):      # both widths of blocks
+            weight = torch.randn(n_output, 4096, device=DEVICE, dtype=torch.bfloat16)
+            linears_triton.exact_matmul(x, weight)
+            linears_triton.exact_matmul(x, *QuantLinear.from_weight(weight, Format(mode, group_size)).parts())
+    for head_dim in (64, 128):
+        q, keys = (torch.randn(1, n, 8, head_dim, device=DEVICE, dtype=torch.bfloat16) for n in (3, 64))
+        keys = keys.transpose(1, 2)
+        exact_triton.exact_attention(q, keys, keys, torch.arange(3, device=DEVICE)[None])
+    kernels = [kernel for function in (linears_triton._matmul, exact_triton._attention)
+               for cache in function.device_caches.values() for kernel in cache[0].values()]
     for kernel in kernels:
         kernel._init_handles()
     spills = {f"{kernel.n_regs} registers": kernel.n_spills for kernel in kernels if kernel.n_spills}

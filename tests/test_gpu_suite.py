@@ -36,17 +36,18 @@ def test_a_dry_run_measures_everything_on_the_cpu(tmp_path):
     write_head(head, head_config(target), head_weights(head_config(target), target.tok_embeddings.weight))
     run = subprocess.run(
         ["bash", REPO / "benchmarks/gpu_suite.sh", "--device", "cpu", "--shapes", "tiny", "--repeats", "1",
-         "--parts", "bench", "cold", "eager", "copying", "--checkpoint", model, "--eagle", head, "--json", file],
+         "--parts", "bench", "cold", "eager", "exact", "copying", "--checkpoint", model, "--eagle", head, "--json", file],
         capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
     assert run.returncode == 0, run.stderr
     report = json.loads(file.read_text())
     assert [row["part"] for row in report["parts"]] == ["tiny", "tiny, cold start", "tiny, second start",
-                                                        "demo, copying", "tiny, eager"]
+                                                        "demo, copying", "tiny, exact", "tiny, eager"]
     assert all(row["status"] == "passed" and row["seconds"] > 0 for row in report["parts"])
-    bench, cold, _, copying = (row["report"] for row in report["parts"][:4])
+    bench, cold, _, copying, exact = (row["report"] for row in report["parts"][:5])
     assert {row["tree"] for row in bench["eagle"]} == {"static", "dynamic"} and bench["random_weights"]
     assert 0 < cold["import_seconds"] < cold["first_token_seconds"] < cold["whole_answer_seconds"]
     assert cold["ms_per_step"] > 0 and cold["compiled_graphs"] == 0
+    assert len(exact["apart"]) == 17 and not any(exact["apart"].values()) and exact["offer"] is False
     assert list(copying["overall"]) == ["plain", "eagle-tuned+8", "eagle-tuned+off", "copy+8"]
     for text in ("static: outside the models", "first token", "compiled graphs", "a step at temperature 0",
                  "plain decoding", "goal", "copy+8, accepted length",
@@ -86,7 +87,8 @@ def test_the_tests_of_the_kernels_are_among_the_tests_and_both_group_sizes_are_m
     command = [sys.executable, *parts["tests"], "--collect-only", "-qq"]
     collected = subprocess.run(command, capture_output=True, text=True, cwd=REPO).stdout
     for name in ("test_gpu.py::test_captured_steps_decode", "test_gpu.py::test_a_simulated_step",
-                 "test_quantize.py::test_the_triton_kernel_equals_float64_for_every_number_of_rows[cuda]"):
+                 "test_quantize.py::test_the_triton_kernel_equals_float64_for_every_number_of_rows[cuda]",
+                 "test_exact_triton.py::test_exact_products_give_a_row_the_same_bits_in_any_block[cuda]"):
         assert f"tests/{name}" in collected
     assert "test_quantize.py::test_rounding" not in collected
     for size in ("128", "32"):

@@ -1,0 +1,166 @@
+"""The exact kernels for a GPU: against float64, and bit for bit in blocks of any size. On a CPU in Triton's interpreter.
+
+    python -m pytest tests/test_exact_triton.py -q
+
+Shapes: M rows, N and K of a weight [N, K]; B batch, T tokens, S cache slots read, W of them looked up, H query heads,
+D head dim.
+"""
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import library
+
+from benchmarks.exact_kernels import attention_apart, exact_product, rows_apart
+from benchmarks.shapes import TINY, meta_model
+from exact import make_exact
+from linears import Format, QuantLinear, unpack
+from test_quantize import multiply_bfloat16_in_triton_s_interpreter
+
+TESTS = Path(__file__).parent
+FORMATS = (None, Format("int8"), Format("int4", 32), Format("int4", 128))
+DTYPES = (torch.float16, torch.bfloat16)
+devices = pytest.mark.parametrize("device", ["cpu", "cuda"])
+
+
+def in_a_process(check, device):
+    """Run check(device) in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    pytest.importorskip("triton", minversion="3.7" if device == "cpu" else None)
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}:{TESTS.parent / 'benchmarks'}"}
+    environment |= {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    code = f"from test_exact_triton import *; run({check.__name__}, {device!r})"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def run(check, device):
+    if device == "cpu":
+        multiply_bfloat16_in_triton_s_interpreter()
+    torch.manual_seed(0)
+    check(device)
+
+
+def test_exact_decoding_is_refused_on_a_gpu_until_it_is_measured():
+    with pytest.raises(ValueError, match="not available on a GPU until it has been measured"):
+        make_exact(meta_model(TINY, torch.bfloat16))    # any device but a CPU
+
+
+@devices
+def test_exact_products_equal_float64(device):
+    in_a_process(check_products, device)
+
+
+@devices
+def test_exact_products_give_a_row_the_same_bits_in_any_block(device):
+    in_a_process(check_bits_of_products, device)
+
+
+@devices
+def test_exact_attention_equals_float64(device):
+    in_a_process(check_attention, device)
+
+
+@devices
+def test_exact_attention_gives_a_token_the_same_bits_in_any_block_and_tree(device):
+    in_a_process(check_bits_of_attention, device)
+
+
+def weight_of(format, N, K, dtype, device):
+    """A linear with NaN behind its weight, scales and zeros, which must not be read."""
+    if format is None:
+        linear = torch.nn.Linear(K, N, bias=False)
+        wide = torch.full((N + 1, K + 3), torch.nan, dtype=dtype, device=device)
+        wide[:N, :K] = torch.randn(N, K)
+        linear.weight = torch.nn.Parameter(wide[:N, :K], requires_grad=False)
+        return linear, linear.weight.double()
+    linear = QuantLinear.from_weight(torch.randn(N, K).to(dtype), format).to(device)
+    for name, tensor in linear.stored().items():
+        if name != "weight":
+            setattr(linear, name, torch.cat((tensor, torch.full_like(tensor, torch.nan)))[:N])
+    groups = unpack(linear.q).double().unflatten(1, (linear.scales.shape[1], -1)) * linear.scales.double()[..., None]
+    return linear, (groups if linear.zeros is None else groups + linear.zeros.double()[..., None]).flatten(1)
+
+
+def check_products(device):
+    """Bound: the result and a quantised weight are rounded to 16 bits (off by eps, as the interpreter truncates), and
+    each of K sums to fp32 by a tensor core, which keeps a bit less than it could."""
+    from linears_triton import exact_matmul
+    shapes = [(40, 128), (33, 384), (40, 96), (7, 9), (130, 100), (35, 517), (16390, 24)]
+    rows = itertools.cycle([1, 17, 64, 131, 5])
+    for format, (N, K), dtype in itertools.product(FORMATS, shapes, DTYPES):
+        if K % (format and format.group_size or 1):
+            continue
+        linear, weight = weight_of(format, N, K, dtype, device)
+        x = torch.randn(next(rows), 2 * K, device=device).to(dtype)[:, :K]
+        ours = exact_product(linear)(x)
+        assert ours.dtype == dtype and ours.shape == (len(x), N)
+        theirs, size, eps = x.double() @ weight.T, x.double().abs() @ weight.abs().T, torch.finfo(dtype).eps
+        bound = eps * theirs.abs() + (K * 2 ** -22 + (eps if format else 0)) * size
+        assert ((ours.double() - theirs).abs() <= bound).all(), (format, N, K, dtype)
+    library.opcheck(exact_matmul, (x, *linear.parts()))
+    library.opcheck(exact_matmul, (x, linear.weight))
+
+
+@contextlib.contextmanager
+def compiling(device, *functions, count):
+    """On a GPU: what runs inside compiles up to `count` kernels, not one more for some number of rows or address."""
+    n_compiled = lambda: sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
+    before = n_compiled() if device == "cuda" else 0
+    yield
+    assert device == "cpu" or n_compiled() <= before + count
+
+
+def check_bits_of_products(device):
+    import linears_triton
+    # Rows at other addresses are other arguments to Triton: of 1001 columns, most rows begin at odd places.
+    for format, dtype in itertools.product(FORMATS, DTYPES):
+        K = 1152 if format and format.mode == "int4" else 1001
+        linear, _ = weight_of(format, 40, K, dtype, device)
+        x = torch.randn(131, K, device=device).to(dtype)
+        with compiling(device, linears_triton._matmul, linears_triton._add_splits, count=2):
+            assert rows_apart(exact_product(linear), x, 1 if device == "cuda" else 20) == [], (format, dtype)
+
+
+def check_attention(device):
+    """Bound: weights of the values and the result are rounded to 16 bits, each off by eps; fp32 adds less than half of
+    one more."""
+    from exact_triton import exact_attention
+    B, S, W = 3, 197, 75
+    sizes = [(1, 2, 64), (1, 1, 128), (4, 2, 80), (3, 1, 16), (20, 1, 32)]
+    for (G, K, D), T, dtype in itertools.product(sizes, (1, 7), DTYPES):
+        q, cache = torch.randn(B, T, G * K, D), torch.randn(2, B, K, S + 30, D)
+        q, cache = q.to(device, dtype), cache.to(device, dtype)
+        cache[:, :, :, S:] = torch.nan
+        input_pos = torch.randint(S, (B, T), device=device)
+        input_pos[0, 0], input_pos[1, 0], input_pos[2, 0] = 0, S - 1, 63     # a whole block, and the ends
+        path = torch.stack([S - W + torch.randperm(W) for _ in range(B * T)]).view(B, T, W).to(device)
+        for slots in (None, path):
+            ours = exact_attention(q, *cache[:, :, :, :S], input_pos, slots)
+            assert ours.dtype == dtype and ours.shape == q.shape
+            at = torch.arange(S, device=device).expand(B, T, -1).clone()
+            if slots is not None:
+                at[:, :, -W:] = slots
+            rows = torch.arange(B, device=device)[:, None, None]
+            k, v = (half.double().transpose(1, 2)[rows, at].repeat_interleave(G, 3)
+                    for half in cache[:, :, :, :S])                                         # [B, T, S, H, D]
+            scores = torch.einsum("bthd,btshd->bths", q.double(), k) * D ** -0.5
+            unseen = torch.arange(S, device=device) > input_pos[..., None, None]
+            weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+            theirs, size = (torch.einsum("bths,btshd->bthd", weights, x) for x in (v, v.abs()))
+            bound = 2.5 * torch.finfo(dtype).eps * size
+            assert ((ours.double() - theirs).abs() <= bound).all(), (G, K, D, T, dtype, slots is None)
+    library.opcheck(exact_attention, (q, *cache[:, :, :, :S], input_pos, path))
+    library.opcheck(exact_attention, (q, *cache[:, :, :, :S], input_pos))
+
+
+def check_bits_of_attention(device):
+    import exact_triton
+    for K, G, D, dtype in ((2, 3, 16, torch.float16), (1, 1, 80, torch.bfloat16)):
+        with compiling(device, exact_triton._attention, count=1):
+            assert attention_apart(K, G, D, dtype, torch.device(device)) == [], (K, G, D, dtype)
