@@ -92,7 +92,7 @@ def exact_matmul(x: Tensor, weight: Tensor, scales: Tensor | None = None, zeros:
     bits = 16 if scales is None else 8 if zeros is None else 4
     assert bits < 16 or weight.dtype == x.dtype, (weight.dtype, x.dtype)
     x = aligned(x)
-    block_n, split_k = exact_blocks(N)
+    block_n, split_k = exact_blocks(N, K)
     n_group = 0 if scales is None else scales.shape[1]
     sums = torch.empty(split_k, M, N, dtype=x.dtype if split_k == 1 else torch.float32, device=x.device)
     _matmul[(triton.cdiv(M, ROW_TILE), triton.cdiv(N, block_n), split_k)](
@@ -110,11 +110,11 @@ def _(x: Tensor, weight: Tensor, scales: Tensor | None = None, zeros: Tensor | N
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def exact_blocks(N: int) -> tuple[int, int]:
-    """Output rows of a program and splits of the columns, by shape alone: 256 programs or more for one tile of rows,
-    two for each processor of an A100 or H100."""
+def exact_blocks(N: int, K: int) -> tuple[int, int]:
+    """Output rows of a program and splits of the columns, by shape alone: where there are columns enough, 256 programs
+    for a tile of rows, two for each processor of an A100 or H100."""
     block_n = 64 if N >= 16384 else 32
-    return block_n, min(8, triton.next_power_of_2(triton.cdiv(256, triton.cdiv(N, block_n))))
+    return block_n, max(1, min(8, K // 256, triton.cdiv(256, triton.cdiv(N, block_n))))
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,9 @@ from runtime import capture, tune
 
 BLOCKS = (1, 5, 26, 60)     # rows of activations, tokens
 FORMATS = {"16 bits": None, "int8": Format("int8"), "int4 of 128": Format("int4", 128), "int4 of 32": Format("int4", 32)}
-TREES = (60, 1), (5, 3), (26, 5), (60, 5)   # nodes, and how far before a node its parent may be; the first is a chain
+# Of trees: each sequence's first position, nodes, and how far before a node its parent may be. 1 makes a chain.
+TREES = ((70,), 60, 1), ((70,), 5, 3), ((70, 3), 26, 5)
+LONG_TREES = ((700,), 60, 1), ((1500, 700, 0), 60, 5)
 LIMIT = 1.5     # times that an exact pass may take of an ordinary one: EAGLE gains about 2.5 by all that it does
 
 
@@ -85,7 +87,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError("on a CPU there is only the dry run: --shape tiny")
         os.environ["TRITON_INTERPRET"] = "1"    # read when Triton is imported
     # The interpreter is slow.
-    args.rows, args.slots, args.trees = ((1, 26, 60), (256, 2048), TREES) if is_cuda else ((1,), (256,), TREES[1:2])
+    args.rows, args.slots, args.trees = ((1, 26, 60), (256, 2048), TREES + LONG_TREES) if is_cuda else ((1,), (256,), TREES[1:2])
 
 
 # Bits
@@ -102,7 +104,7 @@ def rows_apart(product: Callable[[Tensor], Tensor], x: Tensor, step: int = 1) ->
 
 
 def attention_apart(K: int, G: int, D: int, dtype: torch.dtype, device: torch.device,
-                    trees: tuple[tuple[int, int], ...] = TREES) -> list[str]:
+                    trees: Iterable[tuple[tuple[int, ...], int, int]] = TREES) -> list[str]:
     """What gives other bits: tokens of a path in blocks, against the path as a branch of a tree, at other slots.
 
     Of one sequence, then of a ragged batch. What no token sees is NaN.
@@ -115,41 +117,37 @@ def attention_apart(K: int, G: int, D: int, dtype: torch.dtype, device: torch.de
         if not torch.equal(ours, theirs) or ours.isnan().any():
             found.add(what)
 
-    for begin in ([150], [150, 70, 0]):
-        pos, B = torch.tensor(begin)[:, None], len(begin)
-        for N, reach in trees:
-            parents, depths = torch.zeros(2, B, N, dtype=torch.long)
-            for n in range(1, N):
-                parents[:, n] = n - 1 - torch.randint(min(n, reach), (B,), generator=generator)
-                depths[:, n] = depths.gather(1, parents[:, n:n + 1])[:, 0] + 1
-            above = lineage(parents, int(depths.max()), torch.arange(N)[None])
-            cache = torch.randn(2, B, K, 300, D, generator=generator).to(dtype)
-            for row, (first,) in enumerate(pos.tolist()):
-                cache[:, row, :, first + N:] = torch.nan
-            cache, q = cache.to(device), torch.randn(B, N, K * G, D, generator=generator).to(device, dtype)
+    for begin, N, reach in trees:
+        pos, B, n_slot = torch.tensor(begin)[:, None], len(begin), max(begin) + N
+        parents, depths = torch.zeros(2, B, N, dtype=torch.long)
+        for n in range(1, N):
+            parents[:, n] = n - 1 - torch.randint(min(n, reach), (B,), generator=generator)
+            depths[:, n] = depths.gather(1, parents[:, n:n + 1])[:, 0] + 1
+        above = lineage(parents, int(depths.max()), torch.arange(N)[None])
+        cache = torch.randn(2, B, K, n_slot + 40, D, generator=generator).to(device, dtype)
+        for row, first in enumerate(begin):
+            cache[:, row, :, first + N:] = torch.nan
+        q = torch.randn(B, N, K * G, D, generator=generator).to(device, dtype)
 
-            def of_tree(n_slot: int) -> Tensor:
-                width = N + 15 if B == 1 else n_slot
-                slots, _ = path_slots(depths, above, pos, torch.arange(n_slot)[-width:])
-                return exact_attention(q, *cache[:, :, :, :n_slot], (pos + depths).to(device), slots.to(device))
-            n_slot = int(pos.max()) + N
-            tree = of_tree(n_slot)
-            compare("again", of_tree(n_slot), tree)
-            compare("more slots", of_tree(n_slot + 15), tree)
-            if B > 1:
-                compare("many more slots", of_tree(300), tree)
-            for row, (first,) in enumerate(pos.tolist()):
-                deepest = int(depths[row].argmax())
-                path = above[row, deepest, :depths[row, deepest] + 1].flip(0)
-                plain = torch.full_like(cache[:, row:row + 1], torch.nan)
-                plain[:, :, :, :first] = cache[:, row:row + 1, :, :first]
-                plain[:, 0, :, first:first + len(path)] = cache[:, row][:, :, (first + path).to(device)]
-                at = first + torch.arange(len(path), device=device)[None]
-                for size in BLOCKS:
-                    for i in range(0, len(path), size):
-                        block = path[i:i + size].to(device)
-                        ours = exact_attention(q[row:row + 1, block], *plain[:, :, :, :n_slot], at[:, i:i + size])
-                        compare(f"{size} tokens", ours[0], tree[row, block])
+        def of_tree(n_slot: int) -> Tensor:
+            width = N + 15 if B == 1 else n_slot
+            slots, _ = path_slots(depths, above, pos, torch.arange(n_slot)[-width:])
+            return exact_attention(q, *cache[:, :, :, :n_slot], (pos + depths).to(device), slots.to(device))
+        tree = of_tree(n_slot)
+        compare("again", of_tree(n_slot), tree)
+        compare("more slots", of_tree(n_slot + (15 if B == 1 else 40)), tree)
+        for row, first in enumerate(begin):
+            deepest = int(depths[row].argmax())
+            path = above[row, deepest, :depths[row, deepest] + 1].flip(0).to(device)
+            plain = torch.full_like(cache[:, row:row + 1], torch.nan)
+            plain[:, :, :, :first] = cache[:, row:row + 1, :, :first]
+            plain[:, 0, :, first:first + len(path)] = cache[:, row][:, :, first + path]
+            at = first + torch.arange(len(path), device=device)[None]
+            for size in BLOCKS:
+                for i in range(0, len(path), max(size, 7)):     # 7: to save time
+                    block = path[i:i + size]
+                    ours = exact_attention(q[row:row + 1, block], *plain[:, :, :, :n_slot], at[:, i:i + size])
+                    compare(f"{size} tokens", ours[0], tree[row, block])
     return sorted(found)
 
 

@@ -12,15 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import library
 
-from benchmarks.exact_kernels import attention_apart, exact_product, rows_apart
+from benchmarks.exact_kernels import TREES, attention_apart, exact_product, rows_apart
 from benchmarks.shapes import TINY, meta_model
 from exact import make_exact
 from linears import Format, QuantLinear, unpack
-from test_quantize import multiply_bfloat16_in_triton_s_interpreter
 
 TESTS = Path(__file__).parent
 FORMATS = (None, Format("int8"), Format("int4", 32), Format("int4", 128))
@@ -41,9 +41,21 @@ def in_a_process(check, device):
 
 def run(check, device):
     if device == "cpu":
-        multiply_bfloat16_in_triton_s_interpreter()
+        add_products_in_order()
     torch.manual_seed(0)
     check(device)
+
+
+def add_products_in_order():
+    """Triton's interpreter multiplies by a library that has other bits for other rows of a tile, and takes bfloat16 for
+    whole numbers (triton issue 11584). Whether a tensor core has other bits for other rows, a GPU shows."""
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *_):
+        a, b = (self.cast_impl(t, language.float32).data for t in (a, b))
+        return TensorHandle(np.einsum("mk,kn->mn", a, b) + d.data, d.dtype.scalar)
+    InterpreterBuilder.create_dot = create_dot
 
 
 def test_exact_decoding_is_refused_on_a_gpu_until_it_is_measured():
@@ -91,8 +103,9 @@ def check_products(device):
     """Bound: the result and a quantised weight are rounded to 16 bits (off by eps, as the interpreter truncates), and
     each of K sums to fp32 by a tensor core, which keeps a bit less than it could."""
     from linears_triton import exact_matmul
-    shapes = [(40, 128), (33, 384), (40, 96), (7, 9), (130, 100), (35, 517), (16390, 24)]
-    rows = itertools.cycle([1, 17, 64, 131, 5])
+    shapes = [(40, 128), (33, 384), (40, 96), (7, 9), (70, 100), (35, 1037), (35, 1152)]
+    shapes += [(16390, 96)] if device == "cuda" else []     # the interpreter is slow
+    rows = itertools.cycle([1, 17, 64, 35, 5])
     for format, (N, K), dtype in itertools.product(FORMATS, shapes, DTYPES):
         if K % (format and format.group_size or 1):
             continue
@@ -122,7 +135,7 @@ def check_bits_of_products(device):
     for format, dtype in itertools.product(FORMATS, DTYPES):
         K = 1152 if format and format.mode == "int4" else 1001
         linear, _ = weight_of(format, 40, K, dtype, device)
-        x = torch.randn(131, K, device=device).to(dtype)
+        x = torch.randn(131 if device == "cuda" else 67, K, device=device).to(dtype)
         with compiling(device, linears_triton._matmul, linears_triton._add_splits, count=2):
             assert rows_apart(exact_product(linear), x, 1 if device == "cuda" else 20) == [], (format, dtype)
 
@@ -131,9 +144,9 @@ def check_attention(device):
     """Bound: weights of the values and the result are rounded to 16 bits, each off by eps; fp32 adds less than half of
     one more."""
     from exact_triton import exact_attention
-    B, S, W = 3, 197, 75
+    B, T, S, W = 3, 3, 197, 75
     sizes = [(1, 2, 64), (1, 1, 128), (4, 2, 80), (3, 1, 16), (20, 1, 32)]
-    for (G, K, D), T, dtype in itertools.product(sizes, (1, 7), DTYPES):
+    for (G, K, D), dtype in zip(sizes, itertools.cycle(DTYPES)):
         q, cache = torch.randn(B, T, G * K, D), torch.randn(2, B, K, S + 30, D)
         q, cache = q.to(device, dtype), cache.to(device, dtype)
         cache[:, :, :, S:] = torch.nan
@@ -154,13 +167,13 @@ def check_attention(device):
             weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
             theirs, size = (torch.einsum("bths,btshd->bthd", weights, x) for x in (v, v.abs()))
             bound = 2.5 * torch.finfo(dtype).eps * size
-            assert ((ours.double() - theirs).abs() <= bound).all(), (G, K, D, T, dtype, slots is None)
+            assert ((ours.double() - theirs).abs() <= bound).all(), (G, K, D, dtype, slots is None)
     library.opcheck(exact_attention, (q, *cache[:, :, :, :S], input_pos, path))
     library.opcheck(exact_attention, (q, *cache[:, :, :, :S], input_pos))
 
 
 def check_bits_of_attention(device):
     import exact_triton
-    for K, G, D, dtype in ((2, 3, 16, torch.float16), (1, 1, 80, torch.bfloat16)):
+    for K, G, D, dtype, trees in ((1, 3, 16, torch.float16, TREES), (2, 1, 80, torch.bfloat16, TREES[1:])):
         with compiling(device, exact_triton._attention, count=1):
-            assert attention_apart(K, G, D, dtype, torch.device(device)) == [], (K, G, D, dtype)
+            assert attention_apart(K, G, D, dtype, torch.device(device), trees) == [], (K, G, D, dtype)
