@@ -51,7 +51,8 @@ def _matmul(x, q, scales, zeros, out, M, N, K, stride_x, stride_q, n_group, spli
             zero = tl.load(zeros + at, mask=has_group, other=0.0).to(tl.float32)[:, None, :]
             weight = (level.reshape(BLOCK_K // GROUP, GROUP, BLOCK_N) * scale + zero).reshape(BLOCK_K, BLOCK_N)
         else:
-            weight = tl.load(q + n[None, :].to(tl.int64) * stride_q + k[:, None], mask=(k[:, None] < K) & has_n, other=0)
+            where, has_weight = n[None, :].to(tl.int64) * stride_q + k[:, None], (k[:, None] < K) & has_n
+            weight = tl.load(q + where, mask=has_weight, other=0)
             if BITS == 8:
                 weight = weight.to(tl.float32) * row_scale
         block_x = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=has_row & (k[None, :] < K), other=0.0)

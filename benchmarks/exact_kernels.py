@@ -33,7 +33,8 @@ from model import Transformer, attention_bias, causal_mask
 from runtime import capture, tune
 
 BLOCKS = (1, 5, 26, 60)     # rows of activations, tokens
-FORMATS = {"16 bits": None, "int8": Format("int8"), "int4 of 128": Format("int4", 128), "int4 of 32": Format("int4", 32)}
+FORMATS = {"16 bits": None, "int8": Format("int8"), "int4 of 128": Format("int4", 128),
+           "int4 of 32": Format("int4", 32)}
 # Of trees: each sequence's first position, nodes, and how far before a node its parent may be. 1 makes a chain.
 TREES = ((70,), 60, 1), ((70,), 5, 3), ((70, 3), 26, 5)
 LONG_TREES = ((700,), 60, 1), ((1500, 700, 0), 60, 5)
@@ -45,9 +46,9 @@ LIMIT = 1.5     # times that an exact pass may take of an ordinary one: EAGLE ga
 def main(args: argparse.Namespace) -> None:
     check(args)
     config, is_cuda = SHAPES.get(args.shape, TINY), args.device.type == "cuda"
-    # The interpreter multiplies bfloat16 wrongly (triton issue 11584).
-    dtypes = (torch.bfloat16, torch.float16) if is_cuda else (torch.float16,)
-    heads, group, head_dim = config.n_kv_head, config.n_head // config.n_kv_head, max(16, config.head_dim)
+    dtypes = (torch.bfloat16, torch.float16)[:2 if is_cuda else 1]
+    heads = config.n_kv_head if is_cuda else 1
+    group, head_dim = config.n_head // config.n_kv_head, max(16, config.head_dim)
     apart, times = {}, []
     for dtype in dtypes:
         of = str(dtype).removeprefix("torch.")
@@ -57,11 +58,10 @@ def main(args: argparse.Namespace) -> None:
             model = random_model(replace(config, n_layer=2), args.device, dtype)
             if format:
                 quantize_in_place(model, format)
-            for linear in products(model):
-                K, rows = linear.in_features, 192 if is_cuda else 61
-                x = torch.randn(rows, K, dtype=dtype, device=args.device)
-                apart[f"{name}, {of}: {K} to {linear.out_features}"] = rows_apart(exact_product(linear), x,
-                                                                                  1 if is_cuda else 20)
+            for linear in (*layer_products(model)[:4], *(() if format else (model.output,))):
+                x = torch.randn(192 if is_cuda else 61, linear.in_features, dtype=dtype, device=args.device)
+                apart[f"{name}, {of}: {linear.in_features} to {linear.out_features}"] = rows_apart(
+                    exact_product(linear), x, 1 if is_cuda else 60)
             if dtype == dtypes[0]:
                 times += time_products(model, name, args)
         apart[f"RMS norm, {of}"] = rows_apart(model.norm, torch.randn(192, config.dim, dtype=dtype, device=args.device))
@@ -86,8 +86,24 @@ def check(args: argparse.Namespace) -> None:
         if args.shape != "tiny":
             raise ValueError("on a CPU there is only the dry run: --shape tiny")
         os.environ["TRITON_INTERPRET"] = "1"    # read when Triton is imported
-    # The interpreter is slow.
-    args.rows, args.slots, args.trees = ((1, 26, 60), (256, 2048), TREES + LONG_TREES) if is_cuda else ((1,), (256,), TREES[1:2])
+        add_products_in_order()
+    args.rows, args.slots, args.trees = (1, 26, 60), (256, 2048), TREES + LONG_TREES
+    if not is_cuda:     # the interpreter is slow
+        args.rows, args.slots, args.trees = (1,), (256,), TREES[1:2]
+
+
+def add_products_in_order() -> None:
+    """Triton's interpreter multiplies by a library that has other bits for other rows of a tile, and takes bfloat16 for
+    whole numbers (triton issue 11584). Whether a tensor core has other bits for other rows, a GPU shows."""
+    import numpy as np
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, total: TensorHandle,
+                   *_: object) -> TensorHandle:
+        a, b = (self.cast_impl(t, language.float32).data for t in (a, b))
+        return TensorHandle(np.einsum("mk,kn->mn", a, b) + total.data, total.dtype.scalar)
+    InterpreterBuilder.create_dot = create_dot
 
 
 # Bits
@@ -154,11 +170,6 @@ def attention_apart(K: int, G: int, D: int, dtype: torch.dtype, device: torch.de
 # Time
 
 
-def products(model: Transformer) -> list[nn.Linear | QuantLinear]:
-    """The linears of one layer, and the LM head."""
-    return [*layer_products(model)[:4], model.output]
-
-
 def layer_products(model: Transformer) -> list[nn.Linear | QuantLinear]:
     return [linear for layer in model.layers for linear in (
         layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w13, layer.feed_forward.w2)]
@@ -171,10 +182,12 @@ def exact_product(linear: nn.Linear | QuantLinear) -> Callable[[Tensor], Tensor]
 
 
 def time_products(model: Transformer, name: str, args: argparse.Namespace) -> list[dict]:
-    """Of a layer and of the LM head. Two layers take turns, so that no cache holds the weights."""
+    """Of a layer, and in 16 bits of the LM head. Two layers take turns, so that no cache holds the weights."""
     tune(model)
-    rows = []
-    for part, linears in ((f"{name}, a layer", layer_products(model)), (f"{name}, LM head", [model.output] * 2)):
+    parts, rows = {f"{name}, a layer": layer_products(model)}, []
+    if not any(isinstance(linear, QuantLinear) for linear in layer_products(model)):
+        parts["LM head"] = [model.output] * 2
+    for part, linears in parts.items():
         for n_row in args.rows:
             xs = [torch.randn(1, n_row, linear.in_features, dtype=model.norm.weight.dtype, device=args.device)
                   for linear in linears]
@@ -222,7 +235,7 @@ def relative_passes(times: list[dict], n_layer: int) -> list[dict]:
     rows = []
     for name in dict.fromkeys(part.removesuffix(", a layer") for part, *_ in of if part.endswith(", a layer")):
         for n_row, n_slot in (key[1:] for key in of if key[0] == "attention"):
-            layer, head = of[f"{name}, a layer", n_row, None], of[f"{name}, LM head", n_row, None]
+            layer, head = of[f"{name}, a layer", n_row, None], of["LM head", n_row, None]
             ordinary, exact = (n_layer * (layer[key] + of["attention", n_row, n_slot][key]) + head[key]
                                for key in ("ms_ordinary", "ms_exact"))
             rows.append({"format": name, "rows": n_row, "used_slots": n_slot, "ms_ordinary": ordinary,

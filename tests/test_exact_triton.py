@@ -1,4 +1,4 @@
-"""The exact kernels for a GPU: against float64, and bit for bit in blocks of any size. On a CPU in Triton's interpreter.
+"""The exact kernels for GPUs against float64, and bit for bit in blocks of any size. On a CPU in Triton's interpreter.
 
     python -m pytest tests/test_exact_triton.py -q
 
@@ -12,12 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import library
 
-from benchmarks.exact_kernels import TREES, attention_apart, exact_product, rows_apart
+from benchmarks.exact_kernels import TREES, add_products_in_order, attention_apart, exact_product, rows_apart
 from benchmarks.shapes import TINY, meta_model
 from exact import make_exact
 from linears import Format, QuantLinear, unpack
@@ -44,18 +43,6 @@ def run(check, device):
         add_products_in_order()
     torch.manual_seed(0)
     check(device)
-
-
-def add_products_in_order():
-    """Triton's interpreter multiplies by a library that has other bits for other rows of a tile, and takes bfloat16 for
-    whole numbers (triton issue 11584). Whether a tensor core has other bits for other rows, a GPU shows."""
-    from triton import language
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(self, a, b, d, *_):
-        a, b = (self.cast_impl(t, language.float32).data for t in (a, b))
-        return TensorHandle(np.einsum("mk,kn->mn", a, b) + d.data, d.dtype.scalar)
-    InterpreterBuilder.create_dot = create_dot
 
 
 def test_exact_decoding_is_refused_on_a_gpu_until_it_is_measured():
@@ -132,10 +119,11 @@ def compiling(device, *functions, count):
 def check_bits_of_products(device):
     import linears_triton
     # Rows at other addresses are other arguments to Triton: of 1001 columns, most rows begin at odd places.
-    for format, dtype in itertools.product(FORMATS, DTYPES):
+    cases = itertools.product(FORMATS, DTYPES) if device == "cuda" else zip(FORMATS, itertools.cycle(DTYPES))
+    for format, dtype in cases:
         K = 1152 if format and format.mode == "int4" else 1001
-        linear, _ = weight_of(format, 40, K, dtype, device)
-        x = torch.randn(131 if device == "cuda" else 67, K, device=device).to(dtype)
+        linear, _ = weight_of(format, 31, K, dtype, device)
+        x = torch.randn(131 if device == "cuda" else 61, K, device=device).to(dtype)
         with compiling(device, linears_triton._matmul, linears_triton._add_splits, count=2):
             assert rows_apart(exact_product(linear), x, 1 if device == "cuda" else 20) == [], (format, dtype)
 
