@@ -1,7 +1,7 @@
 """Attention on a GPU that gives a token the same bits in any block: alone, among others, or as a node of a tree.
 
     y = exact_attention(q, *kv_cache[:, :, :, :n_slot], input_pos)              # slots are positions
-    y = exact_attention(q, *kv_cache[:, :, :, :n_slot], input_pos, slots)       # a tree: `path_slots` has its slots
+    y = exact_attention(q, *kv_cache[:, :, :, :n_slot], input_pos, slots)       # a tree: attention.path_slots
 
 What attention.py is on a CPU. A program computes one token's query heads of one key/value head. It walks over the
 positions that the token sees, from the first to its own, BLOCK at a time, with an online softmax (FlashAttention, arXiv

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import root  # noqa: F401
+from attention import path_slots
 from benchmarks.shapes import SHAPES, TINY, random_model
 from benchmarks.timing import environment, interleave, print_table
 from console import Parser, check_writable, command, number, pick_device, say, write_atomically
-from draft_tree import lineage, path_slots
+from draft_tree import lineage
 from linears import Format, QuantLinear, quantize_in_place
 from model import Transformer, attention_bias, causal_mask
 from runtime import capture, tune

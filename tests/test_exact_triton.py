@@ -70,6 +70,53 @@ def test_exact_attention_gives_a_token_the_same_bits_in_any_block_and_tree(devic
     in_a_process(check_bits_of_attention, device)
 
 
+def test_the_exact_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    """By the compiler in Triton's package. Rows are in tiles of 16, no value leaves the registers, none is added by an
+    atomic operation."""
+    pytest.importorskip("triton", minversion="3.7")
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}:{TESTS.parent / 'benchmarks'}",
+                                "TRITON_CACHE_DIR": str(tmp_path)}
+    code = "from test_exact_triton import check_compilation; check_compilation()"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def check_compilation():
+    from exact_triton import BLOCK, _attention
+    from linears_triton import BLOCK_K, ROW_TILE, _add_splits, _matmul
+    for capability in (80, 90):
+        for bits, stored in ((16, "*bf16"), (8, "*i8"), (4, "*u8")):
+            absent = {16: ["scales", "zeros"], 8: ["zeros"], 4: []}[bits]
+            constants = {"GROUP": 32 if bits == 4 else 0, "BITS": bits, "BLOCK_M": ROW_TILE, "BLOCK_N": 64,
+                         "BLOCK_K": BLOCK_K[bits]} | dict.fromkeys(absent)
+            assert "m16n8k16" in compiled(capability, _matmul, {"q": stored, "out": "*fp32"}, constants)
+        compiled(capability, _add_splits, {"sums": "*fp32"}, {"SPLITS": 8, "BLOCK": 1024})
+        for G, D in ((1, 128), (4, 64)):
+            constants = {"G": G, "D": D, "BLOCK_G": 16, "BLOCK_D": D, "BLOCK": BLOCK}
+            types = {"input_pos": "*i64", "slots": "*i64", "scale": "fp32"}
+            assert "m16n8k16" in compiled(capability, _attention, types, constants)
+
+
+def compiled(capability, function, types, constants):
+    """The PTX of a kernel. All pointers and whole numbers are multiples of 16 but for those not specialised."""
+    import triton
+    from triton.backends import nvidia
+    pointers = ("x", "scales", "zeros", "out", "q", "keys", "values")
+    types = {param.name: "constexpr" if param.name in constants else
+             types.get(param.name, "*bf16" if param.name in pointers else "i32") for param in function.params}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, param in enumerate(function.params)
+               if types[param.name] not in ("constexpr", "fp32") and not param.do_not_specialize}
+    constants = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(function, types, constants, aligned)
+    made = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32))
+    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    tool = Path(nvidia.__file__).parent / "bin/cuobjdump"
+    used = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+    assert "STACK:0 " in used and "LOCAL:0 " in used, used
+    assert "atom" not in made.asm["ptx"]
+    return made.asm["ptx"]
+
+
 def weight_of(format, N, K, dtype, device):
     """A linear with NaN behind its weight, scales and zeros, which must not be read."""
     if format is None:
