@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import library
 
-from benchmarks.exact_kernels import TREES, add_products_in_order, attention_apart, exact_product, rows_apart
+from benchmarks.exact_kernels import (TREES, add_products_in_order, attention_apart, exact_product, mirrored,
+                                      rows_apart)
 from benchmarks.shapes import TINY, meta_model
 from exact import make_exact
 from linears import Format, QuantLinear, unpack
@@ -117,15 +118,16 @@ def compiled(capability, function, types, constants):
     return made.asm["ptx"]
 
 
-def weight_of(format, N, K, dtype, device):
-    """A linear with NaN behind its weight, scales and zeros, which must not be read."""
+def linear_of(format, weight, device):
+    """With NaN behind its weight, scales and zeros, which must not be read. And its weight in float64."""
+    N, K = weight.shape
     if format is None:
         linear = torch.nn.Linear(K, N, bias=False)
-        wide = torch.full((N + 1, K + 3), torch.nan, dtype=dtype, device=device)
-        wide[:N, :K] = torch.randn(N, K)
+        wide = torch.full((N + 1, K + 3), torch.nan, dtype=weight.dtype, device=device)
+        wide[:N, :K] = weight
         linear.weight = torch.nn.Parameter(wide[:N, :K], requires_grad=False)
         return linear, linear.weight.double()
-    linear = QuantLinear.from_weight(torch.randn(N, K).to(dtype), format).to(device)
+    linear = QuantLinear.from_weight(weight, format).to(device)
     for name, tensor in linear.stored().items():
         if name != "weight":
             setattr(linear, name, torch.cat((tensor, torch.full_like(tensor, torch.nan)))[:N])
@@ -143,7 +145,7 @@ def check_products(device):
     for format, (N, K), dtype in itertools.product(FORMATS, shapes, DTYPES):
         if K % (format and format.group_size or 1):
             continue
-        linear, weight = weight_of(format, N, K, dtype, device)
+        linear, weight = linear_of(format, torch.randn(N, K).to(dtype), device)
         x = torch.randn(next(rows), 2 * K, device=device).to(dtype)[:, :K]
         ours = exact_product(linear)(x)
         assert ours.dtype == dtype and ours.shape == (len(x), N)
@@ -168,9 +170,9 @@ def check_bits_of_products(device):
     # Rows at other addresses are other arguments to Triton: of 1001 columns, most rows begin at odd places.
     cases = itertools.product(FORMATS, DTYPES) if device == "cuda" else zip(FORMATS, itertools.cycle(DTYPES))
     for format, dtype in cases:
-        K = 1152 if format and format.mode == "int4" else 1001
-        linear, _ = weight_of(format, 31, K, dtype, device)
-        x = torch.randn(131 if device == "cuda" else 61, K, device=device).to(dtype)
+        K = 1280 if format and format.mode == "int4" else 1001
+        linear, _ = linear_of(format, mirrored(torch.randn(31, K).to(dtype), 1), device)
+        x = mirrored(torch.randn(131 if device == "cuda" else 61, K, device=device).to(dtype), -1)
         with compiling(device, linears_triton._matmul, linears_triton._add_splits, count=2):
             assert rows_apart(exact_product(linear), x, 1 if device == "cuda" else 20) == [], (format, dtype)
 
