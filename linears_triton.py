@@ -115,7 +115,8 @@ def exact_blocks(N: int, K: int) -> tuple[int, int]:
     """Output rows of a program and splits of the columns, by shape alone: where there are columns enough, 256 programs
     for a tile of rows, two for each processor of an A100 or H100."""
     block_n = 64 if N >= 16384 else 32
-    return block_n, max(1, min(8, K // 256, triton.cdiv(256, triton.cdiv(N, block_n))))
+    n_block = -(-N // block_n)
+    return block_n, max(1, min(8, K // 256, -(-256 // n_block)))
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -129,6 +130,6 @@ def _add_splits(sums, out, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """sums [SPLITS, n] fp32 -> out [n]. torch's sum may take another order for another n."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(sums + at, mask=at < n, other=0.0)
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, SPLITS):
         total += tl.load(sums + split * n + at, mask=at < n, other=0.0)
     tl.store(out + at, total, mask=at < n)

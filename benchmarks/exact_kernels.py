@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,11 +104,10 @@ def add_products_in_order() -> None:
     from triton import language
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, total: TensorHandle,
-                   *_: object) -> TensorHandle:
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *_: object) -> TensorHandle:
         a, b = (self.cast_impl(t, language.float32).data for t in (a, b))
         return TensorHandle(np.einsum("mk,kn->mn", a, b) + total.data, total.dtype.scalar)
-    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_dot = create_dot      # pyright: ignore[reportAttributeAccessIssue]
 
 
 # Bits
@@ -185,8 +185,8 @@ def attention_apart(K: int, G: int, D: int, dtype: torch.dtype, device: torch.de
 
 
 def layer_products(model: Transformer) -> list[nn.Linear | QuantLinear]:
-    return [linear for layer in model.layers for linear in (
-        layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w13, layer.feed_forward.w2)]
+    """Four of a layer, in the order of its parts."""
+    return [part for part in model.layers.modules() if isinstance(part, nn.Linear | QuantLinear)]
 
 
 def exact_product(linear: nn.Linear | QuantLinear) -> Callable[[Tensor], Tensor]:

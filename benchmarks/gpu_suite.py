@@ -51,7 +51,7 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
     tests = ["tests/test_gpu.py", "tests/test_quantize.py", "tests/test_exact_triton.py", "-k",
              "test_gpu or (triton and cuda)"]
     # -v shows what has passed, should the part be stopped.
-    yield Part("tests", "tests", ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests], 210)
+    yield Part("tests", "tests", ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *tests], 240)
     yield bench_part(shape, args)
     # The first finds nothing compiled, the second what the first left behind.
     cold = ["benchmarks/cold_start.py", "--shape", shape, "--tree", "static", *device]
@@ -72,7 +72,7 @@ def all_parts(args: argparse.Namespace) -> Iterator[Part]:
         yield bench_part(shape, args, mode, group_size)
     # What decides whether exact decoding is offered here. After the parts that choose the ordinary kernels.
     yield Part(f"{shape}, exact", "exact", ["benchmarks/exact_kernels.py", "--shape", shape, "--repeats",
-                                            str(args.repeats), *device], 120)
+                                            str(args.repeats), *device], BENCH)
     for other in shapes:
         yield bench_part(other, args)
     yield Part(f"{shape}, eager", "eager", ["benchmarks/bench.py", "--shape", shape, "--rows", "1", "--slots", "256",
