@@ -154,6 +154,20 @@ def test_the_loss_and_its_gradients_are_those_of_the_method_written_out(target, 
         assert_close(ours, theirs, 1e-5)
 
 
+@torch.no_grad()
+def test_agreement_and_top1_are_counted_where_they_happen(target):
+    """Few tokens to say, or to draft, so that a random head is right now and then."""
+    few = [Dialogue(n, torch.randint(100, 103, (30,), dtype=torch.int32), torch.rand(30) < 0.7) for n in range(3)]
+    mixed = mixed_dialogues(target)
+    guesses = [target.hf.hf(dialogue.tokens[None].long()).logits[0].argmax(-1) for dialogue in mixed]
+    likeliest = torch.cat(guesses).unique().tolist()
+    for dialogues, ids, field, place in ((few, [100, 101, 102], "top1", 3), (mixed, likeliest, "agreement", 2)):
+        head = small_head(target, ids)
+        losses = Eagle3Learner(head, False, 3)(Features(target.model, dialogues, capture=CAPTURE).batch([0, 1, 2]))
+        expected, _ = written_loss(target, head, dialogues, 1)
+        assert getattr(losses, field).item() == expected[place] > 0
+
+
 def test_the_masks_of_the_steps():
     """Rows of three positions. Step 0 is causal; then each row sees step 0 up to its own, and its own later steps."""
     causal, own = [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
