@@ -26,6 +26,7 @@ from train_features import Batch
 from train_loss import LOGITS_AT_ONCE, draft_rows
 
 DECAY = 0.8     # of the weight, from one step to the next
+BLOCK = 64      # rows that attend at a time, at least: what they cannot see is not computed
 
 
 class Eagle3Losses(NamedTuple):
@@ -67,21 +68,20 @@ class Eagle3Learner(nn.Module):
             for step in range(min(self.n_level, n_row)):
                 n = n_row - step    # rows whose token to predict lies in the text
                 rope = rope_cos_sin(pos[:, step:], head.inv_freq, g.dtype)
-                bias = attention_bias(step_mask(n, step, tokens.device), head.config.n_head // head.config.n_kv_head,
-                                      g.dtype)
-                g = run_step(head, tokens[:, 1 + step:-1], g[:, :n], rope, bias, seen)
+                g = run_step(head, tokens[:, 1 + step:-1], g[:, :n], rope, seen)
                 outputs.append(F.pad(g if head.spec.norm_output else head.norm(g), (0, 0, step, 0)))
         return outputs
 
 
-def step_mask(n_row: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-    """[1, n_row, (step + 1) * n_row] bool: what the rows of a step see. First step 0 of all rows, up to their own; then
-    of each later step their own alone."""
-    own = torch.eye(n_row, dtype=torch.bool, device=device)
-    return torch.cat((torch.ones_like(own).tril(), *[own] * step), dim=1)[None]
+def step_mask(begin: int, end: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """[1, end - begin, end + step * (end - begin)] bool: what the rows begin .. end - 1 of a step see. Of step 0 the
+    rows up to their own, out of the rows before `end`; then of each later step, out of these rows, their own alone."""
+    own = torch.eye(end - begin, dtype=torch.bool, device=device)
+    causal = torch.ones(end - begin, end, dtype=torch.bool, device=device).tril(begin)
+    return torch.cat((causal, *[own] * step), dim=1)[None]
 
 
-def run_step(head: Eagle3Head, tokens: Tensor, g: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
+def run_step(head: Eagle3Head, tokens: Tensor, g: Tensor, rope: tuple[Tensor, Tensor],
              seen: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
     """`Eagle3Head.run_layers` for fused or own features g [B, n, h], with what was `seen` in the place of a cache: of
     each layer the keys and values of the steps so far. A cache is written in place, which no gradient survives."""
@@ -89,24 +89,30 @@ def run_step(head: Eagle3Head, tokens: Tensor, g: Tensor, rope: tuple[Tensor, Te
     x = torch.cat((head.input_norm(head.target.tok_embeddings(tokens)), normed), dim=-1)
     residual = normed if head.spec.norm_before_residual else g
     for layer, of_layer in zip(head.layers, seen):
-        x = residual + attend(layer.attention, layer.attention_norm(x), rope, bias, of_layer)
+        x = residual + attend(layer.attention, layer.attention_norm(x), rope, of_layer)
         x = residual = x + layer.feed_forward(layer.ffn_norm(x))
     return head.norm(x) if head.spec.norm_output else x
 
 
-def attend(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,
-           seen: list[tuple[Tensor, Tensor]]) -> Tensor:
+def attend(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor], seen: list[tuple[Tensor, Tensor]]) -> Tensor:
     """`Attention.forward` of the rows x [B, n, .] of a step, to all of `seen`, to which they are added."""
     H, K, D = attention.n_head, attention.n_kv_head, attention.head_dim
     q, k, v = attention.wqkv(x).unflatten(2, (H + 2 * K, D)).split((H, K, K), dim=2)
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
     seen.append((apply_rope(k, rope), v))
-    keys, values = (torch.cat([part[:, :x.shape[1]] for part in parts], dim=1).transpose(1, 2)
-                    for parts in zip(*seen))                                        # [B, K, (step + 1) * n, D]
-    q = apply_rope(q, rope).unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)             # [B, K, G * n, D]
-    return attention.wo(y.unflatten(2, (H // K, -1)).permute(0, 3, 1, 2, 4).flatten(2))
+    q, attended, n_row = apply_rope(q, rope).unflatten(2, (K, H // K)), [], x.shape[1]      # [B, n, K, G, D]
+    size = max(BLOCK, -(-n_row // 8))   # few blocks, as each keeps a copy of what it sees
+    for begin in range(0, n_row, size):
+        end = min(begin + size, n_row)
+        (k, v), *later = seen
+        keys, values = (torch.cat(parts, dim=1).transpose(1, 2) for parts in (              # [B, K, S, D]
+            [k[:, :end], *(k[:, begin:end] for k, _ in later)], [v[:, :end], *(v[:, begin:end] for _, v in later)]))
+        bias = attention_bias(step_mask(begin, end, len(later), x.device), H // K, q.dtype)
+        rows = q[:, begin:end].permute(0, 2, 3, 1, 4).flatten(2, 3)
+        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)              # [B, K, G * rows, D]
+        attended.append(y.unflatten(2, (H // K, -1)).permute(0, 3, 1, 2, 4).flatten(2))
+    return attention.wo(torch.cat(attended, dim=1))
 
 
 class DraftCrossEntropy(torch.autograd.Function):

@@ -131,6 +131,7 @@ def written_loss(target, head, dialogues, n_step):
 @pytest.mark.parametrize("n_step, n_draft", [(1, 60), (4, 60), (7, None)])
 def test_the_loss_and_its_gradients_are_those_of_the_method_written_out(target, n_step, n_draft, monkeypatch):
     monkeypatch.setitem(train_eagle3.LOGITS_AT_ONCE, "cpu", 3000)       # a few rows at a time
+    monkeypatch.setattr(train_eagle3, "BLOCK", 7)
     dialogues, vocab = mixed_dialogues(target), target.model.config.vocab_size
     said = torch.cat([dialogue.tokens for dialogue in dialogues]).unique().tolist()
     ids = list(range(vocab)) if n_draft is None else sorted(random.Random(3).sample(said, 12) + [*range(n_draft - 12)])
@@ -173,14 +174,17 @@ def test_the_masks_of_the_steps():
     causal, own = [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     for step in range(3):
         expected = [causal[row] + step * own[row] for row in range(3)]
-        assert step_mask(3, step)[0].int().tolist() == expected
+        assert step_mask(0, 3, step)[0].int().tolist() == expected
+        # the last two of four rows, by themselves
+        expected = [[1, 1, 1, 0] + step * [1, 0], [1, 1, 1, 1] + step * [0, 1]]
+        assert step_mask(2, 4, step)[0].int().tolist() == expected
 
 
 def test_the_masks_are_those_of_decoding_seen_from_the_row_that_begins_a_draft():
     n, n_level = 9, 5
     whole = level_mask(n, n_level, torch.device("cpu"))[0]      # level d of position j began at j - d
     for step in range(n_level):
-        rows, mask = torch.arange(n - step), step_mask(n - step, step)[0]
+        rows, mask = torch.arange(n - step), step_mask(0, n - step, step)[0]
         slots = torch.cat([level * n + rows + level for level in range(step + 1)])
         of_step = whole[step * n + rows + step]
         assert torch.equal(of_step[:, slots], mask)
