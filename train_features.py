@@ -4,11 +4,12 @@
     batch = Features(model, dialogues).batch([3, 1, 4])                 # the target runs at each call
     write_features(model, dialogues, cache, n_token=8192, origin={})    # or once: what the cache has is not made again
     batch = Features(model, dialogues, cache).batch([3, 1, 4])
+    batch = Features(model, dialogues, capture=(2, 15, 27)).batch([3])  # hidden states, for EAGLE-3
 
 A cache is a folder of safetensors shards, each with the features of SHARD dialogues under their numbers, and of
 features.json, which says what the features come from. A cache of something else is refused.
 
-Shapes: B dialogues, T tokens.
+Shapes: B dialogues, T tokens, n captured hidden states.
 """
 import hashlib
 import json
@@ -38,36 +39,51 @@ SHARD = 256     # dialogues in a file of the cache
 
 class Batch(NamedTuple):
     tokens: Tensor      # [B, T] int64, padded on the right
-    features: Tensor    # [B, T, dim] of the target
+    features: Tensor    # [B, T, dim] of the target, or [B, T, n * dim]: what the head is given
     loss_mask: Tensor   # [B, T] bool
+    final: Tensor       # [B, T, dim] what the target's LM head is given; without captured states these are the features
 
 
 class Features:
-    """Batches of dialogues with the target's features: computed, or read from the cache `folder`."""
+    """Batches of dialogues with the target's features: computed, or read from the cache `folder`.
 
-    def __init__(self, model: Transformer, dialogues: list[Dialogue], folder: Path | None = None):
+    capture  the hidden states that an EAGLE-3 head reads, as in `Transformer.forward`; () for the final one alone
+    """
+
+    def __init__(self, model: Transformer, dialogues: list[Dialogue], folder: Path | None = None,
+                 capture: tuple[int, ...] = ()):
         self.model, self.dialogues, self.folder = model, dialogues, folder
+        self.capture = (*capture, model.config.n_layer) if capture else ()
         self.shard_of = {i: n for n, shard in enumerate(shards_of(dialogues)) for i in shard}
         self.open_shards: dict[int, safe_open] = {}
 
     def batch(self, indices: list[int]) -> Batch:
         tokens = self._padded([self.dialogues[i].tokens.long() for i in indices])
         loss_mask = self._padded([self.dialogues[i].loss_mask for i in indices])
-        if self.folder is None:
-            return Batch(tokens, self._compute(tokens), loss_mask)
-        return Batch(tokens, self._padded(self._read(self.folder, indices)), loss_mask)
+        states = self.states(indices)
+        if not self.capture:
+            return Batch(tokens, states, loss_mask, states)
+        dim = self.model.config.dim
+        return Batch(tokens, states[..., :-dim], loss_mask, states[..., -dim:])
+
+    def states(self, indices: list[int]) -> Tensor:
+        """[B, T, dim], or [B, T, (n + 1) * dim] with the final state last: what a cache holds."""
+        if self.folder is not None:
+            return self._padded(self._read(self.folder, indices))
+        return self._compute(self._padded([self.dialogues[i].tokens.long() for i in indices]))
 
     def _padded(self, rows: list[Tensor]) -> Tensor:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.inv_freq.device)
 
     def _compute(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, dim]"""
+        """[B, T] -> [B, T, ...]"""
         with torch.inference_mode():
-            features = self.model.features(tokens, torch.arange(tokens.shape[1], device=tokens.device))
+            features = self.model.features(tokens, torch.arange(tokens.shape[1], device=tokens.device),
+                                           capture=self.capture)
         return features.clone()     # outside of inference mode, so that a backward pass may keep it
 
     def _read(self, folder: Path, indices: list[int]) -> list[Tensor]:
-        """[T, dim] of each dialogue."""
+        """[T, ...] of each dialogue."""
         for n in {self.shard_of[i] for i in indices} - self.open_shards.keys():
             self.open_shards[n] = safe_open(shard_file(folder, n), framework="pt")
         return [self.open_shards[self.shard_of[i]].get_tensor(str(i)) for i in indices]
@@ -84,21 +100,23 @@ def shard_file(folder: Path, n: int) -> Path:
 
 
 def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int,
-                   origin: dict[str, str]) -> None:
+                   origin: dict[str, str], capture: tuple[int, ...] = ()) -> None:
     """Fill the cache `folder`: those shards that are not there yet, n_token tokens at a time.
 
-    `origin` is what the features come from beside the dtype and the tokens.
+    `origin` is what the features come from beside the states captured, the dtype and the tokens.
     Raises ValueError where the cache is of other features, or where features are not finite.
     """
     dtype = model.norm.weight.dtype
-    stamp = origin | {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens_digest(dialogues)}
+    stamp = origin | {"states": states_stamp(capture), "dtype": str(dtype).removeprefix("torch."),
+                      "tokens": tokens_digest(dialogues)}
     check_cache(folder, stamp)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "features.json").exists():
         write_atomically(folder / "features.json", json.dumps(stamp, indent=1) + "\n")
     total = sum(len(dialogue.tokens) for dialogue in dialogues)
-    say(f"features: {total} tokens, {total * model.config.dim * dtype.itemsize / 1e9:.2f} GB in {folder}")
-    computed = Features(model, dialogues)
+    computed = Features(model, dialogues, capture=capture)
+    width = max(1, len(computed.capture)) * model.config.dim
+    say(f"features: {total} tokens, {total * width * dtype.itemsize / 1e9:.2f} GB in {folder}")
     with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
         for n, shard in enumerate(shards_of(dialogues)):
             if not shard_file(folder, n).exists():
@@ -109,11 +127,11 @@ def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, 
 
 
 def shard_rows(features: Features, shard: list[int], n_token: int) -> dict[str, Tensor]:
-    """[T, dim] of each dialogue of a shard, by its number."""
+    """[T, ...] of each dialogue of a shard, by its number."""
     rows: dict[str, Tensor] = {}
     lengths = [len(features.dialogues[i].tokens) for i in shard]
     for batch in make_batches(lengths, n_token, random.Random(0)):
-        for j, row in zip(batch, features.batch([shard[j] for j in batch]).features.cpu()):
+        for j, row in zip(batch, features.states([shard[j] for j in batch]).cpu()):
             rows[str(shard[j])] = row[:lengths[j]].clone()
             if not row[:lengths[j]].isfinite().all():
                 line = features.dialogues[shard[j]].line
@@ -127,6 +145,7 @@ DIFFERS = {
     "target": "{where} was made with another target than {mine[checkpoint]}: weights, config.json or quantize.json are "
               "not those of {kept[checkpoint]}",
     "template": "{where} was made with another chat template",
+    "states": "{where} was made with the target's hidden states {was}, and this kind of head learns from {now}",
     "tokens": "{where} was made with other tokens: data, --max-length, tokenizer or version of this program differ",
 }
 
@@ -152,7 +171,13 @@ def check_cache(folder: Path, origin: dict[str, str]) -> None:
 
 def cache_origin(folder: Path) -> dict[str, str]:
     """What the features in a folder come from; empty where there are none."""
-    return read_json(folder / "features.json", absent={})
+    stamp = read_json(folder / "features.json", absent={})
+    return {"states": states_stamp(())} | stamp if stamp else {}    # without the key they are of an earlier version
+
+
+def states_stamp(capture: tuple[int, ...]) -> str:
+    """The hidden states that are cached, as one text."""
+    return " ".join([*map(str, capture), "final"])
 
 
 def tokens_digest(dialogues: list[Dialogue], masks: bool = False) -> str:

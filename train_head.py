@@ -4,45 +4,47 @@
     python train_head.py ... --cache-features features/       # the target's features on disk: it then runs once only
     python train_head.py ... --resume                         # go on after a kill or Ctrl-C, to the same bits
     python train_head.py ... --accumulate 8                   # the step of eight processes in the memory of one
+    python train_head.py ... --kind eagle3 --draft-vocab 32000      # EAGLE-3, by its training-time test
     torchrun --nproc-per-node 8 train_head.py ...             # data parallel
     torchrun --nproc-per-node 8 train_head.py ... --shard-target    # for 70B: each process keeps a part of the target
 
 The recipe is that of EAGLE, arXiv 2401.15077, section 4.2, with the settings of its code. The target is frozen. The
 head sees the target's features with uniform noise added and predicts the next ones: L = SmoothL1 + 0.1 CE over the
-answers (train_loss.py), by AdamW at 3e-5 with gradients clipped at norm 0.5. docs/training.md tells the rest.
+answers (train_loss.py), by AdamW at 3e-5 with gradients clipped at norm 0.5. With --kind eagle3 the recipe is that of
+EAGLE-3, arXiv 2503.01840 (train_eagle3.py). docs/training.md tells the rest.
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import os
-import pickle
 import random
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import tp
 from checkpoint import demo_checkpoint, read_json, resolve_checkpoint
-from console import (Parser, add_chat_options, check_writable, command, number, pick_device, say, whole_or_nothing,
-                     write_atomically)
-from eagle_head import EagleHead
-from head_config import head_args
-from model import Transformer
+from config import ModelArgs
+from console import Parser, add_chat_options, check_writable, command, number, pick_device, say, write_atomically
+from eagle_head import Eagle3Head
 from tokenizer import Tokenizer
-from train_data import Dialogue, common_tokens, make_batches, parts_of, read_dialogues, split
-from train_features import (DIFFERS, Features, cache_origin, check_cache, check_same, load_target, target_stamp,
-                            tokens_digest, write_features)
+from train_data import Dialogue, make_batches, parts_of, read_dialogues, split
+from train_eagle3 import Eagle3Learner
+from train_features import (DIFFERS, Features, cache_origin, check_cache, check_same, load_target, states_stamp,
+                            target_stamp, tokens_digest, write_features)
+from train_init import begin, capture_of
 from train_loss import Learner, evaluate, input_noise
+from train_run import Run, draw_curves, load_state
 
 
 @command(in_ranks=True)
@@ -64,6 +66,13 @@ def main(args: argparse.Namespace) -> int:
     # A resume or a cache that does not fit is refused before anything is loaded or written.
     before = load_state(state_file)["settings"] if resumes else {}
     tokenizer, origin = origin_of(args, folder, before.get("date"))
+    target_args, capture = ModelArgs.from_config(read_json(folder / "config.json")), ()
+    if args.kind == "eagle3":
+        capture = capture_of(args.aux_layers, args.out if resumes and args.init else args.init, target_args)
+    if args.draft_vocab is not None and args.draft_vocab > target_args.vocab_size:
+        raise ValueError(f"--draft-vocab {args.draft_vocab} is more than the target's vocabulary, "
+                         f"{target_args.vocab_size} tokens")
+    origin["states"] = states_stamp(capture)
     settings = origin | {"data": hashlib.sha256(args.data.read_bytes()).hexdigest()} | settings_of(args, device, world)
     check_same(before, settings, f"--resume: {state_file}", differs=RESUME_DIFFERS)
     if cache is not None:
@@ -76,23 +85,25 @@ def main(args: argparse.Namespace) -> int:
 
     n_token = args.batch_size * args.max_length
     if cache is not None:
-        tp.on_rank_0(lambda: write_features(model, dialogues, cache, n_token, origin))
+        tp.on_rank_0(lambda: write_features(model, dialogues, cache, n_token, origin, capture))
         if world > 1:       # the others find it full, unless their machine has a disk of its own
-            write_features(model, dialogues, cache, n_token, origin)
-    features = Features(model, dialogues, cache)
+            write_features(model, dialogues, cache, n_token, origin, capture)
+    features = Features(model, dialogues, cache, capture)
 
     held_out, train_set = split([dialogue.line for dialogue in dialogues], args.eval_dialogues, args.seed)
-    config = head_config(read_json(folder / "config.json"), Path(args.checkpoint).name, args.bias)
-    head = new_head(config, model, None if resumes else args.init, args.seed)
+    if args.keep == "best" and not held_out:
+        raise ValueError(f"--keep best: of {len(train_set)} dialogues none can be held out, which takes ten of them")
+    head, config = begin(args, folder, model, [dialogues[i] for i in train_set], tokenizer.stop_ids, capture, resumes)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.draft_vocab:
-        ids = common_tokens([dialogues[i] for i in train_set], tokenizer.stop_ids, args.draft_vocab)
-        head.set_draft_vocab(ids)
-        if tp.writes():
-            write_atomically(args.out / "draft_vocab.json", json.dumps({"ids": ids}) + "\n")
-    learner = Learner(head, args.dtype == "bfloat16", args.levels)
+    if isinstance(head, Eagle3Head):
+        say(head.spec.describe())
+        learner = Eagle3Learner(head, args.dtype == "bfloat16", args.levels)
+    else:
+        learner = Learner(head, args.dtype == "bfloat16", args.levels, args.cls_weight, args.top_k_loss or 0)
+        if head.draft_ids is not None and tp.writes():
+            write_atomically(args.out / "draft_vocab.json", json.dumps({"ids": head.draft_ids.tolist()}) + "\n")
     wrapped = DistributedDataParallel(learner) if world > 1 else learner
-    run = Run(args.out, head, config, settings, args.lr)
+    run = Run(args.out, head, config, settings, lr=args.lr, ema=args.ema, keeps_best=args.keep == "best")
     if resumes:
         run.load(device)
 
@@ -118,12 +129,15 @@ def main(args: argparse.Namespace) -> int:
                     and not any(entry["step"] == run.step and "eval_top1" in entry for entry in run.log))
 
     stop = Stop()
-    sums, started, n_seen = torch.zeros(5, device=device), time.monotonic(), 0
+    names = learner.losses._fields
+    sums, started, n_seen = torch.zeros(len(names) + 1, device=device), time.monotonic(), 0
     with tqdm(total=n_step, initial=run.step, desc="training", unit=" steps", disable=None) as bar:
         while run.step < n_step or is_due():
             if is_due():
-                figures = evaluate(learner, features, held_out, rank, world)
+                with run.averaged():
+                    figures = evaluate(learner, features, held_out, rank, world)
                 run.log.append({"step": run.step, "epoch": plan[run.step - 1][0], **figures})
+                run.keep_best()
                 bar.write("step {step}: top-1 {eval_top1:.3f}, a chain of 5 accepts {eval_chain_length:.2f}, "
                           "n-alpha {eval_n_alpha}".format(**run.log[-1]), file=sys.stderr)
                 started, n_seen = time.monotonic(), 0
@@ -137,23 +151,20 @@ def main(args: argparse.Namespace) -> int:
             losses = add_gradients(wrapped, features, indices, parts, args, args.seed * 1_000_003 + epoch, world)
             norm = nn.utils.clip_grad_norm_(run.weights.values(), args.clip)
             refuse_not_finite(losses, norm, parts, indices, dialogues, run.step)
-            run.optimizer.step()
-            run.step += 1
-            sums[:4] += sum(losses, torch.zeros(4, device=device))
-            sums[4] += count_tokens(dialogues, indices) / world
+            run.update()
+            sums[:-1] += sum(losses, torch.zeros(len(names), device=device))
+            sums[-1] += count_tokens(dialogues, indices) / world
             n_seen += sum(lengths[i] for i in indices)
             bar.update()
             if run.step % args.log_every == 0 or run.step == n_step:
                 if world > 1:
                     dist.all_reduce(sums)
                 *totals, n_counted = sums.tolist()
-                smooth_l1, cross_entropy, same, right = (total / n_counted for total in totals)
+                figures = {name: total / n_counted for name, total in zip(names, totals)}
                 speed = n_seen / (time.monotonic() - started)
-                run.log.append({"step": run.step, "epoch": epoch, "smooth_l1": smooth_l1,
-                                "cross_entropy": cross_entropy, "agreement": same, "top1": right, "lr": rate,
+                run.log.append({"step": run.step, "epoch": epoch, **figures, "lr": rate,
                                 "grad_norm": float(norm), "tokens_per_second": round(speed)})
-                bar.set_postfix_str(f"loss {smooth_l1 + args.cls_weight * cross_entropy:.3f}, top-1 {right:.3f}, "
-                                    f"{speed:.0f} tokens/s")
+                bar.set_postfix_str("loss {loss:.3f}, top-1 {top1:.3f}, ".format(**figures) + f"{speed:.0f} tokens/s")
                 sums.zero_()
                 started, n_seen = time.monotonic(), 0
             if stop.asked(world, device) or is_due() or time.monotonic() - run.saved_at >= 60 * args.save_minutes:
@@ -166,7 +177,9 @@ def main(args: argparse.Namespace) -> int:
     run.save()
     if tp.writes():
         draw_curves(run.log, args.out / "curves.png")
-    say(f"wrote {args.out}")
+    best = run.best()
+    say(f"wrote {args.out}" + (", the head of step {step}: a chain of 5 accepts {eval_chain_length:.2f}".format(**best)
+                               if run.keeps_best and best else ""))
     return 0
 
 
@@ -206,91 +219,6 @@ def settings_of(args: argparse.Namespace, device: torch.device, world: int) -> d
             **{key: str(value) for key, value in vars(args).items() if key not in FREE_ON_RESUME}}
 
 
-def head_config(target: dict, name: str, bias: bool = True) -> dict:
-    """config.json of a head in the official format, from its target's config.json and name."""
-    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-            "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    theta = target.get("rope_theta") or (target.get("rope_parameters") or {}).get("rope_theta") or 10000.0
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 1,
-            **{key: target[key] for key in keys if target.get(key) is not None}, "rope_theta": theta, "bias": bias,
-            "qkv_bias": target.get("model_type") == "qwen2", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-            "eagle_version": 1, "target": name}
-
-
-def new_head(config: dict, model: Transformer, init: str | None, seed: int) -> EagleHead:
-    """A head in fp32, its weights random, or those of another head."""
-    head = EagleHead(head_args(config, model.config), model, bias=config["bias"])
-    if init is not None:
-        other = EagleHead.from_pretrained(init, model)
-        if other.kind != "eagle1":
-            raise ValueError(f"--init {init} is an EAGLE-3 head: only heads of EAGLE-1 and 2 are trained here")
-        if not all(type(linear) is nn.Linear for linear in (other.fc, other.layer.feed_forward.w2)):
-            raise ValueError(f"--init {init} is a quantised head: give the one it was made from")
-        for key, weight in other.weights().items():
-            if not weight.isfinite().all():
-                raise ValueError(f"--init {init}: {key} holds values that are not finite")
-        if (other.fc.bias is None) == config["bias"]:
-            raise ValueError(f"--init {init}: its fc has {'no' if config['bias'] else 'a'} bias: train with "
-                             f"{'--no-bias' if config['bias'] else '--bias'}")
-        head.load_state_dict(other.float().state_dict())
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in head.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-    return head.to(model.inv_freq.device).requires_grad_(True)
-
-
-class Run:
-    """A training under way, and its files in --out: the head, log.jsonl, and checkpoint.pt, from which it is resumed.
-
-    Nothing random is kept: batches and noise follow from the seed, the rate from the step.
-    """
-
-    def __init__(self, folder: Path, head: EagleHead, config: dict, settings: dict[str, str], lr: float):
-        self.folder, self.head, self.config, self.settings = folder, head, config, settings
-        self.weights = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr, betas=(0.9, 0.95))
-        self.step, self.log = 0, []
-        self.saved, self.saved_at = (0, 0), time.monotonic()
-
-    @torch.no_grad()
-    def load(self, device: torch.device) -> None:
-        state = load_state(self.folder / "checkpoint.pt", device)
-        for name, weight in self.weights.items():
-            weight.copy_(state["head"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.log = state["step"], state["log"]
-        self.saved = self.step, len(self.log)
-
-    def save(self) -> None:
-        """Write what is new since the last time."""
-        if tp.writes() and self.saved != (self.step, len(self.log)):
-            if not all(weight.isfinite().all() for weight in self.weights.values()):
-                raise ValueError(f"weights are not finite after step {self.step}: the last checkpoint stands; "
-                                 "a lower --lr may help")
-            with whole_or_nothing(self.folder / "model.safetensors", ".part") as part:
-                save_file({key: weight.detach().to(torch.bfloat16, copy=True).cpu().contiguous()
-                           for key, weight in self.head.weights().items()}, part, metadata={"format": "pt"})
-            write_atomically(self.folder / "config.json", json.dumps(self.config, indent=1) + "\n")
-            write_atomically(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
-            with whole_or_nothing(self.folder / "checkpoint.pt", ".part") as part:
-                torch.save({"settings": self.settings, "step": self.step, "log": self.log,
-                            "head": {name: weight.detach() for name, weight in self.weights.items()},
-                            "optimizer": self.optimizer.state_dict()}, part)
-        self.saved, self.saved_at = (self.step, len(self.log)), time.monotonic()
-
-
-def load_state(file: Path, device: torch.device | None = None) -> dict:
-    """A checkpoint.pt. Without a device its tensors are mapped into memory, not read."""
-    try:
-        return torch.load(file, map_location=device or "cpu", mmap=device is None, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is corrupt or truncated: {str(error).splitlines()[0]}") from None
-
-
 def learning_rate(step: int, n_step: int, warmup: int, peak: float) -> float:
     """Linear from 0 to the peak over `warmup` steps, then linear to 0 at n_step."""
     return peak * min((step + 1) / warmup if warmup else 1.0, (n_step - step) / max(1, n_step - warmup))
@@ -301,10 +229,10 @@ def count_tokens(dialogues: list[Dialogue], indices: list[int]) -> int:
     return sum(int(dialogues[i].loss_mask[2:].sum()) for i in indices)
 
 
-def add_gradients(learner: Learner | DistributedDataParallel, features: Features, indices: list[int],
+def add_gradients(learner: Learner | Eagle3Learner | DistributedDataParallel, features: Features, indices: list[int],
                   parts: list[list[int]], args: argparse.Namespace, noise_seed: int, world: int) -> list[Tensor]:
     """The loss of a step is the mean over the tokens of all its parts and processes: its gradient is that of one large
-    batch. Returns the Losses [4] of this process's parts."""
+    batch. Returns the losses of this process's parts, one tensor each."""
     dialogues, losses = features.dialogues, []
     lengths = [len(dialogue.tokens) for dialogue in dialogues]
     n_counted = count_tokens(dialogues, indices)
@@ -313,9 +241,10 @@ def add_gradients(learner: Learner | DistributedDataParallel, features: Features
         if not part:    # fewer dialogues than processes: take part with nothing that counts
             batch = batch._replace(loss_mask=torch.zeros_like(batch.loss_mask))
         is_last = len(losses) == len(parts) - 1     # then the processes exchange gradients
-        with contextlib.nullcontext() if is_last or isinstance(learner, Learner) else learner.no_sync():
-            sums = learner(batch, input_noise(batch, part, lengths, args.noise, noise_seed))
-            loss = (sums.smooth_l1 + args.cls_weight * sums.cross_entropy) / n_counted
+        noise = input_noise(batch, part, lengths, args.noise, noise_seed) if args.kind == "eagle1" else None
+        with learner.no_sync() if isinstance(learner, DistributedDataParallel) and not is_last else nullcontext():
+            sums = learner(batch, noise)
+            loss = sums.loss / n_counted
             (loss * world).backward()   # DistributedDataParallel averages gradients, the loss is a sum of parts
         losses.append(torch.stack(sums).detach())
     return losses
@@ -354,21 +283,10 @@ class Stop:
         return self.seen
 
 
-def draw_curves(log: list[dict], file: Path) -> None:
-    """Losses and accuracies as a picture, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(16, 3.5))
-    for axis, kind in zip(figure.subplots(1, 4), ("smooth_l1", "cross_entropy", "agreement", "top1")):
-        for key in (kind, f"eval_{kind}"):
-            points = [(entry["step"], entry[key]) for entry in log if key in entry]
-            axis.plot(*zip(*points), label=key) if points else None
-        axis.set_xlabel("step")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
+# Of each kind: the options that the other does not have, and the defaults that differ.
+RECIPES: dict[str, dict[str, Any]] = {
+    "eagle1": {"lr": 3e-5, "levels": 1, "noise": 0.1, "cls_weight": 0.1, "bias": True, "top_k_loss": None},
+    "eagle3": {"lr": 5e-5, "levels": 7, "lm_head": "random", "aux_layers": None}}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -376,23 +294,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="the target: Hugging Face folder or hub id (default: the demo model)")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines of dialogues")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the head, its log, its checkpoint")
+    parser.add_argument("--kind", choices=sorted(RECIPES), default="eagle1", help="eagle1 serves EAGLE-2 too")
     parser.add_argument("--init", metavar="HEAD", help="begin with this head's weights instead of random ones")
-    parser.add_argument("--bias", action=argparse.BooleanOptionalAction, default=True, help="of fc; vLLM allows none")
-    parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="classify among the N commonest tokens "
-                        "of the answers only, and write them as draft_vocab.json (default: the whole vocabulary)")
+    parser.add_argument("--draft-vocab", type=number(int, 1), metavar="N", help="draft the N commonest tokens of the "
+                        "answers only (default: the whole vocabulary); eagle1 writes them as draft_vocab.json")
     parser.add_argument("--epochs", type=number(int, 1), default=20, metavar="N")
     parser.add_argument("--batch-size", type=number(int, 1), default=4, metavar="N",
                         help="a process has at most N * max-length tokens a step: more dialogues where they are short")
     parser.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N",
                         help="batches a step: the gradient of N times the batch size in the memory of one")
     parser.add_argument("--max-length", type=number(int, 3), default=2048, metavar="N", help="longer dialogues are cut")
-    parser.add_argument("--lr", type=number(float, 0, open_low=True), default=3e-5, metavar="X", help="at its peak")
+    parser.add_argument("--lr", type=number(float, 0, open_low=True), metavar="X",
+                        help="at its peak (default: 3e-5, of eagle3 5e-5)")
     parser.add_argument("--warmup", type=number(int, 0), metavar="N", help="steps (default: 2000, at most a tenth)")
-    parser.add_argument("--cls-weight", type=number(float, 0), default=0.1, metavar="X", help="of the cross-entropy")
-    parser.add_argument("--levels", type=number(int, 1), default=1, metavar="N",
-                        help="train also on features up to N - 1 steps the head's own: N to N^2 times the work")
-    parser.add_argument("--noise", type=number(float, 0), default=0.1, metavar="X", help="U(-X, X) on input features")
+    parser.add_argument("--levels", type=number(int, 1), metavar="N", help="train also on features up to N - 1 steps "
+                        "the head's own (default: 1; of eagle3 7, the steps of its training-time test)")
+    parser.add_argument("--cls-weight", type=number(float, 0), metavar="X",
+                        help="eagle1: of the cross-entropy (default: 0.1)")
+    parser.add_argument("--top-k-loss", type=number(int, 1), metavar="K", help="eagle1: add the cross-entropy of the "
+                        "target's K likeliest tokens, as HASS does with 10")
+    parser.add_argument("--noise", type=number(float, 0), metavar="X",
+                        help="eagle1: U(-X, X) on input features (default: 0.1)")
+    parser.add_argument("--bias", action=argparse.BooleanOptionalAction,
+                        help="eagle1: of fc (default); vLLM allows none")
+    parser.add_argument("--aux-layers", type=number(int, 0), nargs="+", metavar="J", help="eagle3: the hidden states "
+                        "that the head reads, as transformers counts them (default: 2 L/2 L-3)")
+    parser.add_argument("--lm-head", choices=("random", "target", "frozen"), help="eagle3: begin with random rows "
+                        "(default), with the target's, or keep the target's")
     parser.add_argument("--clip", type=number(float, 0, open_low=True), default=0.5, metavar="X", help="gradient norm")
+    parser.add_argument("--ema", type=number(float, 0, 1), metavar="DECAY",
+                        help="write and evaluate an exponential moving average of the weights")
+    parser.add_argument("--keep", choices=("last", "best"), default="last",
+                        help="the head that is written: the last, or the one that drafts best for held-out dialogues")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, metavar="N")
     parser.add_argument("--cache-features", type=Path, metavar="FOLDER", help="keep the target's features on disk")
     parser.add_argument("--shard-target", action="store_true", help="spread the target's layers over the processes")
@@ -405,7 +338,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of the target; the head's weights are fp32, run under autocast with bfloat16")
     add_chat_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    recipe = RECIPES[args.kind]
+    for key in {key for other in RECIPES.values() for key in other} - recipe.keys():
+        if getattr(args, key) is not None:
+            parser.error(f"--{key.replace('_', '-')} is not an option of --kind {args.kind}")
+    if args.kind == "eagle3" and args.init is not None:
+        for key in ("draft_vocab", "aux_layers", "lm_head"):
+            if getattr(args, key) is not None:
+                parser.error(f"--{key.replace('_', '-')}: an EAGLE-3 head of --init brings its own")
+    if args.keep == "best" and 0 in (args.eval_dialogues, args.eval_every):
+        parser.error("--keep best needs evaluations: --eval-dialogues and --eval-every above 0")
+    vars(args).update({key: value for key, value in recipe.items() if getattr(args, key) is None})
+    return args
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """What a head is trained on, and how well it drafts: the losses of EAGLE, n-alpha and the accepted length of a chain.
 
-    losses = Learner(head, autocast=True)(batch, input_noise(...))      # sums over the tokens of the answers
+    losses = Learner(head, autocast=True)(batch, input_noise(...))      # EAGLE-1: sums over the tokens of the answers
     figures = evaluate(learner, features, held_out)                     # on dialogues not trained on
     ranks = draft_ranks(head, tokens, features, max_depth=5)            # of the true tokens among the guesses
 
 [1] is EAGLE, arXiv 2401.15077. Of a text t_0 t_1 ... the target's feature at t_i is f_i, from which its LM head guesses
 t_{i+1}. The head is given the pair (f_i, t_{i+1}) and predicts f_{i+1}, from which the same LM head guesses t_{i+2}.
-It counts where t_{i+2} is the assistant's.
+It counts where t_{i+2} is the assistant's. What EAGLE-3 learns is in train_eagle3.py; how well a head of any kind
+drafts is measured here.
 
 Shapes: B dialogues, T tokens, M positions that count, L levels, V vocabulary or draft vocabulary.
 """
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,8 @@ N_ALPHA = 5                 # n-alpha is reported for n = 0 .. 4
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Sum over positions of CE(softmax(true W^T), softmax(predicted W^T)), LOGITS_AT_ONCE logits at a time.
+    """Sum over positions of CE(softmax(true W^T), softmax(predicted W^T)), LOGITS_AT_ONCE logits at a time; and the
+    part of it that the `top_k` likeliest tokens of each softmax(true W^T) make, which HASS adds (arXiv 2408.15766).
 
     The gradient of a block, (softmax(predicted) - softmax(true)) W, is computed while its logits are there. So nothing
     of their size is kept for the backward pass.
@@ -35,12 +38,14 @@ class SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, true: Tensor, weight: Tensor,
-                labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                labels: Tensor | None = None, top_k: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """predicted, true [M, dim], weight [V, dim], labels [M, 1]: the weight's row of the text's token, -1 for none
-        -> loss [], positions where predicted and true have the same likeliest token [], and where it is the label [].
+        -> loss [], its part [], positions where predicted and true have the same likeliest token [], and where it is
+        the label [].
         """
-        loss, same, right = torch.zeros(3, device=weight.device)
+        loss, part, same, right = torch.zeros(4, device=weight.device)
         grad = torch.empty_like(predicted)
+        grad_part = torch.empty_like(predicted) if top_k else None
         n = max(1, LOGITS_AT_ONCE[weight.device.type] // weight.shape[0])
         for begin in range(0, predicted.shape[0], n):
             logits = predicted[begin:begin + n].to(weight.dtype) @ weight.T             # [n, V]
@@ -52,35 +57,46 @@ class SoftCrossEntropy(torch.autograd.Function):
                 row = labels[begin:begin + n]
                 right += ((log_q.gather(-1, row.clamp_min(0)) == best) & (row >= 0)).sum()
             loss -= torch.dot(probs.flatten(), log_q.flatten())
+            if grad_part is not None:
+                few, index = probs.topk(min(top_k, probs.shape[-1]))                    # [n, K]
+                part -= torch.dot(few.flatten(), log_q.gather(-1, index).flatten())
+                error = log_q.exp().mul_(few.sum(-1, keepdim=True)).scatter_add_(-1, index, -few)
+                grad_part[begin:begin + n] = error.to(weight.dtype) @ weight
             grad[begin:begin + n] = log_q.exp_().sub_(probs).to(weight.dtype) @ weight
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, grad_part)
         ctx.mark_non_differentiable(same, right)
-        return loss, same, right
+        return loss, part, same, right
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_) -> tuple[Tensor, None, None, None]:
-        return ctx.saved_tensors[0] * grad_loss, None, None, None
+    def backward(ctx: Any, grad_loss: Tensor, grad_of_part: Tensor, *_) -> tuple[Tensor | None, ...]:
+        grad, grad_part = ctx.saved_tensors
+        grad = grad * grad_loss if grad_part is None else grad * grad_loss + grad_part * grad_of_part
+        return grad, None, None, None, None
 
 
 class Losses(NamedTuple):
-    """Sums over the positions that count. The first two are averaged over the levels, the others are of the first."""
+    """Sums over the positions that count. The first three are averaged over the levels, the others are of the first."""
+    loss: Tensor            # what is minimised
     smooth_l1: Tensor       # averaged over the width
     cross_entropy: Tensor
-    same: Tensor            # positions where head and target find the same token likeliest
-    right: Tensor           # positions where the head finds the text's token likeliest
+    agreement: Tensor       # positions where head and target find the same token likeliest
+    top1: Tensor            # positions where the head finds the text's token likeliest
 
 
 class Learner(nn.Module):
     """The head with its losses: what DistributedDataParallel wraps.
 
+    The loss is SmoothL1 + cls_weight * CE; with top_k, also the part of CE of the target's top_k likeliest tokens.
+
     n_level > 1 also trains on what the head meets while drafting. Level d continues each position along the true tokens
     from features that are d steps the head's own, as in HASS (arXiv 2408.15766) and EAGLE-3's training-time test. The
     features of each level but the last come from a pass without gradient; then one pass with it takes all levels.
     """
+    losses = Losses
 
-    def __init__(self, head: EagleHead, autocast: bool, n_level: int = 1):
+    def __init__(self, head: EagleHead, autocast: bool, n_level: int = 1, cls_weight: float = 0.1, top_k: int = 0):
         super().__init__()
-        self.head, self.autocast, self.n_level = head, autocast, n_level
+        self.head, self.autocast, self.n_level, self.cls_weight, self.top_k = head, autocast, n_level, cls_weight, top_k
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +105,7 @@ class Learner(nn.Module):
         return output.weight
 
     def forward(self, batch: Batch, noise: Tensor | None) -> Losses:
-        tokens, features, loss_mask = batch
+        tokens, features, loss_mask, _ = batch
         n_pair, n_level = tokens.shape[1] - 2, self.n_level
         inputs = features[:, :-2].float()
         if noise is not None:
@@ -99,16 +115,17 @@ class Learner(nn.Module):
                 own = self.predict(tokens, inputs, level)[:, -n_pair:].float()      # of the last level so far
             inputs = torch.cat((inputs, features[:, :1].float(), own[:, :-1]), dim=1)
         predicted = self.predict(tokens, inputs, n_level).unflatten(1, (n_level, n_pair))   # [B, L, n_pair, dim]
-        sums, counts = torch.zeros(2, device=tokens.device), []
+        sums, counts = torch.zeros(3, device=tokens.device), []
         for level in range(n_level):
             mask = loss_mask[:, 2 + level:]     # level d of a position needs d pairs before it
             true = features[:, 1 + level:-1][mask].float()                          # [M, dim]
             ours = predicted[:, level, level:][mask].float()
             smooth_l1 = F.smooth_l1_loss(ours, true, reduction="sum") / ours.shape[-1]
             labels = draft_rows(self.head, tokens[:, 2:][mask]) if level == 0 else None
-            cross_entropy, *of_level = SoftCrossEntropy.apply(ours, true, self.weight, labels)
+            cross_entropy, part, *of_level = SoftCrossEntropy.apply(ours, true, self.weight, labels, self.top_k)
             counts = counts or of_level
-            sums = sums + torch.stack((smooth_l1, cross_entropy)) / n_level
+            loss = smooth_l1 + self.cls_weight * cross_entropy + part
+            sums = sums + torch.stack((loss, smooth_l1, cross_entropy)) / n_level
         return Losses(*sums, *counts)
 
     def predict(self, tokens: Tensor, inputs: Tensor, n_level: int) -> Tensor:
@@ -161,16 +178,18 @@ def input_noise(batch: Batch, indices: list[int], lengths: list[int], scale: flo
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, features: Features, held_out: list[int], rank: int = 0, world: int = 1) -> dict:
+def evaluate(learner: Any, features: Features, held_out: list[int], rank: int = 0, world: int = 1) -> dict:
     """Losses, top-1/2/3 accuracy, n-alpha and the accepted length expected of a chain, on dialogues not trained on.
 
     n-alpha [1, section 5.2]: how often a chain's draft is right when the last n features before it are the head's own.
     Losses and agreement are those of one level, whatever was trained. Accuracies count the positions that have N_ALPHA
     tokens behind them, losses and agreement all that count in training.
     """
-    sums = torch.zeros(7 + 2 * N_ALPHA, dtype=torch.float64)
-    learner = Learner(learner.head, learner.autocast)
-    device = learner.weight.device
+    learner = copy.copy(learner)    # a Learner, or an Eagle3Learner
+    learner.n_level = 1
+    names = learner.losses._fields[1:-1]
+    sums = torch.zeros(len(names) + 4 + 2 * N_ALPHA, dtype=torch.float64)
+    device = learner.head.inv_freq.device
     for begin in range(0, len(held_out), world):
         mine = held_out[begin + rank:begin + rank + 1]
         batch = features.batch(mine or held_out[:1])    # as often on each process: a sharded target needs them all
@@ -184,16 +203,16 @@ def evaluate(learner: Learner, features: Features, held_out: list[int], rank: in
             ranks = draft_ranks(learner.head, batch.tokens[0], batch.features[0], N_ALPHA)
         ranks = ranks[:, batch.loss_mask[0, 2:2 + ranks.shape[1]]].cpu()
         right = (ranks == 0).double()
-        sums += torch.cat((losses[:3], torch.tensor([batch.loss_mask[:, 2:].sum().item(), ranks.shape[1]]),
+        sums += torch.cat((losses[1:-1], torch.tensor([batch.loss_mask[:, 2:].sum().item(), ranks.shape[1]]),
                            torch.stack([(ranks[0] < k).double().sum() for k in (2, 3)]),
                            right.sum(1), right.cumprod(0).sum(1)))
     if world > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    smooth_l1, cross_entropy, same, n_counted, n_rank, top2, top3, *alpha = sums.tolist()
+    n_counted, n_rank, top2, top3, *alpha = sums[len(names):].tolist()
     n_counted, n_rank = max(1.0, n_counted), max(1.0, n_rank)   # dialogues of a few tokens have nothing to draft along
-    return {"eval_smooth_l1": smooth_l1 / n_counted, "eval_cross_entropy": cross_entropy / n_counted,
-            "eval_positions": int(n_counted), "eval_agreement": same / n_counted,
+    return {**{f"eval_{name}": total / n_counted for name, total in zip(names, sums.tolist())},
+            "eval_positions": int(n_counted),
             "eval_top1": alpha[0] / n_rank, "eval_top2": top2 / n_rank, "eval_top3": top3 / n_rank,
             "eval_n_alpha": [round(right / n_rank, 4) for right in alpha[:N_ALPHA]],
             "eval_chain_length": 1 + sum(alpha[N_ALPHA:]) / n_rank}

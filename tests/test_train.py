@@ -41,7 +41,7 @@ from test_train_data import REASONER
 from tokenizer import Tokenizer
 from train_data import Dialogue, make_batches, parts_of, read_dialogues, split
 from train_features import Batch, Features, shard_layers
-from train_head import head_config, new_head
+from train_init import head_config, new_head
 from train_loss import Learner, SoftCrossEntropy, draft_ranks, evaluate, input_noise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,9 +105,11 @@ def state_of(out):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss
 
+@pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("draft_vocab", [None, list(range(199, 9, -1))])
-def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, data, draft_vocab, monkeypatch):
-    """L = SmoothL1(f^, f) + w CE(softmax(output(f)), output(f^)) over the answers, in float64, dialogue by dialogue."""
+def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, data, draft_vocab, top_k, monkeypatch):
+    """L = SmoothL1(f^, f) + w CE(softmax(output(f)), output(f^)) over the answers, in float64, dialogue by dialogue.
+    With top_k, the part of CE of the k likeliest tokens once more, as in HASS."""
     monkeypatch.setitem(train_loss.LOGITS_AT_ONCE, "cpu", 700)      # a few rows at a time, the last block a part
     dialogues = read_dialogues(data, Tokenizer.from_pretrained(checkpoint), model.config.vocab_size, 128)[:5]
     config = head_config(read_json(checkpoint / "config.json"), "tiny")
@@ -118,14 +120,13 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
     head.set_draft_vocab(draft_vocab)
     batch = Features(model, dialogues).batch(list(range(5)))
     noise = 0.1 * torch.randn(*batch.features[:, 2:].shape)
-    losses = Learner(head, autocast=False)(batch, noise)
-    losses_sum = losses.smooth_l1 + 0.1 * losses.cross_entropy
-    losses_sum.backward()
+    losses = Learner(head, autocast=False, cls_weight=0.3, top_k=top_k)(batch, noise)
+    losses.loss.backward()
 
     weights = {key: w.detach().double().requires_grad_() for key, w in head.weights().items()}
     embedding, output = model.tok_embeddings.weight.double(), model.output.weight.double()
     output = output if draft_vocab is None else output[draft_vocab]
-    l1, ce, same, right = 0.0, 0.0, 0, 0
+    l1, ce, likeliest, same, right = 0.0, 0.0, 0.0, 0, 0
     for row, dialogue in enumerate(dialogues):
         T = len(dialogue.tokens)
         f = model.features(dialogue.tokens[None].long(), torch.arange(T))[0].double()
@@ -137,13 +138,17 @@ def test_the_loss_of_a_batch_is_that_of_eagle_written_out(checkpoint, model, dat
             error = (f_hat[i] - f[i + 1]).abs()
             l1 = l1 + torch.where(error < 1, 0.5 * error ** 2, error - 0.5).mean()
             p, q = output @ f[i + 1], output @ f_hat[i]
-            ce = ce - (p.softmax(0) * q.log_softmax(0)).sum()
+            terms = -p.softmax(0) * q.log_softmax(0)
+            ce = ce + terms.sum()
+            likeliest = likeliest + sum(terms[i] for i in p.argsort(descending=True)[:top_k])
             same += int(p.argmax() == q.argmax())
             right += int((draft_vocab or range(len(output)))[q.argmax()] == dialogue.tokens[i + 2])
-    (l1 + 0.1 * ce).backward()
+    loss = l1 + 0.3 * ce + likeliest
+    loss.backward()
+    assert losses.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert losses.smooth_l1.item() == pytest.approx(l1.item(), rel=1e-5)
     assert losses.cross_entropy.item() == pytest.approx(ce.item(), rel=1e-5)
-    assert losses.same.item() == same and losses.right.item() == right
+    assert losses.agreement.item() == same and losses.top1.item() == right
     assert_close(head.fc.weight.grad, weights["fc.weight"].grad, 1e-5)
     assert_close(head.layer.feed_forward.w2.weight.grad, weights["layers.0.mlp.down_proj.weight"].grad, 1e-5)
 
@@ -194,7 +199,7 @@ def test_deeper_levels_learn_from_what_drafting_would_meet(checkpoint, model, da
             same += float(p.argmax() == q.argmax()) if d == 0 else 0
     assert losses.smooth_l1.item() == pytest.approx(l1, rel=1e-4)
     assert losses.cross_entropy.item() == pytest.approx(ce, rel=1e-4)
-    assert losses.same.item() == same
+    assert losses.agreement.item() == same
 
 
 def test_padding_does_not_change_the_loss(model, checkpoint, data):
@@ -324,7 +329,8 @@ def test_where_each_line_is_one_example_the_sample_is_of_all_examples(n, seed):
 
 
 def test_large_seeds_train_and_small_ones_draw_as_ever(train):
-    batch = Batch(torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 6, 4), torch.ones(1, 6, dtype=torch.bool))
+    features = torch.zeros(1, 6, 4)
+    batch = Batch(torch.zeros(1, 6, dtype=torch.long), features, torch.ones(1, 6, dtype=torch.bool), features)
     expected = torch.zeros(4, 4).uniform_(-1, 1, generator=torch.Generator().manual_seed(3 * 1_000_003 + 7))
     assert torch.equal(input_noise(batch, [7], [6] * 8, 1.0, 3)[0], expected)
     for seed, status in ((20261126, 0), (2 ** 63 - 1, 0), (2 ** 63, 2)):
@@ -509,7 +515,7 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
             n_position += 1
     assert 0 < right[4] < n_position and leading > 0                    # there is something to count
     alone = Learner(head, autocast=False)(Features(model, dialogues).batch([0, 1]), None)
-    assert entry["eval_agreement"] == pytest.approx(alone.same.item() / entry["eval_positions"])
+    assert entry["eval_agreement"] == pytest.approx(alone.agreement.item() / entry["eval_positions"])
     assert entry["eval_n_alpha"] == pytest.approx([r / n_position for r in right], abs=1e-4)
     assert entry["eval_chain_length"] == pytest.approx(1 + leading / n_position)
     assert entry["eval_top1"] == pytest.approx(right[0] / n_position)
@@ -536,7 +542,7 @@ def test_an_evaluation_needs_no_larger_tensors_than_a_training_step(model, check
     batch = Features(model, [Dialogue(1, tokens, torch.ones(500, dtype=torch.bool))]).batch([0])
     monkeypatch.setitem(train_loss.LOGITS_AT_ONCE, "cpu", 10 ** 5)
     with Largest() as training:
-        sum(Learner(head, autocast=False)(batch, None)[:2]).backward()
+        Learner(head, autocast=False)(batch, None).loss.backward()
     monkeypatch.setattr(train_loss, "MASK_AT_ONCE", 1)
     rows, draft_logits = [], head.draft_logits
     monkeypatch.setattr(head, "draft_logits", lambda hidden: rows.append(len(hidden)) or draft_logits(hidden))
@@ -784,7 +790,7 @@ def test_what_is_not_finite_never_enters_the_weights(train, checkpoint, tmp_path
     elif kind == "gradient":
         backward = SoftCrossEntropy.backward
         monkeypatch.setattr(SoftCrossEntropy, "backward", staticmethod(lambda ctx, *grads: (
-            backward(ctx, *grads)[0] * math.inf, None, None, None)))
+            backward(ctx, *grads)[0] * math.inf, None, None, None, None)))
         names = ["norm of the gradient", *names]
     elif kind == "weights":
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [
