@@ -84,10 +84,11 @@ def shard_file(folder: Path, n: int) -> Path:
 
 
 def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int,
-                   origin: dict[str, str]) -> None:
+                   origin: dict[str, str], computed: Features | None = None) -> None:
     """Fill the cache `folder`: those shards that are not there yet, n_token tokens at a time.
 
-    `origin` is what the features come from beside the dtype and the tokens.
+    `origin` is what the features come from beside the dtype and the tokens. `computed` has them (default: the target
+    runs).
     Raises ValueError where the cache is of other features, or where features are not finite.
     """
     dtype = model.norm.weight.dtype
@@ -98,7 +99,7 @@ def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, 
         write_atomically(folder / "features.json", json.dumps(stamp, indent=1) + "\n")
     total = sum(len(dialogue.tokens) for dialogue in dialogues)
     say(f"features: {total} tokens, {total * model.config.dim * dtype.itemsize / 1e9:.2f} GB in {folder}")
-    computed = Features(model, dialogues)
+    computed = computed or Features(model, dialogues)
     with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:
         for n, shard in enumerate(shards_of(dialogues)):
             if not shard_file(folder, n).exists():
