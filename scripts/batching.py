@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import tp
@@ -26,7 +25,6 @@ from model import PREFILL_CHUNK, Transformer, bucket, causal_mask
 from sampling import NOT_FINITE, Sampling, next_tokens
 from tokenizer import common_prefix
 
-BLOCK = 64          # tokens of the vocabulary that share a maximum, where the likeliest are sought
 CUT_EVERY = 16      # tokens after which a request is asked whether it ends here
 
 
@@ -45,30 +43,11 @@ class Request:
     features: Tensor | None = None              # [tokens of prompt and answer, dim], where `Rows` keeps them
 
 
-def likeliest(logits: Any, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits [..., k], the largest first, and their tokens.
-
-    On a CPU they are sought in the k blocks with the largest maxima: torch's topk over a vocabulary takes ten times as
-    long.
-    """
-    V = logits.shape[-1]
-    k = min(k, V)
-    if not isinstance(logits, Tensor) or not logits.is_cpu or V < 2 * k * BLOCK:
-        top = logits.topk(k, dim=-1)
-        return top[0], top[1]
-    padded = F.pad(logits, (0, -V % BLOCK), value=-torch.inf) if V % BLOCK else logits
-    blocks = padded.unflatten(-1, (-1, BLOCK))                                      # [..., V / BLOCK, BLOCK]
-    best = blocks.amax(-1).topk(k, dim=-1).indices                                  # [..., k]
-    few = blocks.gather(-2, best[..., None].expand(*best.shape, BLOCK)).flatten(-2)
-    values, at = few.topk(k, dim=-1)
-    return values, best.gather(-1, at // BLOCK) * BLOCK + at % BLOCK
-
-
 def draw(logits: Any, uniform: Tensor, temperature: Tensor, top_p: Tensor, k: int) -> Tensor:
     """Draw a token a row, [..., V] -> [...]: from the k likeliest, at the row's temperature and top_p, by its number
     `uniform` from 0 to 1. The distribution is that of sampling.logits_to_probs."""
-    values, tokens = likeliest(logits, k)
-    values = values.float()
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    values, tokens = top[0].float(), top[1]
     probs = ((values - values[..., :1]) / temperature[..., None].clamp_min(1e-30)).softmax(-1)
     kept = probs.cumsum(-1) - probs < top_p[..., None]                  # the likelier ones hold less than top_p
     mass = probs.masked_fill(~kept, 0).cumsum(-1)

@@ -17,7 +17,7 @@ from model import Transformer
 from reference import TEMPLATE, assert_close, write_checkpoint
 from sampling import logits_to_probs
 from scripts import dialogues, generate_data
-from scripts.batching import Request, Rows, draw, likeliest
+from scripts.batching import Request, Rows, draw
 from scripts.report import loop_begin, loops
 from tokenizer import Tokenizer
 from train_data import read_dialogues
@@ -154,14 +154,6 @@ def test_draws_are_among_the_likeliest_and_have_their_probabilities():
         expected = logits_to_probs(logits[0], temperature, top_k, top_p)
         assert (counts - expected).abs().max() <= 1.5 / n
         assert not counts[expected == 0].any()
-
-
-@pytest.mark.parametrize("vocab, k", [(49152, 64), (32003, 50), (6001, 40), (100, 64), (10, 64), (6400, 1)])
-def test_the_likeliest_are_those_that_topk_finds(vocab, k):
-    logits = torch.randperm(3 * vocab).float().view(3, 1, vocab)
-    values, tokens = likeliest(logits, k)
-    top = logits.topk(min(k, vocab), dim=-1)
-    assert values.equal(top.values) and tokens.equal(top.indices)
 
 
 def test_a_share_of_the_dialogues_is_drawn_and_the_others_are_greedy(write, many, all_are_good, answers_end):
