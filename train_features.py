@@ -100,10 +100,11 @@ def shard_file(folder: Path, n: int) -> Path:
 
 
 def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, n_token: int,
-                   origin: dict[str, str], capture: tuple[int, ...] = ()) -> None:
+                   origin: dict[str, str], capture: tuple[int, ...] = (), computed: Features | None = None) -> None:
     """Fill the cache `folder`: those shards that are not there yet, n_token tokens at a time.
 
-    `origin` is what the features come from beside the states captured, the dtype and the tokens.
+    `origin` is what the features come from beside the states captured, the dtype and the tokens. `computed` has them
+    (default: the target runs).
     Raises ValueError where the cache is of other features, or where features are not finite.
     """
     dtype = model.norm.weight.dtype
@@ -114,7 +115,7 @@ def write_features(model: Transformer, dialogues: list[Dialogue], folder: Path, 
     if not (folder / "features.json").exists():
         write_atomically(folder / "features.json", json.dumps(stamp, indent=1) + "\n")
     total = sum(len(dialogue.tokens) for dialogue in dialogues)
-    computed = Features(model, dialogues, capture=capture)
+    computed = computed or Features(model, dialogues, capture=capture)
     width = max(1, len(computed.capture)) * model.config.dim
     say(f"features: {total} tokens, {total * width * dtype.itemsize / 1e9:.2f} GB in {folder}")
     with tqdm(total=total, desc="features", unit=" tokens", disable=None) as bar:

@@ -14,7 +14,7 @@ import json
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,17 @@ def flaw_of(text: str, tokens: list[int]) -> str | None:
 
 def loops(ids: list[int], n: int = 8, times: int = 3) -> bool:
     """Whether some n-gram comes `times` times."""
-    return max(Counter(zip(*(ids[i:] for i in range(n)))).values(), default=0) >= times
+    return loop_begin(ids, n, times) is not None
+
+
+def loop_begin(ids: list[int], n: int = 8, times: int = 3) -> int | None:
+    """Where the n-gram that is the first to come `times` times comes for the second time. None if there is none."""
+    places = defaultdict(list)
+    for place, gram in enumerate(zip(*(ids[i:] for i in range(n)))):
+        places[gram].append(place)
+        if len(places[gram]) == times:
+            return places[gram][1]
+    return None
 
 
 def plain_of(arm: str, arms: Iterable[str]) -> str:
