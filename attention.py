@@ -14,7 +14,7 @@ wherever in the cache they stand. Columns not seen add zeros at the end.
 Shapes: B batch, T new tokens, N tree nodes including the root, S cache slots read, K key/value heads, G = H / K query
 heads each, M = G * T rows padded to groups, D head dim, W columns at the end of S, all that drafts can take.
 """
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ class Seen(NamedTuple):
     offsets: Tensor     # [B*K*M] int32: where each row's part of the index begins
     rows: Tensor        # [B*K*M] among the B*T*(H + 2K) vectors of qkv: each head's queries, and what fills up a group
     queries: Tensor     # [B*T*H] where each query is among these
+
+
+class OwnCache(Protocol):
+    """Takes the place of a mask where keys and values are kept in another way: scripts/pages.py."""
+
+    def attend(self, qkv: Tensor, kv_cache: Tensor) -> Tensor:
+        """qkv [B, T, H + 2K, D], rotated, and a layer's cache -> [B, T, H*D]. Writes the new keys and values too."""
+        ...
 
 
 def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: Tensor | None = None,

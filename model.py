@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import MAX_TOKENS, Seen, attend, rows_seen
+from attention import MAX_TOKENS, OwnCache, Seen, attend, rows_seen
 from checkpoint import load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from linears import Experts, install_quantized, stored
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
                                     dtype=weight.dtype, device=weight.device)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                mask: Tensor | Seen | None = None, capture: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+                mask: Tensor | Seen | OwnCache | None = None, capture: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """One pass over a block of new tokens.
 
         tokens     [B, T] int64
@@ -138,12 +138,12 @@ class Transformer(nn.Module):
         return self.output(last), captured
 
     def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                 mask: Tensor | Seen | None = None, capture: tuple[int, ...] = ()) -> Tensor:
+                 mask: Tensor | Seen | OwnCache | None = None, capture: tuple[int, ...] = ()) -> Tensor:
         """The second value of `forward`, without the LM head."""
         return self.hidden_states(tokens, input_pos, cache_pos, mask, capture)[1]
 
-    def hidden_states(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None, mask: Tensor | Seen | None,
-                      capture: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def hidden_states(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None,
+                      mask: Tensor | Seen | OwnCache | None, capture: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The hidden state after the final norm [B, T, dim], and the features that `forward` returns."""
         check_block(tokens, self.kv_cache)
         if not all(0 <= i <= len(self.layers) for i in capture):
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
         bias = mask
-        if not isinstance(mask, Seen):
+        if isinstance(mask, Tensor):
             bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
             if self.is_exact and self.kv_cache is not None and tokens.shape[1] <= MAX_TOKENS:
                 bias = rows_seen(bias, self.kv_cache, tokens.shape[1], bias.shape[-1])
@@ -235,7 +235,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps) if attention_norm else nn.Identity()
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | Seen, cache_pos: Tensor,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | Seen | OwnCache, cache_pos: Tensor,
                 kv_cache: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """x [B, T, dim or in_dim], bias [B, 1, G*T, S], cache_pos [B, T], kv_cache [2, B, K, slots, D],
         residual [B, T, dim] (default: x) -> [B, T, dim]."""
@@ -254,7 +254,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | Seen, cache_pos: Tensor,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | Seen | OwnCache, cache_pos: Tensor,
                 kv_cache: Tensor | None) -> Tensor:
         H, K, D = self.n_head, self.n_kv_head, self.head_dim
         qkv = self.wqkv(x).unflatten(2, (H + 2 * K, D))                           # [B, T, H + 2K, D]
@@ -263,6 +263,9 @@ class Attention(nn.Module):
             mixed = torch.cat((self.q_norm(mixed.narrow(2, 0, H)), self.k_norm(mixed.narrow(2, H, K))), dim=2)
         rotated.copy_(apply_rope(mixed, rope))  # in place, so that keys and values stay one block to write
         kv = qkv.narrow(2, H, 2 * K).unflatten(2, (2, K))
+        if not isinstance(bias, (Tensor, Seen)):
+            assert kv_cache is not None
+            return self.wo(bias.attend(qkv, kv_cache))
         if kv_cache is None:
             k, v = kv.permute(2, 0, 3, 1, 4)                                      # [B, K, T, D]
         else:

@@ -40,8 +40,8 @@ class SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, predicted: Tensor, true: Tensor, weight: Tensor,
                 labels: Tensor | None = None, top_k: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """predicted, true [M, dim], weight [V, dim], labels [M, 1]: the weight's row of the text's token, -1 for none
-        -> loss [], its part [], positions where predicted and true have the same likeliest token [], and where it is
-        the label [].
+        -> loss [], its part [], and with labels: positions where predicted and true have the same likeliest token [],
+        and where it is the label [].
         """
         loss, part, same, right = torch.zeros(4, device=weight.device)
         grad = torch.empty_like(predicted)
@@ -52,8 +52,8 @@ class SoftCrossEntropy(torch.autograd.Function):
             probs = (true[begin:begin + n].to(weight.dtype) @ weight.T).softmax(-1, dtype=torch.float)
             log_q = logits.log_softmax(-1, dtype=torch.float)
             best = log_q.amax(-1, keepdim=True)
-            same += (log_q.gather(-1, probs.argmax(-1, keepdim=True)) == best).sum()
             if labels is not None:
+                same += (log_q.gather(-1, probs.argmax(-1, keepdim=True)) == best).sum()
                 row = labels[begin:begin + n]
                 right += ((log_q.gather(-1, row.clamp_min(0)) == best) & (row >= 0)).sum()
             loss -= torch.dot(probs.flatten(), log_q.flatten())

@@ -1,4 +1,4 @@
-"""Continuous batching: many requests through the rows of one cache. A row that ends begins the next request at once.
+"""Continuous batching: many requests side by side over one cache. A row that ends begins the next request at once.
 
     rows = Rows(model, n_row=32, n_slot=768, stop_ids=tokenizer.stop_ids)
     for request in rows.run(next_request):      # next_request() -> Request, or None where there is none just now
@@ -22,6 +22,7 @@ from torch import Tensor
 import tp
 from decoder import Decoder, PlainStep, check_prompts, not_finite, restored_caches
 from model import PREFILL_CHUNK, Transformer, bucket, causal_mask
+from scripts.pages import Pages
 from sampling import NOT_FINITE, Sampling, next_tokens
 from tokenizer import common_prefix
 
@@ -63,11 +64,12 @@ class RowsStep(PlainStep):
     features    [B, S, dim] of every token read, where they are kept
     """
 
-    def __init__(self, model: Transformer, n_row: int, n_slot: int, top_k: int | None, keep_features: bool):
+    def __init__(self, model: Transformer, pages: Pages, n_row: int, n_slot: int, top_k: int | None,
+                 keep_features: bool):
         device, dim = model.inv_freq.device, model.config.dim
         tokens = torch.zeros(n_row, 1, dtype=torch.long, device=device)
         super().__init__(model, tokens, torch.zeros_like(tokens), Sampling())
-        self.top_k, self.running = top_k, torch.zeros_like(tokens)
+        self.pages, self.top_k, self.running = pages, top_k, torch.zeros_like(tokens)
         self.temperature, self.top_p = torch.ones(2, n_row, 1, device=device)
         self.uniform = torch.zeros(n_row, n_slot, device=device)
         self.features = model.kv_cache.new_zeros(n_row, n_slot, dim) if keep_features else None
@@ -75,17 +77,22 @@ class RowsStep(PlainStep):
     @property
     def state(self) -> list[Tensor]:
         more = [self.running, self.temperature, self.top_p, self.uniform]
-        return [*super().state, *more, *([] if self.features is None else [self.features])]
+        return [*super().state, *self.pages.state, *more, *([] if self.features is None else [self.features])]
 
-    def __call__(self, n_slot: int) -> None:
-        hidden = self.model.features(self.tokens, self.pos, mask=causal_mask(self.pos, n_slot))
+    def __call__(self, n_page: int) -> None:
+        """One step that reads the first n_page pages."""
+        hidden = self.model.features(self.tokens, self.pos, mask=self.pages.seen(self.pos, n_page))
         if self.features is not None:
             self.features.scatter_(1, self.pos[..., None].expand(-1, -1, hidden.shape[-1]), hidden)
         logits = self.model.output(hidden)
         tokens = next_tokens(logits, self.sampling)
         if self.top_k is not None:
-            drawn = draw(logits, self.uniform.gather(1, self.pos), self.temperature, self.top_p, self.top_k)
-            tokens = torch.where((self.temperature > 0) & (tokens != NOT_FINITE), drawn, tokens)
+            # topk is slow on a CPU: only for the rows that draw. A CUDA graph has no such choice.
+            draws = self.temperature[:, 0] > 0
+            rows = slice(None) if self.pos.is_cuda else draws.nonzero()[:, 0]
+            drawn = draw(logits[rows], self.uniform.gather(1, self.pos)[rows], self.temperature[rows], self.top_p[rows],
+                         self.top_k)
+            tokens[rows] = torch.where(draws[rows, None] & (tokens[rows] != NOT_FINITE), drawn, tokens[rows])
         self.produced.copy_(tokens)
         self.tokens.copy_(tokens.clamp(min=0))
         self.pos.add_(self.running)
@@ -98,7 +105,8 @@ class Rows:
     keep_features   requests get the target's features of all their tokens. A row then reads its last token too
     group           prompts in a prefill; rows that have ended wait until there are so many
 
-    Memory: n_row + group rows of n_slot slots in the cache, and with features dim numbers a slot (`nbytes`).
+    Memory: up to n_row + group rows of n_slot slots in the cache, and with features dim numbers a slot (`nbytes`).
+    Of the rows, a CPU touches only the pages that are in use (pages.py).
     """
 
     def __init__(self, model: Transformer, n_row: int, n_slot: int, *, top_k: int | None = None,
@@ -108,10 +116,11 @@ class Rows:
         with restored_caches(model, None):
             model.setup_caches(self.group, n_slot)
             self.scratch = model.kv_cache               # prompts are prefilled here
-            model.setup_caches(n_row, n_slot)
-            self.cache = model.kv_cache
+            self.pages = Pages(model, n_row, n_slot)
             self.decoder = Decoder(model, n_row, compile=compile)
-            self.step = self.decoder.plain = RowsStep(model, n_row, n_slot, top_k, keep_features)
+            self.decoder.n_slot = len(self.pages.owner)     # a step reads pages, where the decoder speaks of slots
+            self.decoder.can_trace = False                  # a trace would fix the number of pages
+            self.step = self.decoder.plain = RowsStep(model, self.pages, n_row, n_slot, top_k, keep_features)
         self.requests: list[Request | None] = [None] * n_row
         self.texts: list[list[int]] = [[] for _ in range(n_row)]    # the cache has all but the last token of each
         self.closing: set[int] = set()      # rows that have ended and read their last token, for its feature
@@ -120,7 +129,7 @@ class Rows:
     @property
     def nbytes(self) -> int:
         features = self.step.features
-        return self.cache.nbytes + self.scratch.nbytes + (0 if features is None else features.nbytes)
+        return self.pages.cache.nbytes + self.scratch.nbytes + (0 if features is None else features.nbytes)
 
     @torch.inference_mode()
     def run(self, next_request: Callable[[], Request | None]) -> Iterator[Request]:
@@ -129,14 +138,16 @@ class Rows:
         Raises ValueError for a prompt that does not fit, and for logits that are not finite.
         """
         with restored_caches(self.model, None):
-            self.model.kv_cache = self.cache
-            self.decoder.warm_up([1], self.n_slot)
+            self.model.kv_cache = self.pages.cache
+            self.decoder.warm_up([1], self.decoder.n_slot)
             while True:
                 self._admit(next_request)
-                lengths = [len(text) for text, request in zip(self.texts, self.requests) if request is not None]
-                if not lengths:
+                running = [row for row, request in enumerate(self.requests) if request is not None]
+                if not running:
                     return
-                report = self.decoder.run("plain", max(lengths))
+                for row in running:
+                    self.pages.grow(row, len(self.texts[row]))
+                report = self.decoder.run("plain", self.pages.n_used)
                 tp.check_ranks(report)
                 for row, (token, *_) in enumerate(report.tolist()):     # sync: one a step, to stop and begin rows
                     if (request := self._take(row, token)) is not None:
@@ -150,7 +161,7 @@ class Rows:
         if row not in self.closing:
             n_prompt = len(request.prompt)
             if token == NOT_FINITE:
-                raise ValueError(not_finite(self.cache.dtype, row, len(text) - n_prompt))
+                raise ValueError(not_finite(self.pages.cache.dtype, row, len(text) - n_prompt))
             text.append(token)
             self.n_generated += 1
             is_stop, is_full = token in self.stop_ids, len(text) == min(n_prompt + request.limit, self.n_slot)
@@ -191,24 +202,25 @@ class Rows:
         known, parts = [], []
         for n, prompt in enumerate(prompts):
             length, source = max((common_prefix(prompt, text[:-1]), row) for row, text in enumerate(self.texts))
-            self.scratch[:, :, n, :, :length] = self.cache[:, :, source, :, :length]
+            self.scratch[:, :, n, :, :length] = self.pages.read(source, length)
             parts.append([] if features is None else [features[source, :length].clone()])
             known.append(length)
-        longest = max(map(len, prompts))
-        padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.cache.device)
+        longest, device = max(map(len, prompts)), self.scratch.device
+        padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         begin, n_new = padded.new_tensor(known)[:, None], max(len(p) - n for p, n in zip(prompts, known))
         self.model.kv_cache = self.scratch
         with torch.compiler.set_stance("force_eager") if self.decoder.compile else contextlib.nullcontext():
             for i in range(0, n_new, PREFILL_CHUNK):    # rows are padded on the right: see model.prefill
                 size = min(PREFILL_CHUNK, n_new - i)
-                pos = (begin + torch.arange(i, i + size, device=begin.device)).clamp(max=self.n_slot - 1)
+                pos = (begin + torch.arange(i, i + size, device=device)).clamp(max=self.n_slot - 1)
                 mask = causal_mask(pos, bucket(max(known) + i + size, self.n_slot))
                 hidden = self.model.features(padded.gather(1, pos.clamp(max=longest - 1)), pos, mask=mask)
                 for part, rows in zip(parts, hidden if features is not None else ()):
                     part.append(rows)
-        self.model.kv_cache = self.cache
+        self.model.kv_cache = self.pages.cache
         for n, (row, request) in enumerate(new):
-            self.cache[:, :, row, :, :len(prompts[n])] = self.scratch[:, :, n, :, :len(prompts[n])]
+            self.pages.free(row)    # until now others could copy what it had
+            self.pages.write(row, self.scratch[:, :, n, :, :len(prompts[n])])
             if features is not None:
                 features[row, :len(prompts[n])] = torch.cat(parts[n])[:len(prompts[n])]
             self._begin(row, request)

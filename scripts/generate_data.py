@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     rows = Rows(model, args.batch_size, n_slot, stop_ids=tokenizer.stop_ids, compile=args.compile,
                 top_k=args.top_k if args.prompts is None or args.temperature > 0 else None,
                 keep_features=args.features is not None, group=max(1, args.batch_size // GROUPS))
-    say(f"{args.batch_size} rows of {n_slot} cache slots: {rows.nbytes / 1e9:.2f} GB beside the weights")
+    say(f"{args.batch_size} rows of up to {n_slot} cache slots: at most {rows.nbytes / 1e9:.2f} GB beside the weights")
     n_token, start = 0, time.monotonic()
     with tqdm(total=desk.total, initial=desk.n_closed, unit=" dialogues") as bar:
         for request in rows.run(desk.next):

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_features
-from decoder import generate
+from decoder import generate, restored_caches
 from model import Transformer
 from reference import TEMPLATE, assert_close, write_checkpoint
 from sampling import logits_to_probs
 from scripts import dialogues, generate_data
 from scripts.batching import Request, Rows, draw
+from scripts.pages import Pages
 from scripts.report import loop_begin, loops
 from tokenizer import Tokenizer
 from train_data import read_dialogues
@@ -142,6 +144,39 @@ def test_what_prompts_share_is_computed_once(talker):
     assert rows.n_prefilled == 30 + 12 * 2 and rows.n_copied == 11 * 30
     for request in requests:
         assert request.tokens == generate(model, [request.prompt], 6).tokens[0]
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_rows_of_any_length_attend_to_their_own_pages_only(talker, dtype, error):
+    model = Transformer.from_pretrained(talker, device="cpu", dtype=dtype)
+    attention, n_slot = model.layers[0].attention, 200
+    H, K, D = attention.n_head, attention.n_kv_head, attention.head_dim
+    with restored_caches(model, None):
+        pages = Pages(model, 5, n_slot)
+    pages.cache.fill_(torch.nan)        # what a page held before it was given out must not be seen
+    pages.cache[:, :, 0] = 0
+    lengths = [130, 1, 64, 0, 199]
+    states = torch.randn(5, 1, 2, K, n_slot, D).to(dtype).expand(-1, len(model.layers), -1, -1, -1, -1)
+    for row in (4, 0, 3, 2, 1):
+        pages.write(row, states[row][..., :50, :])
+    for row in (2, 4):                  # pages are given back, and come again to others
+        pages.free(row)
+    for row, length in enumerate(lengths):
+        pages.free(row)
+        if length:
+            pages.write(row, states[row][..., :length - 1, :])
+            pages.grow(row, length)
+            assert pages.read(row, length - 1).equal(states[row][..., :length - 1, :])
+    qkv = torch.randn(5, 1, H + 2 * K, D).to(dtype)
+    y = pages.seen(torch.tensor(lengths)[:, None].sub(1).clamp(min=0), pages.n_used + 3).attend(qkv, pages.cache[0])
+    for row, length in enumerate(lengths):
+        if length:
+            q, kv = qkv[row, 0].split((H, 2 * K))
+            k, v = torch.cat((states[row][0, :, :, :length - 1], kv.view(2, K, 1, D)), dim=2).float()
+            expected = F.scaled_dot_product_attention(q[:, None].float(), k.repeat_interleave(H // K, 0),
+                                                      v.repeat_interleave(H // K, 0))
+            assert (y[row].float() - expected.flatten()).abs().max() < error
+    assert y[3].isfinite().all()        # a row without a page stays harmless
 
 
 def test_draws_are_among_the_likeliest_and_have_their_probabilities():
