@@ -1,23 +1,30 @@
 """The scripts around a head: tree search and draft vocabulary."""
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import train_head
 from draft_tree import StaticTree, load_tree
 from eagle_head import EagleHead
 from generate import generate
 from generate import parse_args as generate_args
 from model import Transformer
 from reference import tiny, tokens_of, write_checkpoint
-from scripts import draft_vocab, tree_search, tune_tree
+from scripts import draft_vocab, generate_data, tree_search, tune_tree
 from scripts.tree_search import Answer, Candidate, accept_lengths, foretell, right_copies
 from test_copy import slow_lookup
 from train_loss import draft_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -303,3 +310,50 @@ def test_draft_vocabulary_refuses_bad_data_in_one_line(tmp_path, demo_folder, ca
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert len(errors) == 1 and culprit in errors[0]
     assert not out.exists()
+
+
+def test_the_recipe_of_the_shipped_head_is_made_of_valid_commands_and_ends_where_one_fails(tmp_path):
+    (tmp_path / "C").mkdir()
+    (tmp_path / "C-int4").mkdir()
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!{sys.executable}
+import json, pathlib, sys
+script, *options = sys.argv[1:]
+if script == "-c":
+    sys.exit(1)     # there is no GPU
+with open({str(tmp_path / 'calls')!r}, "a") as calls:
+    calls.write(json.dumps([script, options]) + "\\n")
+if script.endswith("generate_data.py"):
+    out = pathlib.Path(options[options.index("--out") + 1])
+    out.write_text(out.name + "\\n")
+    sys.exit(pathlib.Path({str(tmp_path / 'fails')!r}).exists())
+""")
+    stub.chmod(0o755)
+
+    def run():
+        (tmp_path / "calls").unlink(missing_ok=True)
+        settings = {"PYTHON": str(stub), "CHECKPOINT": str(tmp_path / "C"), "WRITERS": "2", "DIALOGUES": "10"}
+        status = subprocess.run(["bash", ROOT / "scripts/train_demo_head.sh", tmp_path / "out"],
+                                env=os.environ | settings).returncode
+        return status, list(map(json.loads, (tmp_path / "calls").read_text().splitlines()))
+
+    status, calls = run()
+    assert status == 0
+    assert sorted(script for script, _ in calls[:2]) == ["scripts/generate_data.py"] * 2
+    assert [script for script, _ in calls[2:]] == ["train_head.py", "scripts/tune_tree.py", "scripts/tune_tree.py"]
+    parsers = {"scripts/generate_data.py": generate_data, "train_head.py": train_head,
+               "scripts/tune_tree.py": tune_tree}
+    written, trained, tuned = [], None, []
+    for script, options in calls:
+        args = parsers[script].parse_args(options)
+        written += [args] if script == "scripts/generate_data.py" else []
+        tuned += [args.checkpoint] if script == "scripts/tune_tree.py" else []
+        trained = args if script == "train_head.py" else trained
+    assert sorted((args.seed, args.dialogues) for args in written) == [(201, 5), (202, 5)]
+    assert trained.data.read_text() == "data-1.jsonl\ndata-2.jsonl\n" and trained.resume
+    assert tuned == [str(tmp_path / "C"), str(tmp_path / "C-int4")]
+
+    (tmp_path / "fails").touch()
+    status, calls = run()
+    assert status != 0 and {script for script, _ in calls} == {"scripts/generate_data.py"}
+    assert subprocess.run(["bash", ROOT / "scripts/train_demo_head.sh"], capture_output=True).returncode == 2

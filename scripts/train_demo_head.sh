@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# bash scripts/train_demo_head.sh OUT: the whole recipe of the shipped head, from the writing of its data to its trees.
+#
+# For a GPU or a CPU, after scripts/demo.sh has installed what it needs. Started again after a stop it goes on where it
+# was. Settings:
+#   CHECKPOINT   the target (default: the demo model). CHECKPOINT-int8 and CHECKPOINT-int4, where there are, get trees too
+#   DIALOGUES    that the target writes (default: 48000, about 6 million answer tokens)
+#   WRITERS      processes that write them side by side (default: one for each CPU core, or 1 on a GPU)
+#   INIT         the head to begin with (default: the shipped one); "none": random weights
+#   EPOCHS       of training (default: 2)
+#   DRAFT_VOCAB  tokens that the head can draft (default: 8192)
+set -euo pipefail
+[ $# = 1 ] || { echo "usage: bash scripts/train_demo_head.sh OUT" >&2; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+checkpoint=${CHECKPOINT:-$($python scripts/download.py --demo | tail -n 1)}
+init=${INIT:-heads/SmolLM2-135M-Instruct}
+if $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    writers=${WRITERS:-1} threads=
+else
+    writers=${WRITERS:-$(nproc)} threads=1      # two processes of one thread write more than one process of two
+fi
+
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+for n in $(seq "$writers"); do
+    ${threads:+env OMP_NUM_THREADS=$threads} $python scripts/generate_data.py --checkpoint "$checkpoint" --out "$out/data-$n.jsonl" \
+        --seed $((200 + n)) --dialogues $((${DIALOGUES:-48000} / writers)) --max-new-tokens 1000 --max-user-tokens 72 \
+        --second-turns 0.3 --temperature 0.7 --temperature-share 0.1 --batch-size 256 &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid"; done
+cat "$out"/data-*.jsonl > "$out/data.part"
+mv "$out/data.part" "$out/data.jsonl"
+
+[ "$init" = none ] && begin=() || begin=(--init "$init")
+$python train_head.py --checkpoint "$checkpoint" --data "$out/data.jsonl" --cache-features "$out/features" --out "$out/head" \
+    "${begin[@]}" --draft-vocab "${DRAFT_VOCAB:-8192}" --batch-size 8 --max-length 1024 --epochs "${EPOCHS:-2}" --levels 3 --lr 2e-3 \
+    --cls-weight 0.3 --keep best --resume
+for target in "$checkpoint" "$checkpoint-int8" "$checkpoint-int4"; do
+    [ ! -d "$target" ] || $python scripts/tune_tree.py --checkpoint "$target" --eagle "$out/head"
+done
