@@ -7,7 +7,8 @@ torch's fused attention (MKL inside) adds in an order that depends on the number
 an order of its own. Columns are positions: a node's own key is the last that it sees and its parent's the one before,
 wherever in the cache they stand. Columns not seen add zeros at the end.
 
-    scores          a product in fp32 with rows padded to whole groups of ROW_GROUP: MKL has other kernels for the rest
+    scores          a product in fp32 with rows padded to whole groups of ROW_GROUP: MKL has other kernels for the rest.
+                    Where larger blocks have another one too, group by group
     softmax         torch adds column c into lane c % 16 of a vector register, or c % 8
     weighted sum    embedding_bag adds column after column, for each row by itself
 
@@ -20,19 +21,21 @@ import torch
 from torch import Tensor
 
 ROW_GROUP = 4
+LEAST_SLOTS = 32    # read by a step: MKL has another kernel for 16
 MAX_TOKENS = 72     # of a sequence: 60 nodes and 8 copied ones. Longer prompts take the fused attention: it is faster
 
 
 class Seen(NamedTuple):
     """What the rows of one pass see."""
     n_slot: int         # S
-    bias: Tensor        # [B*K, M, S] fp32; for a tree [1], 0
+    biases: list[Tensor]    # [B*K, rows_at_once, S] fp32 each; for a tree [1], 0
     end: tuple[Tensor, Tensor] | None   # of a tree's last W columns: slots, counted from S - W, and bias, [B*K, M, W]
     n_end: int          # W or more
     index: Tensor       # [B*K*M*S] int32: rows of the values [B*K*slots, D]
     offsets: Tensor     # [B*K*M] int32: where each row's part of the index begins
     rows: Tensor        # [B*K*M] among the B*T*(H + 2K) vectors of qkv: each head's queries, and what fills up a group
     queries: Tensor     # [B*T*H] where each query is among these
+    rows_at_once: int   # of a product
 
 
 class OwnCache(Protocol):
@@ -44,11 +47,11 @@ class OwnCache(Protocol):
 
 
 def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: Tensor | None = None,
-              n_end: int = 0) -> Seen:
+              n_end: int = 0, by_group: bool = False) -> Seen:
     """bias [B, 1, G*T, S] additive, kv_cache [..., K, slots, D], n_slot = S.
 
     For a tree: bias [B, 1, G*T, W], and the slots [B, T, W] whose keys stand at these positions on each node's path.
-    W is n_end, or S if that is less.
+    W is n_end, or S if that is less. by_group: see above.
     """
     B, _, rows, width = bias.shape
     K, n_all = kv_cache.shape[-3:-1]
@@ -70,8 +73,10 @@ def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: 
     index = torch.arange(B * K, dtype=torch.int32)[:, None, None] * n_all + column
     vector = (first * n_token + order % n_token) * (K * G + 2 * K) + head * G + order // n_token    # [B, K, M]
     place = (first[..., None] * K + head) * M + query * n_token + token                             # [B, T, K, G]
-    return Seen(n_slot, wide, end, n_end, index.flatten(), torch.arange(B * K * M, dtype=torch.int32) * n_slot,
-                vector.flatten(), place.flatten())
+    at_once = ROW_GROUP if by_group else M
+    biases = list(wide.split(at_once, dim=1)) if slots is None else [wide] * (M // at_once)
+    return Seen(n_slot, biases, end, n_end, index.flatten(), torch.arange(B * K * M, dtype=torch.int32) * n_slot,
+                vector.flatten(), place.flatten(), at_once)
 
 
 def path_slots(depths: Tensor, above: Tensor, pos: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +98,9 @@ def attend(qkv: Tensor, k: Tensor, values: Tensor, seen: Seen) -> Tensor:
     D = int(k.shape[-1])    # a constant of a trace, which has no need to ask again at each step
     keys = k.flatten(0, 1).float()
     q = qkv.flatten(0, 2).index_select(0, seen.rows).float().view(len(keys), -1, D)             # [B*K, M, D]
-    scores = torch.baddbmm(seen.bias, q, keys.transpose(1, 2), alpha=D ** -0.5)
+    parts = [torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=D ** -0.5)
+             for bias, rows in zip(seen.biases, q.split(seen.rows_at_once, dim=1))]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)                           # [B*K, M, S]
     if seen.end is not None:
         slots, bias = seen.end
         last = scores[..., -seen.n_end:]

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attention import LEAST_SLOTS
 from draft_tree import StaticTree, Tree, load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
@@ -216,7 +217,7 @@ class Decoder:
         if head is not None or tree is not None:
             self.eagle = EagleStep(model, head, tree or load_tree("static"), batch_size, sampling, draw_drafts)
             if batch_size == 1 and not compile:
-                self.eagle.n_end = self.eagle.n_room + self.STRIDE - 1      # see _n_slot
+                self.eagle.n_end = max(self.eagle.n_room + self.STRIDE - 1, LEAST_SLOTS)    # see _n_slot
             tokens, pos = self.eagle.tokens, self.eagle.pos     # shared: plain steps go on where EAGLE's end
         else:
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
@@ -397,7 +398,7 @@ class Decoder:
     def _n_slot(self, kind: Kind, length: int) -> int:
         """Cache slots to read: one of few sizes if each is captured, else close to the length."""
         used = length - 1 + (1 if kind == "plain" or self.eagle is None else self.eagle.n_room)
-        size = -(-used // self.STRIDE) * self.STRIDE
+        size = max(-(-used // self.STRIDE) * self.STRIDE, LEAST_SLOTS)
         return bucket(used, self.n_slot) if self.compile else min(size, self.n_slot)
 
     def _clock(self) -> float:

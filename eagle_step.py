@@ -276,7 +276,8 @@ class EagleStep:
         above = lineage(draft.parents, depth, self.plan.order)
         slots, seen = path_slots(draft.depths, above, self.pos, torch.arange(n_slot)[-self.n_end:])
         bias = attention_bias(seen, config.n_head // config.n_kv_head, torch.float)
-        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots, self.n_end)
+        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots, self.n_end,
+                         self.model.by_group)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if draft.tokens.shape[1] == 1:      # nothing was drafted

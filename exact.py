@@ -5,21 +5,24 @@
 What mixes numbers of several rows, or adds in an order that depends on them, is attention (attention.py) and products.
 A library may have another kernel for one row than for a block, and others again on another CPU. So random rows go
 through attention and each kind of product, alone and in blocks. Where one row alone has bits of its own, it gets a
-companion. Where blocks differ there is no promise. Nothing is chosen by time: another run makes the same choices.
+companion; where large blocks have, they are cut. Where small ones differ there is no promise. Nothing is chosen by
+time: another run makes the same choices.
 
 Shapes: T tokens, S cache slots read, K key/value heads, G = H / K query heads each, D head dim.
 """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from attention import MAX_TOKENS, attend, rows_seen
+from attention import LEAST_SLOTS, MAX_TOKENS, attend, rows_seen
 from config import ModelArgs
 from linears import ROWS, IntLinear, PackedLinear, QuantLinear
 from model import Transformer, attention_bias, causal_mask
 from runtime import candidates
 
 BLOCKS = (1, 2, 3, 4, 5, 8, 12, 16, 26, 32, 60, MAX_TOKENS, 3 * MAX_TOKENS)    # rows; the last are three sequences
-N_OUTPUT = 1 << 16      # compared for each: of a kernel with an order of its own, one output in 3,000 is another
+CUTS = (BLOCKS[-1], 32, 16)     # AMX has another kernel from 33 rows on
+LENGTHS = (40, 100, 400)     # of texts whose last tokens are compared
+N_OUTPUT = 1 << 16      # compared for each
 
 
 @torch.no_grad()
@@ -34,55 +37,86 @@ def make_exact(model: Transformer) -> None:
                          f"{str(weight.dtype).removeprefix('torch.')}")
     if model.config.n_expert or torch.distributed.is_initialized():
         raise ValueError("exact decoding is for dense models in one process")
-    if not attention_agrees(model.config):
+    by_group = not attention_agrees(model.config, by_group=False)
+    if by_group and not attention_agrees(model.config, by_group):
         raise ValueError("exact decoding: on this CPU attention depends on the number of tokens in a block")
     quantised = {module: candidates(module, 1)[-1] for module in model.modules() if isinstance(module, QuantLinear)}
     for module, kernel in quantised.items():
         module.lay_out({kernel})
     products = [part for part in model.modules() if isinstance(part, nn.Linear | PackedLinear | IntLinear)]
-    found, padded = {}, []
+    found: dict[tuple, tuple[int, int]] = {}
+    limits = {}
     for product in products:
         kind = type(product), product.in_features, product.out_features, getattr(product, "group_size", None)
         if kind not in found:
-            found[kind] = blocks_apart(product)
-        if found[kind] == {1} and isinstance(product, PackedLinear):
-            padded.append(product)
-        elif found[kind]:
-            raise ValueError(f"exact decoding: on this CPU the product of {product.in_features} columns to "
-                             f"{product.out_features} is another for {sorted(found[kind])} rows")
-    for product in padded:
-        product.pads_one_row = True
+            found[kind] = rows_alike(product)
+        limits[product] = found[kind]
+    for product, (at_least, at_most) in limits.items():
+        if (at_least, at_most) != (1, 0):
+            assert isinstance(product, PackedLinear)
+            product.rows_at_least, product.rows_at_most, product.block_at_most = at_least, at_most, MAX_TOKENS
     for module, kernel in quantised.items():
         module.kernels, module.dense_from = dict.fromkeys(ROWS, kernel), MAX_TOKENS + 1
         module.lay_out({kernel, "dense"})
-    model.is_exact = True
+    model.is_exact, model.by_group = True, by_group
 
 
-def blocks_apart(product: nn.Linear | PackedLinear | IntLinear) -> set[int]:
-    """The numbers of rows for which this product's bits are not those of the largest block."""
+def rows_alike(product: nn.Linear | PackedLinear | IntLinear) -> tuple[int, int]:
+    """The least and the largest number of rows, 0 for any, between which this product's bits do not depend on it.
+
+    Raises ValueError where that takes more than to pad one row or to cut blocks, which a PackedLinear can do.
+    """
+    apart = blocks_apart(product, BLOCKS[-1])
+    if not apart:
+        return 1, 0
+    for at_most in CUTS:
+        rest = blocks_apart(product, at_most)
+        if rest <= {1} and isinstance(product, PackedLinear):
+            return 1 + len(rest), 0 if at_most == BLOCKS[-1] else at_most
+    raise ValueError(f"exact decoding: on this CPU the product of {product.in_features} columns to "
+                     f"{product.out_features} is another for {sorted(apart)} rows")
+
+
+def blocks_apart(product: nn.Linear | PackedLinear | IntLinear, size: int) -> set[int]:
+    """The numbers of rows, up to `size`, for which this product's bits are not those in blocks of that size."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BLOCKS[-1], product.in_features, generator=generator).bfloat16()
-    whole, enough = product(x), -(-N_OUTPUT // product.out_features)
-    return {n for n in BLOCKS if any(not torch.equal(product(x[i:i + n]), whole[i:i + n])
-                                     for i in range(0, min(enough, len(x) - n + 1), n))}
+    if not isinstance(product, IntLinear):
+        product, x = mirrored(product, x, generator)
+    whole, enough = torch.cat([product(part) for part in x.split(size)]), -(-N_OUTPUT // product.out_features)
+    return {n for n in BLOCKS if n <= size and any(not torch.equal(product(x[i:i + n]), whole[i:i + n])
+                                                   for i in range(0, min(enough, len(x) - n + 1), n))}
 
 
-def attention_agrees(config: ModelArgs) -> bool:
-    """Whether tokens at the end of 400 get the same bits one by one and in blocks, which read more slots."""
-    K, D, n = config.n_kv_head, config.head_dim, 400
-    G, first = config.n_head // K, n - MAX_TOKENS
+def mirrored(product: nn.Linear | PackedLinear, x: Tensor,
+             generator: torch.Generator) -> tuple[nn.Linear | PackedLinear, Tensor]:
+    """A product of this kind and size, and rows, whose sums are 0 but for rounding: their bits show the order in which
+    they were added, where rounding an ordinary sum to 16 bits hides it in all but one of 10^5."""
+    half, odd = divmod(product.in_features, 2)
+    weight = torch.randn(product.out_features, half, generator=generator)
+    linear = nn.Linear(product.in_features, product.out_features, bias=False, dtype=torch.bfloat16)
+    linear.weight.data = torch.cat((weight, weight.new_zeros(len(weight), odd), weight.flip(1)), dim=1).bfloat16()
+    rows = torch.cat((x[:, :half + odd], -x[:, :half].flip(1)), dim=1)
+    return PackedLinear(linear) if isinstance(product, PackedLinear) else linear, rows
+
+
+def attention_agrees(config: ModelArgs, by_group: bool) -> bool:
+    """Whether tokens at the end of a text get the same bits one by one and in blocks, which read more slots."""
+    K, D, longest = config.n_kv_head, config.head_dim, max(LENGTHS)
+    G = config.n_head // K
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(1, n, K * (G + 2), D, generator=generator).bfloat16()
-    cache = torch.randn(2, 1, K, n + 32, D, generator=generator).bfloat16()
+    qkv = torch.randn(1, longest, K * (G + 2), D, generator=generator).bfloat16()
+    cache = torch.randn(2, 1, K, longest + 32, D, generator=generator).bfloat16()
 
-    def by_blocks(n_token: int, room: int) -> torch.Tensor:
+    def by_blocks(n: int, n_token: int, room: int) -> Tensor:
         parts = []
-        for begin in range(first, n, n_token):
+        for begin in range(max(n - MAX_TOKENS, 0), n, n_token):
             end = min(begin + n_token, n)
-            n_slot = -(-(end + room) // 16) * 16
+            n_slot = max(-(-(end + room) // 16) * 16, LEAST_SLOTS)
             bias = attention_bias(causal_mask(torch.arange(begin, end)[None], n_slot), G, torch.bfloat16)
-            seen = rows_seen(bias, cache, end - begin, n_slot)
+            seen = rows_seen(bias, cache, end - begin, n_slot, by_group=by_group)
             parts.append(attend(qkv[:, begin:end].contiguous(), cache[0, :, :, :n_slot], cache[1], seen))
         return torch.cat(parts)
-    one_by_one = by_blocks(1, 0)
-    return all(torch.equal(one_by_one, by_blocks(n_token, 16)) for n_token in (2, 5, 12, 26, MAX_TOKENS))
+
+    return all(torch.equal(one_by_one, by_blocks(n, n_token, 16))
+               for n in LENGTHS for one_by_one in [by_blocks(n, 1, 0)] for n_token in (2, 5, 12, 26, MAX_TOKENS))

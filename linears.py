@@ -153,7 +153,8 @@ def can_pack(weight: Tensor) -> bool:
 class PackedLinear(nn.Module):
     """A linear in fp32 or bf16 for inference. oneDNN reorders its weight once, not at every call (dev/log.md)."""
     packed: Tensor
-    pads_one_row = False    # to two, where one row has a kernel of its own
+    rows_at_least, rows_at_most = 1, 0      # of a product; 0 is any number (exact.py)
+    block_at_most = 0       # tokens of a sequence up to which that holds
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -167,9 +168,16 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pads_one_row and x.shape[:-1].numel() == 1:
+        if not self.block_at_most or int(x.shape[-2]) > self.block_at_most:
+            return self.product(x)
+        n_row = int(x.shape[:-1].numel())       # a constant of a trace
+        if n_row < self.rows_at_least:
             return self.product(x.expand(2, *x.shape[1:]))[:1]
-        return self.product(x)
+        if not self.rows_at_most or n_row <= self.rows_at_most:
+            return self.product(x)
+        parts = [part if len(part) >= self.rows_at_least else part.expand(2, -1)
+                 for part in x.flatten(0, -2).split(self.rows_at_most)]
+        return torch.cat([self.product(part) for part in parts])[:n_row].view(*x.shape[:-1], -1)
 
     def product(self, x: Tensor) -> Tensor:
         if torch.jit.is_tracing():  # the tracer cannot record the empty list: it has no type

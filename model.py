@@ -54,6 +54,7 @@ class Transformer(nn.Module):
     inv_freq: Tensor    # [D/2], see rope_inv_freq
     kv_cache: Tensor    # see setup_caches; None before it is called
     is_exact = False    # a token gets the same bits in any block of up to MAX_TOKENS: see exact.py
+    by_group = False    # for that, its attention multiplies rows by groups
 
     def __init__(self, config: ModelArgs):
         super().__init__()
@@ -158,7 +159,7 @@ class Transformer(nn.Module):
         if isinstance(mask, Tensor):
             bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
             if self.is_exact and self.kv_cache is not None and tokens.shape[1] <= MAX_TOKENS:
-                bias = rows_seen(bias, self.kv_cache, tokens.shape[1], bias.shape[-1])
+                bias = rows_seen(bias, self.kv_cache, tokens.shape[1], bias.shape[-1], by_group=self.by_group)
         states = {}
         for i, layer in enumerate(self.layers):
             if i in capture:

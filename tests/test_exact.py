@@ -200,7 +200,7 @@ def test_a_promise_is_not_given_where_products_or_attention_depend_on_the_block(
             with pytest.raises(ValueError, match=r"of 64 columns to \d+ is another for \[5\] rows"):
                 target(folders("gqa"), "bf16", 0)
         else:   # one row alone gets a companion
-            assert all(module.pads_one_row for module in target(folders("gqa"), "bf16", 0).modules()
+            assert all(module.rows_at_least == 2 for module in target(folders("gqa"), "bf16", 0).modules()
                        if isinstance(module, PackedLinear))
     monkeypatch.undo()
     monkeypatch.setattr(exact, "attend", lambda qkv, *args: attend(qkv, *args) + (qkv.shape[1] == 12))
