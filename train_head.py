@@ -138,8 +138,9 @@ def main(args: argparse.Namespace) -> int:
                     figures = evaluate(learner, features, held_out, rank, world)
                 run.log.append({"step": run.step, "epoch": plan[run.step - 1][0], **figures})
                 run.keep_best()
-                bar.write("step {step}: top-1 {eval_top1:.3f}, a chain of 5 accepts {eval_chain_length:.2f}, "
-                          "n-alpha {eval_n_alpha}".format(**run.log[-1]), file=sys.stderr)
+                bar.write("step {step}: top-1 {eval_top1:.3f}, a chain of 5 accepts {eval_chain_length:.2f}, the "
+                          "paper's tree {eval_tree_length:.2f}, n-alpha {eval_n_alpha}".format(**run.log[-1]),
+                          file=sys.stderr)
                 started, n_seen = time.monotonic(), 0
                 continue
             epoch, indices = plan[run.step]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from draft_tree import PAPER_TREE
 from eagle_head import EagleHead
 from train_features import Batch, Features
 
@@ -26,6 +27,7 @@ from train_features import Batch, Features
 LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 27, "mps": 2 ** 25}
 MASK_AT_ONCE = 2 ** 20      # elements of an evaluation's mask, where that of a training step is smaller
 N_ALPHA = 5                 # n-alpha is reported for n = 0 .. 4
+PAPER_PATHS = {tuple(map(int, path)) for path in PAPER_TREE}
 
 
 class SoftCrossEntropy(torch.autograd.Function):
@@ -179,7 +181,8 @@ def input_noise(batch: Batch, indices: list[int], lengths: list[int], scale: flo
 
 @torch.no_grad()
 def evaluate(learner: Any, features: Features, held_out: list[int], rank: int = 0, world: int = 1) -> dict:
-    """Losses, top-1/2/3 accuracy, n-alpha and the accepted length expected of a chain, on dialogues not trained on.
+    """Losses, top-1/2/3 accuracy, n-alpha, and the accepted length of a chain and of the paper's tree, on dialogues not
+    trained on.
 
     n-alpha [1, section 5.2]: how often a chain's draft is right when the last n features before it are the head's own.
     Losses and agreement are those of one level, whatever was trained. Accuracies count the positions that have N_ALPHA
@@ -188,7 +191,7 @@ def evaluate(learner: Any, features: Features, held_out: list[int], rank: int = 
     learner = copy.copy(learner)    # a Learner, or an Eagle3Learner
     learner.n_level = 1
     names = learner.losses._fields[1:-1]
-    sums = torch.zeros(len(names) + 4 + 2 * N_ALPHA, dtype=torch.float64)
+    sums = torch.zeros(len(names) + 6 + 2 * N_ALPHA, dtype=torch.float64)
     device = learner.head.inv_freq.device
     for begin in range(0, len(held_out), world):
         mine = held_out[begin + rank:begin + rank + 1]
@@ -204,18 +207,34 @@ def evaluate(learner: Any, features: Features, held_out: list[int], rank: int = 
         ranks = ranks[:, batch.loss_mask[0, 2:2 + ranks.shape[1]]].cpu()
         right = (ranks == 0).double()
         sums += torch.cat((losses[1:-1], torch.tensor([batch.loss_mask[:, 2:].sum().item(), ranks.shape[1]]),
+                           torch.tensor(tokens_and_steps(PAPER_PATHS, list(zip(*ranks.tolist())))),
                            torch.stack([(ranks[0] < k).double().sum() for k in (2, 3)]),
                            right.sum(1), right.cumprod(0).sum(1)))
     if world > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    n_counted, n_rank, top2, top3, *alpha = sums[len(names):].tolist()
+    n_counted, n_rank, n_token, n_step, top2, top3, *alpha = sums[len(names):].tolist()
     n_counted, n_rank = max(1.0, n_counted), max(1.0, n_rank)   # dialogues of a few tokens have nothing to draft along
     return {**{f"eval_{name}": total / n_counted for name, total in zip(names, sums.tolist())},
             "eval_positions": int(n_counted),
             "eval_top1": alpha[0] / n_rank, "eval_top2": top2 / n_rank, "eval_top3": top3 / n_rank,
             "eval_n_alpha": [round(right / n_rank, 4) for right in alpha[:N_ALPHA]],
-            "eval_chain_length": 1 + sum(alpha[N_ALPHA:]) / n_rank}
+            "eval_chain_length": 1 + sum(alpha[N_ALPHA:]) / n_rank, "eval_tree_length": n_token / max(1.0, n_step)}
+
+
+def tokens_and_steps(tree: set[tuple[int, ...]], ranks: list[tuple[int, ...]]) -> tuple[int, int]:
+    """What decoding an answer with this tree would take: see right_depths."""
+    i = n_step = 0
+    depths = right_depths(tree, ranks)
+    while i < len(depths):
+        i, n_step = i + 1 + depths[i], n_step + 1
+    return i, n_step
+
+
+def right_depths(tree: set[tuple[int, ...]], ranks: list[tuple[int, ...]]) -> list[int]:
+    """How many drafts of the tree, a set of paths of child ranks, are right at each position. ranks[i]: ranks of the
+    tokens after position i, each among the guesses at its depth."""
+    return [next((d for d in range(len(row)) if row[:d + 1] not in tree), len(row)) for row in ranks]
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from copy_branch import N_GRAM
+from train_loss import right_depths
 
 COPY_LENGTHS = (0, 2, 3, 5, 8, 12, 16)      # of the copied branch; 0 is none
 FINALISTS = 5   # pairs of tree and branch that answer the questions, and
@@ -100,15 +101,10 @@ def accept_lengths(tree: set[tuple[int, ...]], ranks: list[tuple[int, ...]], cop
                    n_copy: int = 0) -> list[int]:
     """Tokens of each step, the bonus among them, if an answer were decoded with this tree and a branch of n_copy.
 
-    ranks[i]: ranks of the tokens after position i, each among the guesses at its depth. A mean over all positions would
-    promise too much: stretches that are easy to draft hold most positions, and take few steps.
+    ranks: see train_loss.right_depths. A mean over all positions would promise too much: stretches that are easy to
+    draft hold most positions, and take few steps.
     """
     return [n for n, _ in steps_along(right_depths(tree, ranks), copied or [-1] * len(ranks), n_copy)]
-
-
-def right_depths(tree: set[tuple[int, ...]], ranks: list[tuple[int, ...]]) -> list[int]:
-    """How many drafts of the tree are right at each position."""
-    return [next((d for d in range(len(row)) if row[:d + 1] not in tree), len(row)) for row in ranks]
 
 
 def steps_along(depths: list[int], copied: list[int], n_copy: int) -> Iterator[tuple[int, bool]]:

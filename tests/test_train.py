@@ -28,6 +28,7 @@ import quantize
 import train_features
 import train_head
 import train_loss
+from draft_tree import StaticTree
 from eagle_head import Eagle3Head, EagleHead
 from generate import generate
 from checkpoint import read_json
@@ -499,25 +500,35 @@ def test_evaluation_counts_the_leading_drafts_that_are_right_position_by_positio
     head.set_draft_vocab([10, 11, 12])
     dialogues = [Dialogue(n, torch.randint(10, 13, (40,), dtype=torch.int32), torch.rand(40) < 0.7) for n in range(2)]
     entry = evaluate(Learner(head, autocast=False), Features(model, dialogues), [0, 1])
-    right, leading, n_position = [0] * 5, 0, 0
+    right, leading, n_position, n_token, n_step = [0] * 5, 0, 0, 0, 0
+    tree = StaticTree.paper()
     for _, tokens, loss_mask in dialogues:
+        free = 0                            # positions that the last step has decoded already
         tokens = tokens[None].long()
         features = model.features(tokens, torch.arange(40))
         for i in range(34):
             if not loss_mask[i + 2]:
                 continue
-            known, hits = features[:, :i + 1], []
+            known, hits, node, at, depth = features[:, :i + 1], [], 0, True, 0
             for n in range(i + 1, i + 6):   # n pairs are known; the last output is the next feature, which says t_{n+1}
                 known = torch.cat((known, head(tokens[:, 1:n + 1], known, torch.arange(n))[:, -1:]), dim=1)
-                hits.append(int(head.draft_logits(known[0, -1]).argmax() + 10 == tokens[0, n + 1]))
+                logits = head.draft_logits(known[0, -1])
+                hits.append(int(logits.argmax() + 10 == tokens[0, n + 1]))
+                rank = int((logits > logits[tokens[0, n + 1] - 10]).sum())
+                below = [c for c in range(1, tree.n_node) if tree.parents[c] == node and tree.ranks[c] == rank and at]
+                node, at, depth = (below[0], True, depth + 1) if below else (node, False, depth)
             right = [a + b for a, b in zip(right, hits)]
             leading += (hits + [0]).index(0)
             n_position += 1
+            if free == 0:                   # a step of the tree: its right drafts and the bonus token
+                n_step, n_token, free = n_step + 1, n_token + 1 + depth, 1 + depth
+            free -= 1
     assert 0 < right[4] < n_position and leading > 0                    # there is something to count
     alone = Learner(head, autocast=False)(Features(model, dialogues).batch([0, 1]), None)
     assert entry["eval_agreement"] == pytest.approx(alone.agreement.item() / entry["eval_positions"])
     assert entry["eval_n_alpha"] == pytest.approx([r / n_position for r in right], abs=1e-4)
     assert entry["eval_chain_length"] == pytest.approx(1 + leading / n_position)
+    assert entry["eval_tree_length"] == pytest.approx(n_token / n_step) and n_token / n_step > 1.5
     assert entry["eval_top1"] == pytest.approx(right[0] / n_position)
     assert entry["eval_top1"] <= entry["eval_top2"] <= entry["eval_top3"]
 
