@@ -7,7 +7,7 @@
 #   DIALOGUES    that the target writes (default: 48000, about 6 million answer tokens)
 #   WRITERS      processes that write them side by side (default: one for each CPU core, or 1 on a GPU)
 #   INIT         the head to begin with (default: the shipped one); "none": random weights
-#   EPOCHS       of training (default: 2)
+#   EPOCHS       of training (default: 3)
 #   DRAFT_VOCAB  tokens that the head can draft (default: 8192)
 set -euo pipefail
 [ $# = 1 ] || { echo "usage: bash scripts/train_demo_head.sh OUT" >&2; exit 2; }
@@ -32,13 +32,13 @@ for n in $(seq "$writers"); do
     pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
-cat "$out"/data-*.jsonl > "$out/data.part"
-mv "$out/data.part" "$out/data.jsonl"
+$python scripts/join_dialogues.py "$out"/data-*.jsonl --out "$out/data.jsonl" --share 0.5
 
 [ "$init" = none ] && begin=() || begin=(--init "$init")
-$python train_head.py --checkpoint "$checkpoint" --data "$out/data.jsonl" --cache-features "$out/features" --out "$out/head" \
-    "${begin[@]}" --draft-vocab "${DRAFT_VOCAB:-8192}" --batch-size 8 --max-length 1024 --epochs "${EPOCHS:-2}" --levels 3 --lr 2e-3 \
-    --cls-weight 0.3 --keep best --resume
+${threads:+env OMP_NUM_THREADS=$threads} $python ${threads:+-m torch.distributed.run --nproc-per-node $writers} train_head.py \
+    --checkpoint "$checkpoint" --data "$out/data.jsonl" --cache-features "$out/features" --out "$out/head" "${begin[@]}" \
+    --draft-vocab "${DRAFT_VOCAB:-8192}" --batch-size 4 --max-length 1024 --epochs "${EPOCHS:-3}" --levels 2 --lr 2e-3 --warmup 30 \
+    --cls-weight 0.3 --keep best --seed 1 --resume
 for target in "$checkpoint" "$checkpoint-int8" "$checkpoint-int4"; do
     [ ! -d "$target" ] || $python scripts/tune_tree.py --checkpoint "$target" --eagle "$out/head"
 done

@@ -17,7 +17,7 @@ from decoder import generate, restored_caches
 from model import Transformer
 from reference import TEMPLATE, assert_close, write_checkpoint
 from sampling import logits_to_probs
-from scripts import dialogues, generate_data
+from scripts import dialogues, generate_data, join_dialogues
 from scripts.batching import Request, Rows, draw
 from scripts.pages import Pages
 from scripts.report import loop_begin, loops
@@ -504,3 +504,32 @@ def test_one_date_holds_for_a_whole_file(write, tmp_path, questions, all_are_goo
     file.write_text(first + "\n")
     status, err, entries = write(*options)
     assert status == 0 and {entry["date"] for entry in entries} == {"2020-01-01T00:00:00"} and len(entries) == 4
+
+
+def test_joined_chats_hold_every_dialogue_once_and_no_cut_answer_inside(tmp_path, capsys):
+    rng, lines = random.Random(0), []
+    for n in range(60):
+        lines.append({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}],
+                      "tokens": [[n] * rng.randrange(5, 90)], "finish_reason": rng.choice(["stop", "length"])})
+    lines[7]["messages"].insert(0, {"role": "system", "content": "Be brief."})      # not to be said inside a chat
+    files = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    for file, part in zip(files, (lines[:20], lines[20:])):
+        file.write_text("".join(json.dumps(line) + "\n" for line in part))
+    argv = [*map(str, files), "--out", str(tmp_path / "out.jsonl"), "--share", "0.8", "--tokens", "200"]
+    assert join_dialogues.main(join_dialogues.parse_args(argv)) == 0
+    joined = list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()))
+    of_answer = {line["messages"][-1]["content"]: line for line in lines}
+    seen, n_long = [], 0
+    for entry in joined:
+        parts = [of_answer[m["content"]] for m in entry["messages"] if m["role"] == "assistant"]
+        seen += [part["messages"][-1]["content"] for part in parts]
+        assert entry["messages"] == [m for part in parts for m in part["messages"]]
+        assert entry["tokens"] == [part["tokens"][0] for part in parts]
+        assert entry["finish_reason"] == parts[-1]["finish_reason"]
+        assert all(part["finish_reason"] == "stop" for part in parts[:-1])
+        n_long += sum(len(t) for t in entry["tokens"]) + 40 * len(parts) >= 200
+        assert len(parts) == 1 or entry["messages"][0]["role"] == "user"
+    assert sorted(seen) == sorted(of_answer) and n_long > 3
+    assert f"{60 - sum(len(e['tokens']) for e in joined if len(e['tokens']) > 1)} dialogues" in capsys.readouterr().err
+    files[0].write_text('{"messages": []}\n')
+    assert join_dialogues.main(join_dialogues.parse_args(argv)) == 2 and "line 1" in capsys.readouterr().err

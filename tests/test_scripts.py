@@ -19,7 +19,7 @@ from generate import generate
 from generate import parse_args as generate_args
 from model import Transformer
 from reference import tiny, tokens_of, write_checkpoint
-from scripts import draft_vocab, generate_data, tree_search, tune_tree
+from scripts import draft_vocab, generate_data, join_dialogues, tree_search, tune_tree
 from scripts.tree_search import Answer, Candidate, accept_lengths, foretell, right_copies
 from test_copy import slow_lookup
 from train_loss import draft_ranks
@@ -319,6 +319,8 @@ def test_the_recipe_of_the_shipped_head_is_made_of_valid_commands_and_ends_where
     stub.write_text(f"""#!{sys.executable}
 import json, pathlib, sys
 script, *options = sys.argv[1:]
+if script == "-m":
+    script, *options = sys.argv[sys.argv.index("train_head.py"):]
 if script == "-c":
     sys.exit(1)     # there is no GPU
 with open({str(tmp_path / 'calls')!r}, "a") as calls:
@@ -340,18 +342,14 @@ if script.endswith("generate_data.py"):
     status, calls = run()
     assert status == 0
     assert sorted(script for script, _ in calls[:2]) == ["scripts/generate_data.py"] * 2
-    assert [script for script, _ in calls[2:]] == ["train_head.py", "scripts/tune_tree.py", "scripts/tune_tree.py"]
-    parsers = {"scripts/generate_data.py": generate_data, "train_head.py": train_head,
-               "scripts/tune_tree.py": tune_tree}
-    written, trained, tuned = [], None, []
-    for script, options in calls:
-        args = parsers[script].parse_args(options)
-        written += [args] if script == "scripts/generate_data.py" else []
-        tuned += [args.checkpoint] if script == "scripts/tune_tree.py" else []
-        trained = args if script == "train_head.py" else trained
+    assert [script for script, _ in calls[2:]] == ["scripts/join_dialogues.py", "train_head.py", "scripts/tune_tree.py",
+                                                   "scripts/tune_tree.py"]
+    parsers = {"scripts/generate_data.py": generate_data, "scripts/join_dialogues.py": join_dialogues,
+               "train_head.py": train_head, "scripts/tune_tree.py": tune_tree}
+    *written, joined, trained, tuned, tuned_int4 = (parsers[script].parse_args(options) for script, options in calls)
     assert sorted((args.seed, args.dialogues) for args in written) == [(201, 5), (202, 5)]
-    assert trained.data.read_text() == "data-1.jsonl\ndata-2.jsonl\n" and trained.resume
-    assert tuned == [str(tmp_path / "C"), str(tmp_path / "C-int4")]
+    assert sorted(args.out for args in written) == joined.data and joined.out == trained.data and trained.resume
+    assert [tuned.checkpoint, tuned_int4.checkpoint] == [str(tmp_path / "C"), str(tmp_path / "C-int4")]
 
     (tmp_path / "fails").touch()
     status, calls = run()
