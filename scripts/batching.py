@@ -95,7 +95,7 @@ class RowsStep(PlainStep):
             tokens[rows] = torch.where(draws[rows, None] & (tokens[rows] != NOT_FINITE), drawn, tokens[rows])
         self.produced.copy_(tokens)
         self.tokens.copy_(tokens.clamp(min=0))
-        self.pos.add_(self.running)
+        self.pos.add_(self.running).clamp_(max=self.uniform.shape[1] - 1)   # a full row stays at its last slot
 
 
 class Rows:

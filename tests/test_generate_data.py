@@ -533,3 +533,15 @@ def test_joined_chats_hold_every_dialogue_once_and_no_cut_answer_inside(tmp_path
     assert f"{60 - sum(len(e['tokens']) for e in joined if len(e['tokens']) > 1)} dialogues" in capsys.readouterr().err
     files[0].write_text('{"messages": []}\n')
     assert join_dialogues.main(join_dialogues.parse_args(argv)) == 2 and "line 1" in capsys.readouterr().err
+
+
+def test_a_row_that_fills_its_last_page_ends_like_any_other(talker):
+    model = Transformer.from_pretrained(talker, device="cpu", dtype=torch.float32)
+    waiting = [Request([5] * 60 + [n], 100) for n in (7, 8)] + [Request([9, 8, 7], 90)]     # two fill 128 slots
+    rows, requests = Rows(model, 3, 128, keep_features=True), list(waiting)
+    assert len(list(rows.run(lambda: waiting.pop(0) if waiting else None))) == 3
+    for request in requests:
+        n = len(request.prompt)
+        assert request.tokens == generate(model, [request.prompt], min(request.limit, 128 - n)).tokens[0]
+        ids = torch.tensor([request.prompt + request.tokens])
+        assert_close(request.features[None], model.features(ids, torch.arange(ids.shape[1])), 1e-4)
