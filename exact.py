@@ -20,7 +20,7 @@ from model import Transformer, attention_bias, causal_mask
 from runtime import candidates
 
 BLOCKS = (1, 2, 3, 4, 5, 8, 12, 16, 26, 32, 60, MAX_TOKENS, 3 * MAX_TOKENS)    # rows; the last are three sequences
-CUTS = (BLOCKS[-1], 32, 16)     # AMX has another kernel from 33 rows on
+CUTS = (32, 16)     # rows to cut blocks to: AMX has another kernel from 33 on
 LENGTHS = (40, 100, 400)     # of texts whose last tokens are compared
 N_OUTPUT = 1 << 16      # compared for each
 
@@ -66,15 +66,17 @@ def rows_alike(product: nn.Linear | PackedLinear | IntLinear) -> tuple[int, int]
 
     Raises ValueError where that takes more than to pad one row or to cut blocks, which a PackedLinear can do.
     """
-    apart = blocks_apart(product, BLOCKS[-1])
-    if not apart:
+    whole = blocks_apart(product, BLOCKS[-1])
+    if not whole:
         return 1, 0
-    for at_most in CUTS:
-        rest = blocks_apart(product, at_most)
-        if rest <= {1} and isinstance(product, PackedLinear):
-            return 1 + len(rest), 0 if at_most == BLOCKS[-1] else at_most
+    if isinstance(product, PackedLinear):
+        if whole == {1}:
+            return 2, 0
+        for at_most in CUTS:
+            if (apart := blocks_apart(product, at_most)) <= {1}:
+                return 1 + len(apart), at_most
     raise ValueError(f"exact decoding: on this CPU the product of {product.in_features} columns to "
-                     f"{product.out_features} is another for {sorted(apart)} rows")
+                     f"{product.out_features} is another for {sorted(whole)} rows")
 
 
 def blocks_apart(product: nn.Linear | PackedLinear | IntLinear, size: int) -> set[int]:

@@ -13,7 +13,7 @@ import torch
 
 import exact
 import test_exact
-from attention import attend, path_slots, rows_seen
+from attention import ROW_GROUP, attend, path_slots, rows_seen
 from decoder import Decoder, PlainStep, setup_caches
 from draft_tree import DynamicTree, StaticTree, lineage
 from eagle_step import EagleStep
@@ -163,7 +163,8 @@ def with_two_kernels(model):
             module.kernels = {rows: "packed" if rows == 1 else "dense" for rows in ROWS}
 
 
-def test_the_bits_of_attention_do_not_depend_on_where_the_keys_of_a_path_stand():
+@pytest.mark.parametrize("by_group", [False, True])
+def test_the_bits_of_attention_do_not_depend_on_where_the_keys_of_a_path_stand(by_group):
     """In fp32, where nothing hides the order of a sum: a chain token by token, and as a branch of a tree."""
     torch.manual_seed(0)
     K, G, D, pos, n_slot, width = 2, 3, 16, 117, 160, 48
@@ -173,7 +174,7 @@ def test_the_bits_of_attention_do_not_depend_on_where_the_keys_of_a_path_stand()
     above = lineage(parents, 5, torch.arange(11)[None])
     slots, seen = path_slots(depths, above, torch.tensor([[pos]]), torch.arange(n_slot)[-width:])
     assert slots[0, 9][seen[0, 9]].tolist() == [*range(n_slot - width, pos), *(pos + node for node in branch)]
-    whole = rows_seen(attention_bias(seen, G, torch.float), cache, 11, n_slot, slots, width)
+    whole = rows_seen(attention_bias(seen, G, torch.float), cache, 11, n_slot, slots, width, by_group)
     of_tree = attend(qkv, cache[0, :, :, :n_slot], cache[1], whole).view(11, -1)
     in_order = cache.clone()
     in_order[:, :, :, pos:pos + len(branch)] = cache[:, :, :, [pos + node for node in branch]]
@@ -202,7 +203,18 @@ def test_a_promise_is_not_given_where_products_or_attention_depend_on_the_block(
         else:   # one row alone gets a companion
             assert all(module.rows_at_least == 2 for module in target(folders("gqa"), "bf16", 0).modules()
                        if isinstance(module, PackedLinear))
+    monkeypatch.setattr(PackedLinear, "product", lambda self, x: product(self, x) * (
+        1.01 if 32 < x.shape[:-1].numel() or x.shape[:-1].numel() == 1 else 1))
+    model = target(folders("gqa"), "bf16", 0)       # blocks are cut, and what is left alone gets a companion
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            assert (module.rows_at_least, module.rows_at_most) == (2, 32)
+            x = torch.randn(3, 11, module.in_features).bfloat16()
+            alone = torch.cat([module(row[None, None]) for row in x.flatten(0, 1)])
+            assert torch.equal(module(x), alone.view(3, 11, -1))
     monkeypatch.undo()
+    monkeypatch.setattr(exact, "attend", lambda *args: attend(*args) + (args[-1].rows_at_once > ROW_GROUP))
+    assert target(folders("gqa"), "bf16", 0).by_group       # then rows are multiplied by groups
     monkeypatch.setattr(exact, "attend", lambda qkv, *args: attend(qkv, *args) + (qkv.shape[1] == 12))
     with pytest.raises(ValueError, match="attention depends"):
         target(folders("gqa"), "bf16", 0)
