@@ -25,14 +25,22 @@ fi
 
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
-for n in $(seq "$writers"); do
-    ${threads:+env OMP_NUM_THREADS=$threads} $python scripts/generate_data.py --checkpoint "$checkpoint" --out "$out/data-$n.jsonl" \
-        --seed $((200 + n)) --dialogues $((${DIALOGUES:-48000} / writers)) --max-new-tokens 1000 --max-user-tokens 72 \
-        --second-turns 0.3 --temperature 0.7 --temperature-share 0.1 --batch-size 256 &
+write() {
+    ${threads:+env OMP_NUM_THREADS=$threads} $python scripts/generate_data.py --checkpoint "$checkpoint" --max-new-tokens 1000 \
+        --temperature 0.7 --temperature-share 0.1 --batch-size 256 "$@" &
     pids+=($!)
+}
+for n in $(seq "$writers"); do
+    write --out "$out/data-$n.jsonl" --seed $((200 + n)) --dialogues $((${DIALOGUES:-48000} / writers)) --max-user-tokens 72 --second-turns 0.3
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
-$python scripts/join_dialogues.py "$out"/data-*.jsonl --out "$out/data.jsonl" --share 0.5
+pids=()
+for n in $(seq "$writers"); do      # questions that bring a text
+    $python scripts/ask_about.py "$out/data-$n.jsonl" --out "$out/questions-$n.jsonl" --seed "$n"
+    write --out "$out/about-$n.jsonl" --seed $((300 + n)) --prompts "$out/questions-$n.jsonl"
+done
+for pid in "${pids[@]}"; do wait "$pid"; done
+$python scripts/join_dialogues.py "$out"/data-*.jsonl "$out"/about-*.jsonl --out "$out/data.jsonl" --share 0.5
 
 [ "$init" = none ] && begin=() || begin=(--init "$init")
 ${threads:+env OMP_NUM_THREADS=$threads} $python ${threads:+-m torch.distributed.run --nproc-per-node $writers} train_head.py \

@@ -17,7 +17,7 @@ from decoder import generate, restored_caches
 from model import Transformer
 from reference import TEMPLATE, assert_close, write_checkpoint
 from sampling import logits_to_probs
-from scripts import dialogues, generate_data, join_dialogues
+from scripts import ask_about, dialogues, generate_data, join_dialogues
 from scripts.batching import Request, Rows, draw
 from scripts.pages import Pages
 from scripts.report import loop_begin, loops
@@ -533,6 +533,28 @@ def test_joined_chats_hold_every_dialogue_once_and_no_cut_answer_inside(tmp_path
     assert f"{60 - sum(len(e['tokens']) for e in joined if len(e['tokens']) > 1)} dialogues" in capsys.readouterr().err
     files[0].write_text('{"messages": []}\n')
     assert join_dialogues.main(join_dialogues.parse_args(argv)) == 2 and "line 1" in capsys.readouterr().err
+
+
+def test_questions_about_texts_bring_answers_of_the_target_and_can_be_asked(write, tmp_path, questions, all_are_good,
+                                                                            capsys):
+    status, _, entries = write("--prompts", questions)
+    data, out = tmp_path / "data.jsonl", tmp_path / "asked.jsonl"
+    argv = [str(data), str(data), "--out", str(out), "--share", "1", "--min-tokens", "3", "--seed", "5"]
+    assert ask_about.main(ask_about.parse_args(argv)) == 0
+    written = out.read_bytes()
+    asked = [question for line in written.splitlines() for question in json.loads(line)["turns"]]
+    texts = {m["content"] for entry in entries for m in entry["messages"] if m["role"] == "assistant"}
+    assert len(asked) == len(texts) > 2     # of two files that say the same each text is asked about once
+    for text in texts:
+        found = [question for question in asked if text in question]
+        assert any(task in question for question in found for task in ask_about.TASKS)
+    assert ask_about.main(ask_about.parse_args(argv)) == 0 and out.read_bytes() == written
+    status, _, answered = write("--prompts", out, out="about.jsonl")
+    assert status == 0 and {entry["messages"][0]["content"] for entry in answered} <= set(asked) and answered
+    assert ask_about.main(ask_about.parse_args([*argv, "--max-tokens", "1"])) == 2
+    assert "no answer of 3 to 1 tokens" in capsys.readouterr().err and out.read_bytes() == written
+    data.write_text('{"messages": []}\n')
+    assert ask_about.main(ask_about.parse_args(argv)) == 2 and "line 1" in capsys.readouterr().err
 
 
 def test_a_row_that_fills_its_last_page_ends_like_any_other(talker):

@@ -19,7 +19,7 @@ from generate import generate
 from generate import parse_args as generate_args
 from model import Transformer
 from reference import tiny, tokens_of, write_checkpoint
-from scripts import draft_vocab, generate_data, join_dialogues, tree_search, tune_tree
+from scripts import ask_about, draft_vocab, generate_data, join_dialogues, tree_search, tune_tree
 from scripts.tree_search import Answer, Candidate, accept_lengths, foretell, right_copies
 from test_copy import slow_lookup
 from train_loss import draft_ranks
@@ -342,13 +342,18 @@ if script.endswith("generate_data.py"):
     status, calls = run()
     assert status == 0
     assert sorted(script for script, _ in calls[:2]) == ["scripts/generate_data.py"] * 2
-    assert [script for script, _ in calls[2:]] == ["scripts/join_dialogues.py", "train_head.py", "scripts/tune_tree.py",
+    assert sorted(script for script, _ in calls[2:6]) == ["scripts/ask_about.py"] * 2 + ["scripts/generate_data.py"] * 2
+    assert [script for script, _ in calls[6:]] == ["scripts/join_dialogues.py", "train_head.py", "scripts/tune_tree.py",
                                                    "scripts/tune_tree.py"]
-    parsers = {"scripts/generate_data.py": generate_data, "scripts/join_dialogues.py": join_dialogues,
-               "train_head.py": train_head, "scripts/tune_tree.py": tune_tree}
-    *written, joined, trained, tuned, tuned_int4 = (parsers[script].parse_args(options) for script, options in calls)
-    assert sorted((args.seed, args.dialogues) for args in written) == [(201, 5), (202, 5)]
-    assert sorted(args.out for args in written) == joined.data and joined.out == trained.data and trained.resume
+    parsers = {"scripts/generate_data.py": generate_data, "scripts/ask_about.py": ask_about,
+               "scripts/join_dialogues.py": join_dialogues, "train_head.py": train_head,
+               "scripts/tune_tree.py": tune_tree}
+    parsed = [parsers[script].parse_args(options) for script, options in calls]
+    *_, joined, trained, tuned, tuned_int4 = parsed
+    written = sorted((args for args in parsed[:6] if "prompts" in args), key=lambda args: args.seed)
+    assert [(args.seed, args.dialogues) for args in written[:2]] == [(201, 5), (202, 5)]
+    assert sorted(args.out for args in parsed[2:6] if "prompts" not in args) == [args.prompts for args in written[2:]]
+    assert [args.out for args in written] == joined.data and joined.out == trained.data and trained.resume
     assert [tuned.checkpoint, tuned_int4.checkpoint] == [str(tmp_path / "C"), str(tmp_path / "C-int4")]
 
     (tmp_path / "fails").touch()
