@@ -6,7 +6,7 @@
     python quantize.py --checkpoint heads/mine --mode int8 --out heads/mine-int8            # an EAGLE head
     python quantize.py --checkpoint C-int4 --eval benchmarks/text.txt                       # perplexity only
 
-The result is a folder like any other, with `quantize.json` beside the weights. linears.py describes the format. One
+The result is a folder like any other, with `quantize.json` beside the weights. grid.py describes the format. One
 layer is in memory at a time. Shards are written to OUT.part, which cannot be loaded and is renamed to OUT at the end.
 After a kill, the same command continues behind the last finished layer.
 
@@ -35,8 +35,9 @@ from tqdm import tqdm
 from checkpoint import iterate_weights, list_shapes, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
+from grid import GROUP_SIZES, Format, fit_grid, pack, round_to_nearest, to_grid
 from head_config import head_kind, official_key
-from linears import GROUP_SIZES, Experts, Format, fit_grid, install, pack, round_to_nearest, to_grid
+from linears import Experts, install
 from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    rope_cos_sin, rope_inv_freq)
 from tokenizer import Tokenizer

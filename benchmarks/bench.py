@@ -42,7 +42,8 @@ from draft_tree import Tree, load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
 from generate import add_exact_option, copy_length, settle_exact
-from linears import Format, quantize_in_place, stored
+from grid import Format
+from linears import quantize_in_place, stored
 from model import Transformer, attention_bias, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
 from sampling import Sampling, next_tokens
