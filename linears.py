@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import quantize_settings
+from checkpoint import foreign_parts, quantize_settings
+from console import say
 from grid import Format, dequantize, linear_of, round_to_nearest, unpack
 
 LINEARS = ("wqkv", "wo", "w13", "w2", "fc")     # names of the modules that are quantised; routers (`gate`) are not
@@ -327,7 +328,15 @@ def _replace(model: nn.Module, format_of: Callable[[str, str], Format | None],
 
 def install_quantized(model: nn.Module, folder: Path) -> None:
     """`install` for the checkpoint in this folder, if it is a quantised one."""
-    if settings := quantize_settings(folder):
+    settings = quantize_settings(folder)
+    if "tool" in settings:
+        parts = foreign_parts(folder)
+        install_parts(model, {name: part.format for name, part in parts.items() if part.is_kept and part.format})
+        if widened := [name for name, part in parts.items() if not part.is_kept]:
+            say(f"{len(widened)} of {len(parts)} quantised weights take 16 bits here, as their groups are not of 32, "
+                "64 or 128 columns or other than in the weights beside them: "
+                f"{', '.join(widened[:3])}{', ...' * (len(widened) > 3)}")
+    elif settings:
         install(model, settings, folder / "quantize.json")
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import iterate_weights, list_shapes, read_json, resolve_checkpoint
+from checkpoint import iterate_weights, list_shapes, quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
 from grid import GROUP_SIZES, Format, fit_grid, pack, round_to_nearest, to_grid
@@ -131,8 +131,9 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
 def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: Format,
                  args: argparse.Namespace) -> None:
     """Raises ValueError for what cannot be quantised. Reads no values."""
-    if (folder / "quantize.json").exists():
-        raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
+    if settings := quantize_settings(folder):
+        raise ValueError(f"{folder} is quantised already{' by ' * ('tool' in settings)}{settings.get('tool', '')}: "
+                         "start from its 16-bit checkpoint")
     if out.exists():
         raise ValueError(f"{out} exists: give --out another folder")
     config = read_json(folder / "config.json")
@@ -373,7 +374,7 @@ def report(folder: Path, args: argparse.Namespace) -> None:
         n_byte += tensor.nbytes
         if unit_of(official_key(key)) or official_key(key).startswith("fc."):
             layer_bytes += tensor.nbytes
-            if not key.endswith((".scales", ".zeros")):
+            if not key.endswith((".scales", ".zeros", ".order")):
                 layer_weights += tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
     line = f"{folder}: {n_byte / 1e6:.1f} MB, {8 * layer_bytes / layer_weights:.2f} bits per weight in the layers"
     if args.eval and not is_head(list_shapes(folder)):
