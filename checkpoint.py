@@ -115,7 +115,8 @@ def foreign_parts(folder: Path) -> dict[str, hub_formats.Part]:
 
     def read(wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
         return ((key, tensor) for key, tensor, _ in iterate_stored(folder, wanted))
-    return hub_formats.find_parts(list_shapes(folder), found, read, folder)
+    with torch.device("cpu"):   # models are built with "meta"
+        return hub_formats.find_parts(list_shapes(folder), found, read, folder)
 
 
 # A key and the shape stored under it -> the slice to read.
