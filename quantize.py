@@ -371,9 +371,11 @@ def report(folder: Path, args: argparse.Namespace) -> None:
     """Print size and bits per weight of a checkpoint or a head and, with --eval, the perplexity of a checkpoint."""
     n_byte = layer_bytes = layer_weights = 0
     for key, tensor, _ in iterate_weights(folder):
-        n_byte += tensor.nbytes
+        # Scales of other tools come in fp32 and are held in 16 bits.
+        size = 2 * tensor.numel() if key.endswith((".scales", ".zeros")) else tensor.nbytes
+        n_byte += size
         if unit_of(official_key(key)) or official_key(key).startswith("fc."):
-            layer_bytes += tensor.nbytes
+            layer_bytes += size
             if not key.endswith((".scales", ".zeros", ".order")):
                 layer_weights += tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
     line = f"{folder}: {n_byte / 1e6:.1f} MB, {8 * layer_bytes / layer_weights:.2f} bits per weight in the layers"
