@@ -133,14 +133,14 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
     part      the slice of each stored tensor to read (default: all of it)
     rename    the file's key -> the key used here
     """
-    optional, missing = optional or {}, set(targets)
+    optional, missing, is_foreign = optional or {}, set(targets), foreign_settings(folder) is not None
     renamed_part = part and (lambda key, shape: part(rename(key), shape))
     for key, tensor, file in iterate_weights(folder, part=renamed_part):
         key = rename(key)
         if key.endswith("rotary_emb.inv_freq"):  # RoPE's constants, which old converters stored
             continue
         target = targets.get(key, optional.get(key))
-        if target is None and key.endswith(".bias") and not tensor.any():   # GPTQ's tools store zeros for no bias
+        if target is None and is_foreign and key.endswith(".bias") and not tensor.any():    # GPTQ's tools store such
             continue
         if target is None:
             raise ValueError(f"{file}: unexpected key {key!r}: config.json describes no such weight")
