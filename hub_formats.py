@@ -135,9 +135,12 @@ def refuse(key: str, value: object, remedy: str = "") -> None:
 
 
 def summary(found: Settings) -> dict:
-    """What a quantize.json would say of such a checkpoint, for those who do not load it, and the `tool`."""
-    mode, size = f"int{found.bits}", None if found.group_size == -1 else kept_size(found.group_size)
-    return {"mode": mode, "group_size": 128 if mode == "int4" and size is None else size, "tool": found.method}
+    """About what a quantize.json would say, for those who choose a tree or plan memory, and the `tool`. No mode where
+    the weights take 16 bits here."""
+    size = GROUP_SIZES[-1] if found.group_size == -1 else kept_size(found.group_size)
+    if size is None:
+        return {"tool": found.method}
+    return {"mode": f"int{found.bits}", "group_size": size if found.bits == 4 else None, "tool": found.method}
 
 
 # The linears

@@ -538,7 +538,8 @@ def load(args: argparse.Namespace) -> Transformer:
 def quantised(args: argparse.Namespace) -> dict | None:
     """What quantize.json says of the target: that of the checkpoint, or of --mode."""
     if args.checkpoint:
-        return quantize_settings(resolve_checkpoint(args.checkpoint)) or None
+        settings = quantize_settings(resolve_checkpoint(args.checkpoint))
+        return settings if "mode" in settings else None
     return {"mode": args.mode, "group_size": args.group_size} if args.mode else None
 
 

@@ -21,6 +21,7 @@ from model import Transformer
 from reference import assert_close, assert_near_greedy, edited_json, expected, naive_decode, tiny, tokens_of, \
     write_checkpoint
 from runtime import tune
+from scripts import plan
 from test_eagle_lossless import head_of
 from train_features import shard_layers
 
@@ -270,10 +271,18 @@ def test_training_reads_the_features_of_such_a_target_whole_and_in_pieces(tmp_pa
         torch.distributed.destroy_process_group()
 
 
-def test_the_command_line_says_what_the_folder_is_and_finds_the_tree_for_4_bits(tmp_path):
-    write_foreign(tmp_path / "m", "gqa", "awq", group_size=64)
-    assert quantize_settings(tmp_path / "m") == {"mode": "int4", "group_size": 64, "tool": "awq"}
-    assert cli.tree_name(str(tmp_path / "m")) == "tree-int4.json"
+@pytest.mark.parametrize("method, options, settings, tree", [
+    ("awq", dict(group_size=64), {"mode": "int4", "group_size": 64}, "tree-int4.json"),
+    ("gptq", dict(group_size=-1, hidden_size=128), {"mode": "int4", "group_size": 128}, "tree-int4.json"),
+    ("gptq", dict(bits=8), {"mode": "int8", "group_size": None}, "tree-int8.json"),
+    ("gptq", dict(group_size=16), {}, "tree.json")])
+def test_tree_and_plan_know_the_mode(method, options, settings, tree, tmp_path, capsys):
+    write_foreign(tmp_path / "m", "gqa", method, **options)
+    assert quantize_settings(tmp_path / "m") == settings | {"tool": method}
+    assert cli.tree_name(str(tmp_path / "m")) == tree
+    argv = [str(tmp_path / "m"), "--world-size", "1", "--context", "128"]
+    assert plan.main(plan.parse_args(argv)) == 0
+    assert f"1 ranks, {settings.get('mode', 'bf16')}" in capsys.readouterr().out
 
 
 # Refusals
