@@ -176,6 +176,21 @@ def test_groups_of_96_are_kept_in_groups_of_32(tmp_path):
     assert_close(model(torch.tensor([tokens]), torch.arange(20))[0][0], expected(hf, tokens)[0])
 
 
+@pytest.mark.parametrize("method", ["gptq", "pack-quantized"])
+def test_each_linear_has_the_bits_and_groups_that_its_shapes_say(method, tmp_path):
+    """GPTQ's `dynamic`, several config_groups."""
+    hf = write_foreign(tmp_path / "m", "gqa", method)
+    tensors, name = load_file(tmp_path / "m/model.safetensors"), "model.layers.1.self_attn.o_proj"
+    linear = hf.model.layers[1].self_attn.o_proj
+    u, s, z, linear.weight.data = quantise(linear.weight.data, 8, 64, False)
+    tensors |= {f"{name}.{kind}": tensor for kind, tensor in WRITERS[method](u, s, z, 8, symmetric=False).items()}
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    model, tokens = Transformer.from_pretrained(tmp_path / "m", dtype=torch.float32), tokens_of(20)
+    assert model.layers[1].attention.wo.format == Format("int8", int8_zeros=True)
+    assert model.layers[0].attention.wo.format == Format("int4", 32)
+    assert_close(model(torch.tensor([tokens]), torch.arange(20))[0][0], expected(hf, tokens)[0])
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("method, options", [("gptq", {}), ("awq", {}), ("pack-quantized", dict(symmetric=True)),
                                              ("gptq", dict(desc_act=True))])
