@@ -17,7 +17,7 @@ are quantised, with how many bits and in groups of which size, follows from the 
 Shapes: N rows and K columns of a weight, G groups of a row, n numbers in an int32.
 """
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ def settings(config: dict, beside: dict | None = None) -> Settings | None:
         refuse("quant_method", method, f"{METHODS[0]}, {METHODS[1]} and {METHODS[2]} are")
     if method == "compressed-tensors":
         return compressed_tensors(said)
-    bits, group_size = said.get("bits"), said.get("group_size", -1)
+    bits: Any = said.get("bits")
+    group_size = said.get("group_size", -1)
     if bits not in ((4, 8) if method == "gptq" else (4,)):
         refuse("bits", bits, "4 and 8 are" if method == "gptq" else "4 is")
     if type(group_size) is not int or not (group_size == -1 or group_size > 0):
@@ -101,8 +102,9 @@ def compressed_tensors(said: dict) -> Settings:
     for key in ("kv_cache_scheme", "transform_config"):
         if said.get(key):
             refuse(key, said[key])
-    if (said.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        refuse("sparsity_config", said["sparsity_config"])
+    sparsity = said.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        refuse("sparsity_config", sparsity)
     groups = said.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         refuse("config_groups", groups)
@@ -123,13 +125,15 @@ def compressed_tensors(said: dict) -> Settings:
             refuse(f"config_groups.{name}.weights.num_bits", bits, "4 and 8 are")
         if strategy not in (None, "group", "channel", "tensor"):
             refuse(f"config_groups.{name}.weights.strategy", strategy, "group, channel and tensor are")
+        if size is not None and (type(size) is not int or size < -1 or size == 0):
+            refuse(f"config_groups.{name}.weights.group_size", size)
         found.append(Settings("compressed-tensors", layout, bits, size or -1, 0, False))
     if len({one.layout for one in found}) > 1:
         refuse("config_groups", "several formats")
     return found[0]
 
 
-def refuse(key: str, value: object, remedy: str = "") -> None:
+def refuse(key: str, value: object, remedy: str = "") -> NoReturn:
     where = "quantization_config" + (f": {key}" if key else "")
     raise ValueError(f"config.json: {where} {str(value)[:80]!r} is not supported" + (f" ({remedy})" if remedy else ""))
 

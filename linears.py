@@ -36,7 +36,7 @@ def row_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> T
 
     Even and odd columns of int4 are summed apart. If they were stacked, inductor would write N x K products in fp32.
     """
-    if q.dtype == torch.int8:
+    if zeros is None or q.dtype == torch.int8:
         return dense_product(x, q, scales, zeros)
     scale, zero = scales.float()[..., None], zeros.float()[..., None]                       # [N, G, 1]
     q = q.unflatten(-1, (scales.shape[-1], -1))                                             # [N, G, g / 2]
@@ -322,8 +322,11 @@ def _replace(model: nn.Module, format_of: Callable[[str, str], Format | None],
     """format_of   the path of a module and the name of a child ("layers.0.attention", "wqkv") -> the child's format"""
     for path, module in model.named_modules():      # not list(...), which would hold all old weights until the end
         for name, child in module.named_children():
-            if type(child) in (nn.Linear, Experts) and (format := format_of(path, name)):
-                setattr(module, name, make(child.weight, getattr(child, "bias", None), format))
+            format = format_of(path, name)
+            if format and type(child) is nn.Linear:
+                setattr(module, name, make(child.weight, child.bias, format))
+            elif format and type(child) is Experts:
+                setattr(module, name, make(child.weight, None, format))
 
 
 def install_quantized(model: nn.Module, folder: Path) -> None:

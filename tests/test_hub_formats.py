@@ -349,6 +349,8 @@ CT = dict(quant_method="compressed-tensors", format="pack-quantized", config_gro
     (CT | dict(config_groups=dict(a=dict(weights=dict(num_bits=4, type="float")))), "weights.type 'float'"),
     (CT | dict(config_groups=dict(a=dict(weights=dict(num_bits=4), input_activations=dict(num_bits=8)))),
      "input_activations 'quantised activations' is not supported (weights alone are)"),
+    (CT | dict(sparsity_config="2:4"), "sparsity_config '2:4'"),
+    (CT | dict(config_groups=dict(a=dict(weights=dict(num_bits=4, group_size="32")))), "weights.group_size '32'"),
     (CT | dict(config_groups={}), "config_groups"), (CT | dict(config_groups=dict(W4A16=["Linear"])), "W4A16"),
     (CT | dict(quantization_status="calibration"), "quantization_status 'calibration'"),
     (dict(quant_method="awq", bits=4, version="gemm"), "qweight has shape"),    # what is there is GPTQ's
