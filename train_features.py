@@ -192,14 +192,14 @@ def tokens_digest(dialogues: list[Dialogue], masks: bool = False) -> str:
 
 
 def target_stamp(folder: Path) -> str:
-    """A digest of what makes a target: config.json, quantize.json where there is one, and every byte of its weights.
+    """A digest of what makes a target: config.json, quantize.json, quantize_config.json, every byte of the weights.
 
     Nothing less than the content tells targets apart: a merged LoRA keeps names and sizes, and a copy has other times.
     Eight files are read at a time, at about 2 GB/s each.
     """
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     digest = hashlib.sha256()
-    for file in (folder / "config.json", folder / "quantize.json"):
+    for file in (folder / "config.json", folder / "quantize.json", folder / "quantize_config.json"):
         if file.exists():
             digest.update(json.dumps(read_json(file), sort_keys=True).encode())
     with ThreadPoolExecutor(8) as pool:     # hashing releases the interpreter
