@@ -37,8 +37,9 @@ from config import ModelArgs
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
 from head_config import head_kind, official_key
 from linears import GROUP_SIZES, Experts, Format, fit_grid, install, pack, round_to_nearest, to_grid
-from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
-                   rope_cos_sin, rope_inv_freq)
+from masks import attention_bias, causal_mask
+from model import MoEFeedForward, Transformer, TransformerBlock, block_targets
+from rope import rope_cos_sin, rope_inv_freq
 from tokenizer import Tokenizer
 from train_data import read_dialogues
 from train_features import file_digest, target_stamp, tokens_digest
@@ -358,8 +359,9 @@ class Calibration:
 
     def _run(self, block: TransformerBlock, x: Tensor) -> Tensor:
         pos = torch.arange(x.shape[1], device=x.device)[None]
-        bias = attention_bias(causal_mask(pos, None), self.config.n_head // self.config.n_kv_head, x.dtype)
-        return block(x, rope_cos_sin(pos, self.inv_freq, x.dtype), bias, pos, None)
+        bias = attention_bias(causal_mask(pos, None, block.window), self.config.n_head // self.config.n_kv_head, x.dtype)
+        rope = rope_cos_sin(pos, self.inv_freq, x.dtype, self.config.rope_scaling, pos[:, -1:] + 1)
+        return block(x, rope, bias, pos, None)
 
 
 # Size and perplexity

@@ -177,8 +177,8 @@ def norm_readings(spec: Eagle3Spec) -> list[Reading]:
 @contextlib.contextmanager
 def read_as(head: EagleHead, reading: Reading) -> Iterator[None]:
     """Inside, the head computes as this reading of its file has it."""
-    kept = {"inv_freq": head.inv_freq}
-    head.inv_freq = rope_inv_freq(reading.args, head.inv_freq.device)
+    kept = {"inv_freq": head.inv_freq, "config": head.config}
+    head.inv_freq, head.config = rope_inv_freq(reading.args, head.inv_freq.device), reading.args
     if isinstance(head, Eagle3Head) and reading.spec is not None:
         spec = reading.spec
         kept |= {name: getattr(head, name) for name in ("spec", "capture", "fc_norm", "fc_input_norm")}

@@ -560,7 +560,7 @@ DAMAGES = {
     "a layer too few": (configure(num_hidden_layers=1), "model.layers.1."),
     "unknown architecture": (configure(model_type="mamba"), ["model_type", "mamba"]),
     "no architecture": (rewrite("config.json", b"{}"), "model_type"),
-    "unknown rope type": (configure(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["rope", "yarn"]),
+    "unknown rope type": (configure(rope_scaling={"rope_type": "mrope", "factor": 4.0}), ["rope", "mrope"]),
     "unknown activation": (configure(hidden_act="gelu"), ["hidden_act", "gelu"]),
     "no config.json": (remove("config.json"), "config.json"),
     "half a config.json": (truncate("config.json", 0.5), "config.json"),
