@@ -167,7 +167,7 @@ def layer_config(config: dict, spec: Eagle3Spec, model_type: str = "llama") -> d
     """LLaMA's keys, with the sizes and the RoPE base that were found, whether or not the file says them."""
     c = spec.args
     kept = {key: config[key] for key in KEPT if config.get(key) is not None and not key.startswith("rope_")}
-    rope = {"rope_scaling": c.rope_scaling or rope_settings(config, c.rope_theta)[0]}   # c has no dynamic scaling
+    rope = {"rope_scaling": c.rope_scaling or rope_settings(config, c.rope_theta)[0]}
     scaling = {} if rope_type(rope) == "default" else rope
     return {"model_type": model_type, "hidden_act": "silu"} | kept | scaling | {
         "hidden_size": c.dim, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
