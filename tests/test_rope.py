@@ -13,12 +13,16 @@ from reference import assert_close, edited_json, expected, randomize, tiny, toke
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import model as model_module
+import quantize
 from decoder import Decoder, generate, setup_caches
 from draft_tree import load_tree
 from eagle_head import Eagle3Head, EagleHead
 from head_config import Eagle3Spec
 from model import Transformer
 from rope import attention_factor, knows_length, rope_inv_freq
+from scripts.batching import Request, Rows
+from train_data import Dialogue
+from train_features import Features
 
 ORIGINAL, WINDOW, N_SLOT = 32, 16, 128
 TABLES = dict(short_factor=[1.0, 1.1, 1.3, 1.7], long_factor=[1.5, 2.5, 4.0, 8.0])
@@ -69,12 +73,23 @@ def model_of(case, name, rows=1):
     return model
 
 
+def forget(hf):
+    """transformers keeps the frequencies of the longest text that it has seen."""
+    if hasattr(hf.model.rotary_emb, "original_inv_freq"):
+        hf.model.rotary_emb.inv_freq = hf.model.rotary_emb.original_inv_freq.clone()
+        hf.model.rotary_emb.max_seq_len_cached = ORIGINAL
+
+
+def whole(hf, tokens):
+    """Logits [T, V] and features [T, dim] of transformers without a cache."""
+    forget(hf)
+    return expected(hf, tokens)
+
+
 @torch.no_grad()
 def with_cache(hf, tokens, n_prompt):
     """Logits [T, V] of transformers: the prompt in one pass, then token by token."""
-    if hasattr(hf.model.rotary_emb, "original_inv_freq"):   # forgets the longest text it has seen
-        hf.model.rotary_emb.inv_freq = hf.model.rotary_emb.original_inv_freq.clone()
-        hf.model.rotary_emb.max_seq_len_cached = ORIGINAL
+    forget(hf)
     out = hf(torch.tensor([tokens[:n_prompt]]), use_cache=True)
     logits = [out.logits[0]]
     for i in range(n_prompt, len(tokens)):
@@ -114,7 +129,7 @@ def test_a_text_past_the_original_context_is_that_of_transformers_without_a_cach
         tokens = tokens_of(length)
         model.kv_cache = None
         logits, features = model(torch.tensor([tokens]), torch.arange(length))
-        theirs, their_features = expected(hf, tokens)
+        theirs, their_features = whole(hf, tokens)
         assert_close(logits[0], theirs)
         assert_close(features[0], their_features)
         model.setup_caches(1, N_SLOT)
@@ -161,11 +176,11 @@ def prefilled(model, prompts, chunk):
 @pytest.mark.parametrize("name", FEW)
 def test_a_prompt_prefilled_in_chunks_is_the_whole_prompt_of_transformers(case, name):
     prompt = tokens_of(3 * ORIGINAL)
-    whole, logits = prefilled(model_of(case, name), [prompt], 512)
+    at_once, logits = prefilled(model_of(case, name), [prompt], 512)
     parts, chunked = prefilled(model_of(case, name), [prompt], 7)
-    assert_close(parts, whole)
+    assert_close(parts, at_once)
     assert_close(chunked, logits)
-    assert_close(chunked[0], expected(case(name)[1], prompt)[0][-1])
+    assert_close(chunked[0], whole(case(name)[1], prompt)[0][-1])
 
 
 @torch.no_grad()
@@ -295,6 +310,49 @@ def test_compiled_layers_give_the_same(tmp_path):
     prompt = tokens_of(20)
     plain = generate(model, [prompt], 40).tokens
     assert generate(model, [prompt], 40, head=eagle1(model), tree="static", compile=True).tokens == plain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the data writer, training and quantisation
+
+@pytest.mark.parametrize("name", FEW)
+def test_rows_in_pages_say_what_each_prompt_gets_alone(case, name):
+    """Prompts that begin alike share what they may: none passes the original context, or its keys are its own."""
+    model = case(name)[0]
+    prompts = [tokens_of(20, seed=0) + tokens_of(n, seed=n) for n in (1, 5, 70, 9, 3, 60, 2)]
+    requests = [Request(prompt, 30) for prompt in prompts]
+    waiting, rows = list(requests), Rows(model, 3, N_SLOT, group=2, keep_features=True)
+    rows.pages.cache.fill_(torch.nan)
+    assert len(list(rows.run(lambda: waiting.pop(0) if waiting else None))) == len(prompts)
+    for request in requests:
+        assert request.tokens == generate(model, [request.prompt], 30).tokens[0]
+    assert rows.n_copied > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FEW)
+def test_features_to_train_on_are_those_of_transformers_whatever_the_batch(case, name):
+    model, hf = case(name)
+    model.kv_cache = None
+    rows = [tokens_of(n, seed=n) for n in (20, 90, 40)]
+    features = Features(model, [Dialogue(1, torch.tensor(row), torch.ones(len(row)).bool()) for row in rows])
+    states = features.states([0, 1, 2])
+    for row, ours in zip(rows, states):
+        assert_close(ours[:len(row)], whole(hf, row)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FEW)
+def test_calibration_passes_dialogues_through_the_layers_as_the_model_does(case, name):
+    model = case(name)[0]
+    model.kv_cache = None
+    calibration = object.__new__(quantize.Calibration)
+    calibration.config, calibration.inv_freq = model.config, model.inv_freq
+    tokens = torch.tensor([tokens_of(90)])
+    x = model.tok_embeddings(tokens)
+    for layer in model.layers:
+        x = calibration._run(layer, x)
+    assert_close(model.norm(x), model.features(tokens, torch.arange(90)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
