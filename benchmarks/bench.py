@@ -43,7 +43,8 @@ from eagle_head import EagleHead
 from eagle_step import EagleStep
 from generate import add_exact_option, copy_length, settle_exact
 from linears import Format, quantize_in_place, stored
-from model import Transformer, attention_bias, bucket, causal_mask, prefill
+from masks import attention_bias, bucket, causal_mask
+from model import Transformer, prefill
 from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
 from sampling import Sampling, next_tokens
 

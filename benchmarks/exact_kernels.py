@@ -31,7 +31,8 @@ from benchmarks.timing import environment, interleave, print_table
 from console import Parser, check_writable, command, number, pick_device, say, write_atomically
 from draft_tree import lineage
 from linears import Format, QuantLinear, quantize_in_place
-from model import Transformer, attention_bias, causal_mask
+from masks import attention_bias, causal_mask
+from model import Transformer
 from runtime import capture, tune
 
 BLOCKS = (1, 5, 26, 60)     # rows of activations, tokens

@@ -37,7 +37,8 @@ from console import Parser, add_chat_options, check_writable, command, launched,
 from decoder import Decoder, setup_caches
 from eagle_head import Eagle3Head, EagleHead
 from head_config import FLAG_WEIGHTS, Eagle3Spec, eagle3_spec, official_config, stored_shapes
-from model import Transformer, rope_inv_freq
+from model import Transformer
+from rope import rope_inv_freq
 from scripts.questions import HUB_SETS, read_questions
 from scripts.report import acceptance
 from scripts.tree_search import accept_lengths

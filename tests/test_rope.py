@@ -21,6 +21,7 @@ from head_config import Eagle3Spec
 from model import Transformer
 from rope import attention_factor, knows_length, rope_inv_freq
 from scripts.batching import Request, Rows
+from test_eagle import head_config, head_weights, write_head
 from train_data import Dialogue
 from train_features import Features
 
@@ -382,7 +383,20 @@ def test_a_head_rotates_by_its_own_config(case, name, make):
     assert torch.allclose(own, whole, atol=1e-5) != knows_length(head.config.rope_scaling)
 
 
-def test_the_law_of_no_cost_a_model_without_windows_has_one_bias_for_all_layers(case):
+@torch.no_grad()
+def test_a_head_in_a_folder_has_the_rope_of_its_config_json(case, tmp_path):
+    model = case("yarn")[0]
+    config = head_config(model) | dict(rope_theta=100.0, rope_scaling=ROPES["yarn"], max_position_embeddings=N_SLOT)
+    write_head(tmp_path, config, head_weights(config, model.tok_embeddings.weight))
+    head = EagleHead.from_pretrained(tmp_path, model)
+    assert head.config.rope_scaling == model.config.rope_scaling
+    torch.testing.assert_close(head.inv_freq, model.inv_freq)
+    prompt = tokens_of(50)
+    drafted = generate(model, [prompt], 40, head=head, tree="static")
+    assert drafted.tokens == generate(model, [prompt], 40).tokens
+
+
+def test_a_model_without_windows_has_one_bias_for_all_layers(case):
     model = model_of(case, "yarn")
     mask = torch.ones(1, 1, 8, dtype=torch.bool)
     full, in_window = model.shown(mask, torch.tensor([[7]]), torch.tensor([[7]]), torch.float32)
