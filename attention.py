@@ -5,7 +5,7 @@
 
 torch's fused attention (MKL inside) adds in an order that depends on the number of rows and of slots. Here each sum has
 an order of its own. Columns are positions: a node's own key is the last that it sees and its parent's the one before,
-wherever in the cache they stand. Columns not seen add zeros at the end.
+wherever in the cache they stand. Columns not seen add zeros, at the end or before a sliding window.
 
     scores          a product in fp32 with rows padded to whole groups of ROW_GROUP: MKL has other kernels for the rest.
                     Where larger blocks have another one too, group by group

@@ -1,4 +1,4 @@
-"""Which cache slots the tokens of a block see: causal masks, sliding windows, and the additive form that attention takes.
+"""Which cache slots the tokens of a block see: causal masks, sliding windows, and the form that attention takes.
 
     mask = causal_mask(input_pos, n_slot)                       # [B, T, S] bool
     bias = attention_bias(mask, group, dtype)                   # [B, 1, G*T, S], once a pass

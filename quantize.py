@@ -359,7 +359,8 @@ class Calibration:
 
     def _run(self, block: TransformerBlock, x: Tensor) -> Tensor:
         pos = torch.arange(x.shape[1], device=x.device)[None]
-        bias = attention_bias(causal_mask(pos, None, block.window), self.config.n_head // self.config.n_kv_head, x.dtype)
+        mask = causal_mask(pos, None, block.window)
+        bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
         rope = rope_cos_sin(pos, self.inv_freq, x.dtype, self.config.rope_scaling, pos[:, -1:] + 1)
         return block(x, rope, bias, pos, None)
 

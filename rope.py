@@ -1,4 +1,4 @@
-"""RoPE, the rotation by which keys and queries know their positions: plain, and the ways to stretch it to long contexts.
+"""RoPE, the rotation by which keys and queries know their positions: plain, and stretched to long contexts.
 
     inv_freq = rope_inv_freq(args, "cpu")                                       # kept with a model: [D/2]
     rope = rope_cos_sin(input_pos, inv_freq, dtype, args.rope_scaling)          # once a pass

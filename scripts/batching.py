@@ -202,8 +202,8 @@ class Rows:
         """Begin requests in their rows, in one pass. What any row has of a prompt's beginning is copied."""
         prompts, features = [request.prompt[:-1] for _, request in new], self.step.features
         known, parts = [], []
-        for n, prompt in enumerate(prompts):
-            length, source = max((self._shared(new[n][1].prompt, text), row) for row, text in enumerate(self.texts))
+        for n, (_, request) in enumerate(new):
+            length, source = max((self._shared(request.prompt, text), row) for row, text in enumerate(self.texts))
             self.scratch[:, :, n, :, :length] = self.pages.read(source, length)
             parts.append([] if features is None else [features[source, :length].clone()])
             known.append(length)

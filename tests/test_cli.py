@@ -802,6 +802,16 @@ def test_a_conversation_that_outgrows_the_context_drops_its_oldest_turns_and_say
     chat.assert_each_answer_is_that_of_a_fresh_model()
 
 
+def test_a_chat_past_the_original_context_of_dynamic_rope_says_what_a_fresh_model_says(monkeypatch, run, tmp_path):
+    folder = write_checkpoint(tmp_path / "dynamic", ascii_only=True, context=48,
+                              rope=dict(rope_type="dynamic", factor=8.0))
+    chat = Chat(monkeypatch, run, folder)
+    chat("Hello", "I see.", "Tell me more.", "Go on.")
+    assert len(chat.turns[0]["prompt"]) + 10 < 48 < len(chat.turns[2]["prompt"])
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+    assert min(chat.turns[1]["computed"]) > 0 == min(chat.turns[3]["computed"])
+
+
 def test_where_no_turn_fits_beside_a_message_all_are_dropped(chat, talker):
     out, err = chat("Hello", "I see.", "x" * 30, argv=["--max-seq-length", 50])
     assert chat.turns[2]["prompt"] == chat_ids(talker, "x" * 30)
