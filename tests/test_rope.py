@@ -280,7 +280,7 @@ def test_rows_of_a_batch_with_a_tree_equal_plain_decoding(case, name):
 @pytest.mark.parametrize("tree", ["plain", "static"])
 def test_a_row_that_ended_past_the_slots_that_others_read_spoils_nothing(case, tree, is_exact, monkeypatch):
     """It sees none of them in its window, and a softmax over nothing is NaN: with exact attention, not in torch's."""
-    name = "qwen2, last layer"
+    name = "mistral"
     monkeypatch.setattr(case(name)[0], "is_exact", is_exact)
     model, prompts = case(name)[0], [tokens_of(90, seed=90), tokens_of(10, seed=10)]
     head = None if tree == "plain" else eagle1(model)
