@@ -28,7 +28,7 @@ from head_config import (Eagle3Spec, eagle3_spec, head_args, head_kind, official
 from linears import install_quantized, stored
 from masks import attention_bias, causal_mask
 from model import RMSNorm, Transformer, TransformerBlock, block_targets
-from rope import rope_cos_sin, rope_inv_freq
+from rope import knows_length, rope_cos_sin, rope_inv_freq
 from runtime import tune
 
 
@@ -146,7 +146,8 @@ class EagleHead(nn.Module):
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
-            rope_length = input_pos.amax(-1, keepdim=True) + 1 if rope_length is None else rope_length
+            if rope_length is None and knows_length(self.config.rope_scaling):
+                rope_length = input_pos.amax(-1, keepdim=True) + 1
         bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, features.dtype)
         if rope is None:
             rope = rope_cos_sin(input_pos, self.inv_freq, features.dtype, self.config.rope_scaling, rope_length)

@@ -24,7 +24,7 @@ from checkpoint import load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from linears import Experts, install_quantized, stored
 from masks import attention_bias, bucket, causal_mask, hide_outside, slot_positions
-from rope import apply_rope, rope_cos_sin, rope_inv_freq
+from rope import apply_rope, knows_length, rope_cos_sin, rope_inv_freq
 from runtime import tune
 
 PREFILL_CHUNK = 512  # prompt tokens a pass
@@ -142,7 +142,8 @@ class Transformer(nn.Module):
         x = self.tok_embeddings(tokens)
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
-            rope_length = input_pos.amax(-1, keepdim=True) + 1 if rope_length is None else rope_length
+            if rope_length is None and knows_length(self.config.rope_scaling):
+                rope_length = input_pos.amax(-1, keepdim=True) + 1
         rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype, self.config.rope_scaling, rope_length)
         bias, in_window = self.shown(mask, input_pos, cache_pos, x.dtype)
         states = {}
