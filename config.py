@@ -237,6 +237,8 @@ def _rope_parameters(config: dict) -> dict:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
     if kind == "default":
         return {"rope_theta": rope["rope_theta"]}
+    if kind == "yarn" and rope["rope_theta"] == 1:
+        raise ValueError("config.json: rope_type 'yarn' needs another rope_theta than 1")
     positions, key = _positions(config), "original_max_position_embeddings"
     if kind == "dynamic":   # transformers knows no other original context
         rope[key] = positions
