@@ -5,7 +5,7 @@
 
 torch's fused attention (MKL inside) adds in an order that depends on the number of rows and of slots. Here each sum has
 an order of its own. Columns are positions: a node's own key is the last that it sees and its parent's the one before,
-wherever in the cache they stand. Columns not seen add zeros at the end.
+wherever in the cache they stand. Columns not seen add zeros, at the end or before a sliding window.
 
     scores          a product in fp32 with rows padded to whole groups of ROW_GROUP: MKL has other kernels for the rest.
                     Where larger blocks have another one too, group by group
@@ -36,10 +36,15 @@ class Seen(NamedTuple):
     rows: Tensor        # [B*K*M] among the B*T*(H + 2K) vectors of qkv: each head's queries, and what fills up a group
     queries: Tensor     # [B*T*H] where each query is among these
     rows_at_once: int   # of a product
+    in_window: "Seen | None" = None     # what they see in layers with a sliding window
 
 
 class OwnCache(Protocol):
     """Takes the place of a mask where keys and values are kept in another way: scripts/pages.py."""
+    @property
+    def in_window(self) -> "OwnCache | None":
+        """The same for layers with a sliding window; None where nothing lies outside of it."""
+        ...
 
     def attend(self, qkv: Tensor, kv_cache: Tensor) -> Tensor:
         """qkv [B, T, H + 2K, D], rotated, and a layer's cache -> [B, T, H*D]. Writes the new keys and values too."""
@@ -47,11 +52,12 @@ class OwnCache(Protocol):
 
 
 def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: Tensor | None = None,
-              n_end: int = 0, by_group: bool = False) -> Seen:
+              n_end: int = 0, by_group: bool = False, begin: Tensor | None = None) -> Seen:
     """bias [B, 1, G*T, S] additive, kv_cache [..., K, slots, D], n_slot = S.
 
     For a tree: bias [B, 1, G*T, W], and the slots [B, T, W] whose keys stand at these positions on each node's path.
-    W is n_end, or S if that is less. by_group: see above.
+    W is n_end, or S if that is less. begin [B, 1, G*T, S] is what a sliding window hides before them. by_group: see
+    above.
     """
     B, _, rows, width = bias.shape
     K, n_all = kv_cache.shape[-3:-1]
@@ -70,11 +76,13 @@ def rows_seen(bias: Tensor, kv_cache: Tensor, n_token: int, n_slot: int, slots: 
         slots = for_heads(slots.index_select(1, order % n_token))
         column = torch.cat((column[..., :-n_end], slots.int()), dim=-1)
         end, wide = (slots - (n_slot - width), wide), wide.new_zeros(1)
+        if begin is not None:
+            wide = for_heads(begin[:, 0].float().index_select(1, order))
     index = torch.arange(B * K, dtype=torch.int32)[:, None, None] * n_all + column
     vector = (first * n_token + order % n_token) * (K * G + 2 * K) + head * G + order // n_token    # [B, K, M]
     place = (first[..., None] * K + head) * M + query * n_token + token                             # [B, T, K, G]
     at_once = ROW_GROUP if by_group else M
-    biases = list(wide.split(at_once, dim=1)) if slots is None else [wide] * (M // at_once)
+    biases = list(wide.split(at_once, dim=1)) if wide.dim() > 1 else [wide] * (M // at_once)
     return Seen(n_slot, biases, end, n_end, index.flatten(), torch.arange(B * K * M, dtype=torch.int32) * n_slot,
                 vector.flatten(), place.flatten(), at_once)
 

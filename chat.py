@@ -151,23 +151,32 @@ def read_message() -> str | None:
 
 
 class Conversation:
-    """The messages of a chat, and which of their tokens are in the decoder's cache: only new ones are prefilled."""
+    """The messages of a chat, and which of their tokens are in the decoder's cache: only new ones are prefilled.
 
-    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer, n_slot: int, vocab_size: int):
+    keys_serve: see rope.py. A prompt that passes the length up to which they do is prefilled whole.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer, n_slot: int, vocab_size: int,
+                 keys_serve: Callable[[int], bool] = lambda length: True):
         self.args, self.tokenizer, self.n_slot, self.vocab_size = args, tokenizer, n_slot, vocab_size
+        self.keys_serve = keys_serve
         self.messages = opening(args.system)
         self.cached: list[int] = []
         self.seed = args.seed               # for the first answer; the next ones use the generator as it is then
         self.stop = StopTexts(tokenizer, args.stop)
 
     def render(self, text: str) -> tuple[list[dict], list[int]]:
-        """The messages and this new one, and their ids. If the conversation has no room left, a new one begins.
+        """The messages and this new one, and their ids. As many of the oldest turns, a question and its answer each,
+        are left out as it takes to leave room for an answer: max_new_tokens, or a quarter of the context.
 
         Raises ValueError for a message that the template refuses, that is too long, or whose tokens the model lacks.
         """
+        first = opening(self.args.system)
+        turns, room = self.messages[len(first):], min(self.args.max_new_tokens, self.n_slot // 4)
         messages, prompt = self._render(self.messages, text)
-        if len(prompt) >= self.n_slot:
-            messages, prompt = self._render(opening(self.args.system), text)
+        while turns and len(prompt) + room > self.n_slot:
+            turns = turns[2:]
+            messages, prompt = self._render([*first, *turns], text)
         check_prompts([prompt], self.n_slot, self.vocab_size)
         return messages, prompt
 
@@ -181,9 +190,13 @@ class Conversation:
         except ValueError as error:
             say(f"That message is left out: {error}")
             return
-        if len(messages) <= len(self.messages):
-            say(f"The conversation has filled its {self.n_slot} tokens; this begins a new one.")
+        n_dropped, n_turn = (len(self.messages) + 1 - len(messages)) // 2, len(self.messages) // 2
+        if n_dropped:
+            say(f"The conversation has outgrown its {self.n_slot} tokens: the oldest {n_dropped} of its {n_turn} turns "
+                f"{'is' if n_dropped == 1 else 'are'} dropped.")
         n_cached = common_prefix(prompt[:-1], self.cached)
+        if not self.keys_serve(max(len(prompt), len(self.cached))):
+            n_cached = 0
         printer = Printer(self.stop, [prompt], decoder if self.args.color else None)
         self.cached, new_ids = prompt[:n_cached], []
 

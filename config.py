@@ -23,11 +23,12 @@ class ModelArgs:
     block_size: int                     # tokens of context the model was made for
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None = None    # config.json's own dictionary; None means plain RoPE
+    rope_scaling: dict | None = None    # config.json's own keys, with what they leave out; None means plain RoPE
     tie_word_embeddings: bool = False
     qkv_bias: bool = False              # Qwen2
     qk_norm: bool = False               # Qwen3
-    sliding_window: int | None = None
+    sliding_window: int | None = None   # a token sees so many tokens, itself the last
+    full_layers: tuple[int, ...] = ()   # the layers without that window
     n_expert: int = 0                   # Mixtral, Qwen3-MoE; 0 means a dense feed-forward
     n_expert_active: int = 0
     moe_intermediate_size: int = 0      # of an expert, if it is not intermediate_size
@@ -45,8 +46,9 @@ class ModelArgs:
         return sorted({layer.expert_size if layer.n_expert else layer.intermediate_size for layer in layers})
 
     def layer(self, i: int) -> "ModelArgs":
-        """What holds in layer i: no experts where it is dense."""
-        return replace(self, n_expert=0) if i in self.dense_layers else self
+        """What holds in layer i: no experts where it is dense, no window where it has none."""
+        return replace(self, n_expert=0 if i in self.dense_layers else self.n_expert,
+                       sliding_window=None if i in self.full_layers else self.sliding_window)
 
     @classmethod
     def from_config(cls, config: dict) -> "ModelArgs":
@@ -67,6 +69,7 @@ class ModelArgs:
         rope = _rope_parameters(config)
         try:
             n_head = config["num_attention_heads"]
+            window, full_layers = _sliding_window(config)
             args = cls(
                 model_type=model_type,
                 dim=config["hidden_size"],
@@ -83,7 +86,8 @@ class ModelArgs:
                 tie_word_embeddings=config.get("tie_word_embeddings", False),
                 qkv_bias=model_type == "qwen2",
                 qk_norm=model_type in ("qwen3", "qwen3_moe"),
-                sliding_window=_sliding_window(config),
+                sliding_window=window,
+                full_layers=full_layers,
                 **_experts(config),
             )
         except KeyError as missing:
@@ -97,6 +101,11 @@ class ModelArgs:
                 raise ValueError(f"config.json: the value for {name} is {value!r}, not a positive number")
         if args.n_head % args.n_kv_head:
             raise ValueError(f"config.json: {args.n_head} heads cannot share {args.n_kv_head} key/value heads")
+        if args.rope_scaling is not None and args.rope_scaling["rope_type"] == "longrope":
+            for key in ("short_factor", "long_factor"):
+                if len(args.rope_scaling[key]) != args.head_dim // 2:
+                    raise ValueError(f"config.json: {key} has {len(args.rope_scaling[key])} numbers, not one for each "
+                                     f"of the {args.head_dim // 2} planes of a head")
         return args
 
 
@@ -146,35 +155,48 @@ def _whole_numbers(config: dict) -> dict:
 POSITIONS = {"llama": 2048, "mistral": 131072, "mixtral": 131072, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
 
 
+def _positions(config: dict) -> int:
+    return config.get("max_position_embeddings", POSITIONS[config["model_type"]])
+
+
 def _context(config: dict) -> int:
-    """Tokens of context. Under linear scaling max_position_embeddings counts positions before they are stretched."""
+    """Tokens of context.
+
+    max_position_embeddings counts them before linear, yarn and dynamic scaling stretch them, or has not been changed
+    since: they take original_max_position_embeddings times factor, as vLLM does, if that is more. For llama3 and
+    longrope it counts them all.
+    """
     rope = _rope_parameters(config)
-    positions = config.get("max_position_embeddings", POSITIONS[config["model_type"]])
-    if rope_type(config) == "dynamic":
-        # Beyond these positions dynamic scaling changes RoPE's base with the length, and the keys already in a cache
-        # would be wrong.
-        return positions
-    # Vicuna-16k has the length that it was trained for here.
-    stated = config.get("max_sequence_length") or 0
-    if rope.get("rope_type") != "linear":
-        return max(positions, stated)
-    return max(positions, stated, int(rope.get("original_max_position_embeddings", positions) * rope["factor"]))
+    # Vicuna-16k has the length that it was trained for in the second key.
+    stated = max(_positions(config), config.get("max_sequence_length") or 0)
+    if rope.get("rope_type") not in ("linear", "yarn", "dynamic"):
+        return stated
+    return max(stated, int(rope.get("original_max_position_embeddings", _positions(config)) * rope["factor"]))
 
 
-def _sliding_window(config: dict) -> int | None:
-    """The attention window, or None if all layers have full attention."""
-    model_type = config["model_type"]
+def _sliding_window(config: dict) -> tuple[int | None, tuple[int, ...]]:
+    """The attention window, None if all layers have full attention, and the layers that have it all the same.
+
+    Raises ValueError that names what is no window, and a kind of layer that is not known.
+    """
+    model_type, n_layer = config["model_type"], config["num_hidden_layers"]
+    if model_type == "llama" or "qwen" in model_type and not config.get("use_sliding_window"):
+        return None, ()
     window = config.get("sliding_window", None if model_type == "mixtral" else 4096)
-    if model_type in ("mistral", "mixtral"):
-        return window
-    if model_type not in ("qwen2", "qwen3", "qwen3_moe") or not config.get("use_sliding_window"):
-        return None
-    if model_type == "qwen3_moe":
-        return window   # in all layers
-    full = config.get("max_window_layers", 28)  # the number of first layers with full attention
-    kinds = config.get("layer_types")
-    windowed = "sliding_attention" in kinds if kinds else full < config["num_hidden_layers"]
-    return window if windowed else None
+    if window is None:
+        return None, ()
+    if window < 1:
+        raise ValueError(f"config.json: sliding_window {window!r} is not a positive number")
+    if model_type not in ("qwen2", "qwen3"):    # in all layers
+        return window, ()
+    first = config.get("max_window_layers", 28)     # so many layers have full attention
+    kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (n_layer - first)
+    if (not isinstance(kinds, list) or len(kinds) < n_layer
+            or not {"full_attention", "sliding_attention"}.issuperset(map(str, kinds))):
+        raise ValueError(f"config.json: layer_types {kinds!r} does not say full_attention or sliding_attention for "
+                         f"each of {n_layer} layers")
+    full = tuple(i for i in range(n_layer) if kinds[i] == "full_attention")
+    return (None, ()) if len(full) == n_layer else (window, full)
 
 
 def _rope_settings(config: dict) -> dict:
@@ -191,23 +213,50 @@ def rope_type(config: dict) -> str:
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
+# The keys that each kind of scaling needs: numbers, or lists of numbers.
+ROPE_KEYS = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+}
+YARN_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # numbers that may be absent
+
+
 def _rope_parameters(config: dict) -> dict:
     """RoPE's settings in one form, checked: {"rope_theta"} alone, or with "rope_type" and the keys of that type."""
     kind = rope_type(config)
     rope = {key: value for key, value in _rope_settings(config).items() if key not in ("type", "rope_type")}
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise ValueError(f"config.json: RoPE of its own for {nested[0]!r} is not supported")
     rope.setdefault("rope_theta", config.get("rope_theta") or (1e6 if config["model_type"] == "mixtral" else 1e4))
-    if kind == "llama3":
-        key = "original_max_position_embeddings"
-        rope[key] = config.get(key) or rope.get(key) or config.get("max_position_embeddings")
-    if kind not in ("default", "linear", "dynamic", "llama3"):
-        raise ValueError(f"config.json: rope_type {kind!r} is not supported (linear, dynamic and llama3 are)")
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
-                                               "original_max_position_embeddings"]}
-    for key in needed.get(kind, []):
-        if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < 1e9:
-            raise ValueError(f"config.json: rope_type {kind!r} needs a number under the key {key!r}")
+    if kind != "default" and kind not in ROPE_KEYS:
+        raise ValueError(f"config.json: rope_type {kind!r} is not supported ({', '.join(ROPE_KEYS)} are)")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    if kind in ("default", "dynamic"):  # dynamic scaling begins where _context ends
+    if kind == "default":
         return {"rope_theta": rope["rope_theta"]}
+    if kind == "yarn" and rope["rope_theta"] == 1:
+        raise ValueError("config.json: rope_type 'yarn' needs another rope_theta than 1")
+    positions, key = _positions(config), "original_max_position_embeddings"
+    if kind == "dynamic":   # transformers knows no other original context
+        rope[key] = positions
+    elif kind != "linear":
+        rope[key] = config.get(key) or rope.get(key) or positions
+        if kind != "llama3" and rope.get("factor") is None and _is_number(rope[key]):
+            rope["factor"] = positions / rope[key]
+    for key in ROPE_KEYS[kind] + YARN_KEYS:
+        value, is_table = rope.get(key), key in ("short_factor", "long_factor")
+        if key in YARN_KEYS and value in (None, 0):     # as good as absent
+            continue
+        if is_table and not (isinstance(value, list) and value and all(map(_is_number, value))):
+            raise ValueError(f"config.json: rope_type {kind!r} needs a list of numbers under the key {key!r}")
+        if not is_table and not _is_number(value):
+            raise ValueError(f"config.json: rope_type {kind!r} needs a number under the key {key!r}")
     return {"rope_type": kind, **rope}
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number that RoPE can be scaled by."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9

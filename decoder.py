@@ -22,7 +22,8 @@ from attention import LEAST_SLOTS
 from draft_tree import StaticTree, Tree, load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
-from model import Transformer, bucket, causal_mask, prefill
+from masks import bucket, causal_mask
+from model import Transformer, prefill
 from runtime import can_trace, capture, compile_layers, trace
 from sampling import NOT_FINITE, Sampling, next_tokens
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from checkpoint import refuse_lfs_pointer
 from config import ModelArgs
 from eagle_head import EagleHead
-from model import rope_cos_sin
+from rope import rope_cos_sin
 from sampling import Sampling, logits_to_probs, race
 
 
@@ -294,7 +294,7 @@ def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor
     B, tree = root.shape[0], plan.tree
     at = pos + plan.order
     columns = shown_columns(pos, n_slot, plan.levels[0].seen, head.window)
-    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
+    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype, head.config.rope_scaling)
     tokens, child_probs = [root], []
     for depth, level in enumerate(plan.levels, start=1):
         drafted, probs = draw_children(head.draft_logits(hidden), tree.n_child, sampling)   # [B, n, R], [B, n, Vd]
@@ -364,7 +364,7 @@ def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tens
     B, tree, R = root.shape[0], plan.tree, plan.tree.n_child
     at = pos + plan.order
     columns = shown_columns(pos, n_slot, plan.before, head.window)
-    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype)
+    cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype, head.config.rope_scaling)
     scores = plan.root_scores[:, :1]            # [B, n] of the expanded nodes, log probability of their paths
     seen = plan.before.expand(B, -1, -1)        # what the expanded nodes see of one another
     tokens, all_scores, expanded = [root], [plan.root_scores[:, 1:]], [plan.order[:, :1].expand(B, -1)]

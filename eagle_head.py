@@ -26,8 +26,9 @@ from config import ModelArgs
 from head_config import (Eagle3Spec, eagle3_spec, head_args, head_kind, official_config, official_key,
                          refuse_output_bias, stored_shapes)
 from linears import install_quantized, stored
-from model import (RMSNorm, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask, rope_cos_sin,
-                   rope_inv_freq)
+from masks import attention_bias, causal_mask
+from model import RMSNorm, Transformer, TransformerBlock, block_targets
+from rope import knows_length, rope_cos_sin, rope_inv_freq
 from runtime import tune
 
 
@@ -133,20 +134,23 @@ class EagleHead(nn.Module):
 
     def forward(self, tokens: Tensor, features: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
                 mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
-                is_draft: bool | None = None) -> Tensor:
+                is_draft: bool | None = None, rope_length: Tensor | None = None) -> Tensor:
         """Next features [B, T, h] from tokens t_{i+1} [B, T], features of i [B, T, ...], positions i [B, T] or [T].
 
         features are the target's (EAGLE-1: [B, T, t], EAGLE-3: the captured hidden states side by side [B, T, n * t]),
         or the head's own outputs [B, T, h] for the rows before. is_draft says which; by default their width does, which
-        fails only if n * t = h. cache_pos and mask as in `Transformer.forward`; rope is `rope_cos_sin` of the
-        positions, if already computed. Before `setup_caches` the block attends to itself alone.
+        fails only if n * t = h. cache_pos, mask and rope_length as in `Transformer.forward`; rope is `rope_cos_sin` of
+        the positions, if already computed. Before `setup_caches` the block attends to itself alone.
         """
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
+            if rope_length is None and knows_length(self.config.rope_scaling):
+                rope_length = input_pos.amax(-1, keepdim=True) + 1
         bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, features.dtype)
-        rope = rope_cos_sin(input_pos, self.inv_freq, features.dtype) if rope is None else rope
+        if rope is None:
+            rope = rope_cos_sin(input_pos, self.inv_freq, features.dtype, self.config.rope_scaling, rope_length)
         return self.run_layers(tokens, features, rope, bias, cache_pos, is_draft)
 
     def run_layers(self, tokens: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor,

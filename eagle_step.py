@@ -20,7 +20,8 @@ from copy_branch import CopyBranch
 from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree, Tree, block_bias, draft_dynamic,
                         draft_nothing, draft_static, lineage, plan_dynamic, plan_static, shown_columns)
 from eagle_head import EagleHead
-from model import Transformer, attention_bias, causal_mask, prefill
+from masks import attention_bias, causal_mask, outside
+from model import Transformer, prefill
 from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
 
 
@@ -229,7 +230,7 @@ class EagleStep:
             if self.head is not None:   # the pair of a row's last token gets its true token below
                 window = self.head.window
                 mask = chunk.mask if window is None else causal_mask(chunk.pos, chunk.mask.shape[2], window)
-                self.head(chunk.following, chunk.features, chunk.pos, mask=mask)
+                self.head(chunk.following, chunk.features, chunk.pos, mask=mask, rope_length=length)
         assert feature is not None      # a prompt has a token that is not cached
         token = next_tokens(self.model.output(hidden), self.sampling)
         self.pos.copy_(length - 1)
@@ -275,9 +276,21 @@ class EagleStep:
         depth = max(self.tree.depth, 0 if draft.copied is None else self.tree.n_copy, 1)
         above = lineage(draft.parents, depth, self.plan.order)
         slots, seen = path_slots(draft.depths, above, self.pos, torch.arange(n_slot)[-self.n_end:])
-        bias = attention_bias(seen, config.n_head // config.n_kv_head, torch.float)
-        return rows_seen(bias, self.model.kv_cache, draft.tokens.shape[1], n_slot, slots, self.n_end,
-                         self.model.by_group)
+        group, cache, n_token = config.n_head // config.n_kv_head, self.model.kv_cache, draft.tokens.shape[1]
+
+        def rows(seen: Tensor, begin: Tensor | None = None) -> Seen:
+            return rows_seen(attention_bias(seen, group, torch.float), cache, n_token, n_slot, slots, self.n_end,
+                             self.model.by_group, begin)
+
+        window = config.sliding_window
+        if window is None or cache.shape[4] <= window:
+            return rows(seen)
+        positions = torch.arange(n_slot)
+        # A finished row may be past the slots that are read. It sees the last of them: no row may see none.
+        is_near = ~outside(positions, (self.pos + draft.depths).minimum(positions[-1:]), window)
+        before = is_near | (positions >= n_slot - slots.shape[2])   # of the last ones `seen` says what is hidden
+        near = rows(seen & is_near[..., -slots.shape[2]:], attention_bias(before, group, torch.float))
+        return rows(seen)._replace(in_window=near)
 
     def accept(self, logits: Tensor, draft: Draft) -> Accepted:
         if draft.tokens.shape[1] == 1:      # nothing was drafted

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from attention import LEAST_SLOTS, MAX_TOKENS, attend, rows_seen
 from config import ModelArgs
 from linears import ROWS, IntLinear, PackedLinear, QuantLinear
-from model import Transformer, attention_bias, causal_mask
+from masks import attention_bias, causal_mask
+from model import Transformer
 from runtime import candidates
 
 BLOCKS = (1, 2, 3, 4, 5, 8, 12, 16, 26, 32, 60, MAX_TOKENS, 3 * MAX_TOKENS)    # rows; the last are three sequences

@@ -11,6 +11,7 @@ graph of compiled layers. On a CPU it is a trace over weights packed for oneDNN,
 """
 import argparse
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -34,6 +35,7 @@ from exact import make_exact
 from grid import Format
 from linears import quantize_in_place
 from model import Transformer
+from rope import keys_serve
 from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling
 from tokenizer import Tokenizer
@@ -251,8 +253,8 @@ def say_loaded(report: dict, head: EagleHead | None) -> None:
 def converse(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
              report: dict) -> None:
     """Chat on the terminal."""
-    n_slot = args.max_seq_length or min(model.config.block_size, model.config.sliding_window or 1 << 30, 8192)
-    talk = Conversation(args, tokenizer, n_slot, model.config.vocab_size)
+    n_slot = args.max_seq_length or min(model.config.block_size, 8192)
+    talk = Conversation(args, tokenizer, n_slot, model.config.vocab_size, functools.partial(keys_serve, model.config))
     talk.render("Hi")       # fails now for a chat template that is missing or broken, or a --system that is too long
     decoder = make_decoder(args, model, head, 1, n_slot)
     say_loaded(report, head)

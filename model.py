@@ -11,7 +11,6 @@ Shapes: B batch, T new tokens, S cache slots, H query heads, K key/value heads, 
 V vocabulary.
 """
 import functools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,8 @@ from attention import MAX_TOKENS, OwnCache, Seen, attend, rows_seen
 from checkpoint import load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
 from linears import Experts, install_quantized, stored, stored_parts
+from masks import attention_bias, bucket, causal_mask, hide_outside, slot_positions
+from rope import apply_rope, knows_length, rope_cos_sin, rope_inv_freq
 from runtime import tune
 
 PREFILL_CHUNK = 512  # prompt tokens a pass
@@ -31,22 +32,6 @@ PREFILL_CHUNK = 512  # prompt tokens a pass
 # On Hopper torch prefers cuDNN's attention, which makes a plan for every new length. A plan was reported to take 0.4 s
 # (FunASR#3704): each prompt would wait that long for its first token.
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def rope_inv_freq(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
-    """Angle per position of each of the D/2 planes that RoPE rotates: [D/2] fp32."""
-    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.int64, device=device).float() / args.head_dim
-    inv_freq = 1.0 / args.rope_theta ** exponent
-    scaling = args.rope_scaling
-    if scaling is None:
-        return inv_freq
-    if scaling["rope_type"] == "linear":
-        return inv_freq / scaling["factor"]
-    # llama3: long wavelengths are stretched by `factor`, short ones are kept, those between are interpolated.
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (kept + (1 - kept) / scaling["factor"])
 
 
 class Transformer(nn.Module):
@@ -104,7 +89,7 @@ class Transformer(nn.Module):
     def setup_caches(self, max_batch_size: int, max_seq_length: int) -> None:
         """Allocate `kv_cache` [n_layer, 2, B, K, S, D] for S = max_seq_length slots a row.
 
-        Raises ValueError when S passes the model's context or a sliding window that would begin to matter.
+        Raises ValueError when S passes the model's context.
         """
         c = self.config
         if min(max_batch_size, max_seq_length) < 1:
@@ -112,15 +97,13 @@ class Transformer(nn.Module):
                              "at least 1 of each is needed")
         if max_seq_length > c.block_size:
             raise ValueError(f"max_seq_length {max_seq_length} is beyond the model's context of {c.block_size} tokens")
-        if c.sliding_window is not None and max_seq_length > c.sliding_window:
-            raise ValueError(f"max_seq_length {max_seq_length} is beyond sliding_window {c.sliding_window}, "
-                             "past which windowed attention would be needed; it is not supported")
         weight = self.norm.weight
         self.kv_cache = torch.zeros(c.n_layer, 2, max_batch_size, c.n_kv_head, max_seq_length, c.head_dim,
                                     dtype=weight.dtype, device=weight.device)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                mask: Tensor | Seen | OwnCache | None = None, capture: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+                mask: Tensor | Seen | OwnCache | None = None, capture: tuple[int, ...] = (),
+                rope_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One pass over a block of new tokens.
 
         tokens     [B, T] int64
@@ -129,22 +112,27 @@ class Transformer(nn.Module):
         mask       [B, T, S] bool: the slots each token may see, its own among them. Only the first S slots are
                    read, S <= those allocated, so a narrow mask makes a short conversation in a long cache cheap.
                    None means causal: every slot up to the token's position. Or what `rows_seen` made (attention.py).
+                   A sliding window narrows it further where a layer has one.
         capture    return the hidden states of these indices in the place of the features (EAGLE-3, section 3.1): j is
                    the residual stream before layer j, n_layer the state after the final norm
+        rope_length  [B, T] or [B, 1]: the text's length, for RoPE that depends on it (rope.py). By default the text
+                   ends with the last token where there is no mask, and with each token itself where there is one.
 
         Returns logits [B, T, V] and features [B, T, dim], the hidden state after the final norm, or the captured
         hidden states side by side, [B, T, len(capture) * dim]. Before `setup_caches` the block attends to itself alone.
         """
-        last, captured = self.hidden_states(tokens, input_pos, cache_pos, mask, capture)
+        last, captured = self.hidden_states(tokens, input_pos, cache_pos, mask, capture, rope_length)
         return self.output(last), captured
 
     def features(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None = None,
-                 mask: Tensor | Seen | OwnCache | None = None, capture: tuple[int, ...] = ()) -> Tensor:
+                 mask: Tensor | Seen | OwnCache | None = None, capture: tuple[int, ...] = (),
+                 rope_length: Tensor | None = None) -> Tensor:
         """The second value of `forward`, without the LM head."""
-        return self.hidden_states(tokens, input_pos, cache_pos, mask, capture)[1]
+        return self.hidden_states(tokens, input_pos, cache_pos, mask, capture, rope_length)[1]
 
     def hidden_states(self, tokens: Tensor, input_pos: Tensor, cache_pos: Tensor | None,
-                      mask: Tensor | Seen | OwnCache | None, capture: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+                      mask: Tensor | Seen | OwnCache | None, capture: tuple[int, ...],
+                      rope_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The hidden state after the final norm [B, T, dim], and the features that `forward` returns."""
         check_block(tokens, self.kv_cache)
         if not all(0 <= i <= len(self.layers) for i in capture):
@@ -152,21 +140,36 @@ class Transformer(nn.Module):
         input_pos = input_pos.expand(tokens.shape)
         cache_pos = input_pos if cache_pos is None else cache_pos.expand(tokens.shape)
         x = self.tok_embeddings(tokens)
-        rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype)
         if mask is None:
             mask = causal_mask(input_pos, None if self.kv_cache is None else self.kv_cache.shape[4])
-        bias = mask
-        if isinstance(mask, Tensor):
-            bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
-            if self.is_exact and self.kv_cache is not None and tokens.shape[1] <= MAX_TOKENS:
-                bias = rows_seen(bias, self.kv_cache, tokens.shape[1], bias.shape[-1], by_group=self.by_group)
+            if rope_length is None and knows_length(self.config.rope_scaling):
+                rope_length = input_pos.amax(-1, keepdim=True) + 1
+        rope = rope_cos_sin(input_pos, self.inv_freq, x.dtype, self.config.rope_scaling, rope_length)
+        bias, in_window = self.shown(mask, input_pos, cache_pos, x.dtype)
         states = {}
         for i, layer in enumerate(self.layers):
             if i in capture:
                 states[i] = x
-            x = layer(x, rope, bias, cache_pos, None if self.kv_cache is None else self.kv_cache[i])
+            shown = bias if layer.window is None else in_window
+            x = layer(x, rope, shown, cache_pos, None if self.kv_cache is None else self.kv_cache[i])
         states[len(self.layers)] = last = self.norm(x)
         return last, torch.cat([states[i] for i in capture], dim=-1) if capture else last
+
+
+    def shown(self, mask: Tensor | Seen | OwnCache, input_pos: Tensor, cache_pos: Tensor,
+              dtype: torch.dtype) -> tuple[Any, Any]:
+        """What layers with full attention get for a mask, and what those with a sliding window get."""
+        if not isinstance(mask, Tensor):
+            return mask, mask.in_window or mask
+        window, kv_cache, n_token = self.config.sliding_window, self.kv_cache, input_pos.shape[1]
+        n_all = n_token if kv_cache is None else kv_cache.shape[4]
+        both: list[Any] = [attention_bias(mask, self.config.n_head // self.config.n_kv_head, dtype)]
+        if window is not None and int(n_all) > window:
+            pos = slot_positions(input_pos, None if kv_cache is None else cache_pos, n_all, both[0].shape[-1])
+            both.append(hide_outside(both[0], pos, input_pos, window))
+        if self.is_exact and kv_cache is not None and n_token <= MAX_TOKENS:
+            both = [rows_seen(bias, kv_cache, n_token, bias.shape[-1], by_group=self.by_group) for bias in both]
+        return both[0], both[-1]
 
 
 def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
@@ -178,51 +181,6 @@ def check_block(tokens: Tensor, kv_cache: Tensor | None) -> None:
                          f"{kv_cache.shape[-4]} rows and {kv_cache.shape[-2]} slots: call setup_caches")
 
 
-def causal_mask(input_pos: Tensor, n_slot: int | None, window: int | None = None) -> Tensor:
-    """[B, T] positions -> [B, T, S] bool: the slots up to each position. Without a cache S is T, the block itself.
-
-    With a window, only the last so many of them.
-    """
-    slots = input_pos[:, None, :] if n_slot is None else torch.arange(n_slot, device=input_pos.device)
-    mask = slots <= input_pos[:, :, None]
-    return mask if window is None else mask & (slots > input_pos[:, :, None] - window)
-
-
-def bucket(length: int, n_slot: int) -> int:
-    """Cache slots that attention reads for `length` used ones: 128, 192, 256, 384, 512, 768, ... up to n_slot.
-
-    The sizes are few, so that each can have a captured graph, and close, so that attention reads little in vain.
-    """
-    size = 128
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return min(size, n_slot)
-
-
-def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """bool [B, T, S] -> additive [B, 1, G*T, S], the same for the G query heads of a key/value group. Made once a pass.
-
-    A mask of floating-point numbers is such a bias already.
-    """
-    if mask.is_floating_point():
-        return mask
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return bias.repeat(1, group, 1)[:, None]
-
-
-def rope_cos_sin(input_pos: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[B, T] positions -> cosines and signed sines [B, T, 1, D] for `apply_rope`."""
-    # Cosine is even and sine is odd: the first half of the frequencies, negated, gives the signs of apply_rope.
-    angle = input_pos[:, :, None, None] * torch.cat((-inv_freq, inv_freq))
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x [B, T, heads, D] in the planes (i, i + D/2), the pairing of Hugging Face's weights."""
-    cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(int(x.shape[-1]) // 2, -1), sin)
-
-
 class TransformerBlock(nn.Module):
     """Pre-norm decoder layer. EAGLE's draft layer is this one with `attention_norm` off (EAGLE, section 4.1).
 
@@ -231,6 +189,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelArgs, attention_norm: bool = True, in_dim: int | None = None):
         super().__init__()
+        self.window = config.sliding_window     # the model hides what lies outside of it
         self.attention = Attention(config, in_dim)
         self.feed_forward = MoEFeedForward(config) if config.n_expert else FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps) if attention_norm else nn.Identity()
@@ -393,12 +352,13 @@ def prefill(model: Transformer, prompts: list[list[int]], n_cached: int = 0, chu
     """
     device = model.inv_freq.device
     length, n_slot = max(map(len, prompts)), model.kv_cache.shape[4]
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
     padded = torch.tensor([prompt + [0] * (length + 1 - len(prompt)) for prompt in prompts], device=device)
     for begin in range(n_cached, length, chunk):
         end = min(begin + chunk, length)
         pos = torch.arange(begin, end, device=device).expand(len(prompts), -1)
         mask = causal_mask(pos, bucket(end, n_slot))
-        hidden, features = model.hidden_states(padded[:, begin:end], pos, None, mask, capture)
+        hidden, features = model.hidden_states(padded[:, begin:end], pos, None, mask, capture, lengths)
         yield Chunk(pos, padded[:, begin + 1:end + 1], hidden, features, mask)
 
 

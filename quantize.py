@@ -38,8 +38,9 @@ from console import Parser, add_chat_options, command, number, pick_device, read
 from grid import GROUP_SIZES, Format, fit_grid, pack, round_to_nearest, to_grid
 from head_config import head_kind, official_key
 from linears import Experts, install
-from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
-                   rope_cos_sin, rope_inv_freq)
+from masks import attention_bias, causal_mask
+from model import MoEFeedForward, Transformer, TransformerBlock, block_targets
+from rope import rope_cos_sin, rope_inv_freq
 from tokenizer import Tokenizer
 from train_data import read_dialogues
 from train_features import file_digest, target_stamp, tokens_digest
@@ -360,8 +361,10 @@ class Calibration:
 
     def _run(self, block: TransformerBlock, x: Tensor) -> Tensor:
         pos = torch.arange(x.shape[1], device=x.device)[None]
-        bias = attention_bias(causal_mask(pos, None), self.config.n_head // self.config.n_kv_head, x.dtype)
-        return block(x, rope_cos_sin(pos, self.inv_freq, x.dtype), bias, pos, None)
+        mask = causal_mask(pos, None, block.window)
+        bias = attention_bias(mask, self.config.n_head // self.config.n_kv_head, x.dtype)
+        rope = rope_cos_sin(pos, self.inv_freq, x.dtype, self.config.rope_scaling, pos[:, -1:] + 1)
+        return block(x, rope, bias, pos, None)
 
 
 # Size and perplexity

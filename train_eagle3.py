@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eagle_head import Eagle3Head
-from model import Attention, apply_rope, attention_bias, rope_cos_sin
+from masks import attention_bias
+from model import Attention
+from rope import apply_rope, rope_cos_sin
 from train_features import Batch
 from train_loss import LOGITS_AT_ONCE, draft_rows
 
@@ -67,7 +69,7 @@ class Eagle3Learner(nn.Module):
             g = head.fuse(features[:, :-2])
             for step in range(min(self.n_level, n_row)):
                 n = n_row - step    # rows whose token to predict lies in the text
-                rope = rope_cos_sin(pos[:, step:], head.inv_freq, g.dtype)
+                rope = rope_cos_sin(pos[:, step:], head.inv_freq, g.dtype, head.config.rope_scaling)
                 g = run_step(head, tokens[:, 1 + step:-1], g[:, :n], rope, seen)
                 outputs.append(F.pad(g if head.spec.norm_output else head.norm(g), (0, 0, step, 0)))
         return outputs

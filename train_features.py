@@ -70,16 +70,17 @@ class Features:
         """[B, T, dim], or [B, T, (n + 1) * dim] with the final state last: what a cache holds."""
         if self.folder is not None:
             return self._padded(self._read(self.folder, indices))
-        return self._compute(self._padded([self.dialogues[i].tokens.long() for i in indices]))
+        rows = [self.dialogues[i].tokens.long() for i in indices]
+        return self._compute(self._padded(rows), torch.tensor([[len(row)] for row in rows]))
 
     def _padded(self, rows: list[Tensor]) -> Tensor:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.inv_freq.device)
 
-    def _compute(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, ...]"""
+    def _compute(self, tokens: Tensor, length: Tensor) -> Tensor:
+        """[B, T], the rows' lengths [B, 1] -> [B, T, ...]"""
         with torch.inference_mode():
             features = self.model.features(tokens, torch.arange(tokens.shape[1], device=tokens.device),
-                                           capture=self.capture)
+                                           capture=self.capture, rope_length=length.to(tokens.device))
         return features.clone()     # outside of inference mode, so that a backward pass may keep it
 
     def _read(self, folder: Path, indices: list[int]) -> list[Tensor]:

@@ -44,7 +44,8 @@ from eagle_step import EagleStep
 from generate import add_exact_option, copy_length, settle_exact
 from grid import Format
 from linears import quantize_in_place, stored
-from model import Transformer, attention_bias, bucket, causal_mask, prefill
+from masks import attention_bias, bucket, causal_mask
+from model import Transformer, prefill
 from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
 from sampling import Sampling, next_tokens
 
@@ -80,7 +81,7 @@ def check(args: argparse.Namespace) -> None:
         args.group_size = args.group_size or 128
     args.config = SHAPES.get(args.shape, TINY) if args.shape else ModelArgs.from_config(
         read_json(resolve_checkpoint(args.checkpoint) / "config.json"))
-    longest = context(args.config)
+    longest = args.config.block_size
     args.slots = args.slots or [n for n in SLOTS if n <= longest] or [longest]
     if max(args.slots) > longest:
         raise ValueError(f"--slots {max(args.slots)} is beyond the model's context of {longest} tokens")
@@ -545,12 +546,8 @@ def quantised(args: argparse.Namespace) -> dict | None:
 
 def setup_caches(model: Transformer, n_slot: int) -> None:
     """Caches full of numbers: untouched memory reads as one shared page, which stays in the processor's cache."""
-    model.setup_caches(1, min(n_slot, context(model.config)))
+    model.setup_caches(1, min(n_slot, model.config.block_size))
     model.kv_cache.normal_()
-
-
-def context(config: ModelArgs) -> int:
-    return min(config.block_size, config.sliding_window or config.block_size)
 
 
 def random_tokens(model: Transformer, n: int) -> list[int]:

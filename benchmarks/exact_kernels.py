@@ -32,7 +32,8 @@ from console import Parser, check_writable, command, number, pick_device, say, w
 from draft_tree import lineage
 from grid import Format
 from linears import QuantLinear, quantize_in_place
-from model import Transformer, attention_bias, causal_mask
+from masks import attention_bias, causal_mask
+from model import Transformer
 from runtime import capture, tune
 
 BLOCKS = (1, 5, 26, 60)     # rows of activations, tokens

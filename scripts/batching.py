@@ -21,7 +21,9 @@ from torch import Tensor
 
 import tp
 from decoder import Decoder, PlainStep, check_prompts, not_finite, restored_caches
-from model import PREFILL_CHUNK, Transformer, bucket, causal_mask
+from masks import bucket, causal_mask
+from model import PREFILL_CHUNK, Transformer
+from rope import keys_serve
 from scripts.pages import Pages
 from sampling import NOT_FINITE, Sampling, next_tokens
 from tokenizer import common_prefix
@@ -200,13 +202,14 @@ class Rows:
         """Begin requests in their rows, in one pass. What any row has of a prompt's beginning is copied."""
         prompts, features = [request.prompt[:-1] for _, request in new], self.step.features
         known, parts = [], []
-        for n, prompt in enumerate(prompts):
-            length, source = max((common_prefix(prompt, text[:-1]), row) for row, text in enumerate(self.texts))
+        for n, (_, request) in enumerate(new):
+            length, source = max((self._shared(request.prompt, text), row) for row, text in enumerate(self.texts))
             self.scratch[:, :, n, :, :length] = self.pages.read(source, length)
             parts.append([] if features is None else [features[source, :length].clone()])
             known.append(length)
         longest, device = max(map(len, prompts)), self.scratch.device
         padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        lengths = padded.new_tensor([[len(prompt) + 1] for prompt in prompts])     # with the token that a step reads
         begin, n_new = padded.new_tensor(known)[:, None], max(len(p) - n for p, n in zip(prompts, known))
         self.model.kv_cache = self.scratch
         with torch.compiler.set_stance("force_eager") if self.decoder.compile else contextlib.nullcontext():
@@ -214,7 +217,8 @@ class Rows:
                 size = min(PREFILL_CHUNK, n_new - i)
                 pos = (begin + torch.arange(i, i + size, device=device)).clamp(max=self.n_slot - 1)
                 mask = causal_mask(pos, bucket(max(known) + i + size, self.n_slot))
-                hidden = self.model.features(padded.gather(1, pos.clamp(max=longest - 1)), pos, mask=mask)
+                hidden = self.model.features(padded.gather(1, pos.clamp(max=longest - 1)), pos, mask=mask,
+                                             rope_length=lengths)
                 for part, rows in zip(parts, hidden if features is not None else ()):
                     part.append(rows)
         self.model.kv_cache = self.pages.cache
@@ -226,6 +230,11 @@ class Rows:
             self._begin(row, request)
         self.n_prefilled += sum(map(len, prompts)) - sum(known)
         self.n_copied += sum(known)
+
+    def _shared(self, prompt: list[int], text: list[int]) -> int:
+        """How many tokens of a prompt a row with this text has in its cache. The last token of each is in none."""
+        can_share = keys_serve(self.model.config, max(len(prompt), len(text)))
+        return common_prefix(prompt[:-1], text[:-1]) if can_share else 0
 
     def _begin(self, row: int, request: Request) -> None:
         """Set a row to a request whose prompt is in the cache, but for its last token."""

@@ -37,7 +37,8 @@ from console import Parser, add_chat_options, check_writable, command, launched,
 from decoder import Decoder, setup_caches
 from eagle_head import Eagle3Head, EagleHead
 from head_config import FLAG_WEIGHTS, Eagle3Spec, eagle3_spec, official_config, stored_shapes
-from model import Transformer, rope_inv_freq
+from model import Transformer
+from rope import rope_inv_freq
 from scripts.questions import HUB_SETS, read_questions
 from scripts.report import acceptance
 from scripts.tree_search import accept_lengths
@@ -177,8 +178,8 @@ def norm_readings(spec: Eagle3Spec) -> list[Reading]:
 @contextlib.contextmanager
 def read_as(head: EagleHead, reading: Reading) -> Iterator[None]:
     """Inside, the head computes as this reading of its file has it."""
-    kept = {"inv_freq": head.inv_freq}
-    head.inv_freq = rope_inv_freq(reading.args, head.inv_freq.device)
+    kept = {"inv_freq": head.inv_freq, "config": head.config}
+    head.inv_freq, head.config = rope_inv_freq(reading.args, head.inv_freq.device), reading.args
     if isinstance(head, Eagle3Head) and reading.spec is not None:
         spec = reading.spec
         kept |= {name: getattr(head, name) for name in ("spec", "capture", "fc_norm", "fc_input_norm")}

@@ -41,7 +41,8 @@ from console import Parser, add_chat_options, check_writable, command, is_text, 
 from decoder import Decoder, not_finite, setup_caches, tree_of
 from draft_tree import Tree
 from eagle_head import EagleHead
-from model import Transformer, causal_mask, prefill
+from masks import causal_mask
+from model import Transformer, prefill
 from sampling import Sampling
 from scripts import report
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers

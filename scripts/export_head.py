@@ -41,12 +41,12 @@ from console import Parser, command, number, say, whole_or_nothing, write_atomic
 from eagle_head import Eagle3Head, EagleHead
 from generate import load_draft_vocab
 from head_config import (FLAGS, LAYERS_KEY, Eagle3Spec, eagle3_spec, head_kind, official_config, official_key,
-                         rope_settings, stored_shapes)
+                         stored_shapes)
 
 ARCHITECTURE = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
 KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size
-          rms_norm_eps max_position_embeddings rope_theta rope_scaling rope_parameters bos_token_id eos_token_id
-          pad_token_id torch_dtype dtype""".split()
+          rms_norm_eps max_position_embeddings original_max_position_embeddings rope_theta rope_scaling rope_parameters
+          bos_token_id eos_token_id pad_token_id torch_dtype dtype""".split()
 
 
 @command()
@@ -167,8 +167,10 @@ def layer_config(config: dict, spec: Eagle3Spec, model_type: str = "llama") -> d
     """LLaMA's keys, with the sizes and the RoPE base that were found, whether or not the file says them."""
     c = spec.args
     kept = {key: config[key] for key in KEPT if config.get(key) is not None and not key.startswith("rope_")}
-    rope = {"rope_scaling": c.rope_scaling or rope_settings(config, c.rope_theta)[0]}   # c has no dynamic scaling
-    scaling = {} if rope_type(rope) == "default" else rope
+    rope = dict(c.rope_scaling or {})
+    if rope.get("rope_type") == "dynamic":      # max_position_embeddings says it
+        del rope["original_max_position_embeddings"]
+    scaling = {"rope_scaling": rope} if rope else {}
     return {"model_type": model_type, "hidden_act": "silu"} | kept | scaling | {
         "hidden_size": c.dim, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
         "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "intermediate_size": c.intermediate_size,

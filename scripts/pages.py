@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from masks import outside
 from model import Transformer
 
 PAGE = 64
@@ -32,6 +33,7 @@ class PagesSeen(NamedTuple):
     bags: Tensor        # [P*H] int32: where each head's begin
     page: Tensor        # [B] and slot [B]: where each row's new key and value go
     slot: Tensor
+    in_window: "PagesSeen | None" = None    # what layers with a sliding window see
 
     def attend(self, qkv: Tensor, kv_cache: Tensor) -> Tensor:
         """qkv [B, 1, H + 2K, D], kv_cache [2, all pages, K, S, D] of a layer -> [B, 1, H*D]."""
@@ -61,7 +63,8 @@ class Pages:
     """Which page belongs to whom. Memory is touched as pages are first used, the lowest first."""
 
     def __init__(self, model: Transformer, n_row: int, n_slot: int):
-        self.size = min(PAGE, n_slot)
+        self.size, window = min(PAGE, n_slot), model.config.sliding_window
+        self.window = window if window is not None and window < n_slot else None
         self.most = -(-n_slot // self.size)     # pages of a row
         model.setup_caches(1, self.size)
         L, _, _, K, S, D = model.kv_cache.shape
@@ -120,8 +123,13 @@ class Pages:
         begins = torch.searchsorted(by_owner, torch.arange(n_row + 1, device=pos.device))
         owner = self.owner[:n_page].clamp(max=n_row - 1)
         slots = self.place[:n_page, None] * self.size + self.in_page
-        bias = torch.zeros(slots.shape, device=pos.device).masked_fill_(slots > pos[owner], -torch.inf)
+        at = pos[owner]
+        bias = torch.zeros(slots.shape, device=pos.device).masked_fill_(slots > at, -torch.inf)
         page = self.table.gather(1, pos // self.size)
         bags = torch.arange(n_page * self.n_head, dtype=torch.int32, device=pos.device) * self.size
-        return PagesSeen(owner, bias[:, None, None], order, begins, self.slots[:len(bags) * self.size], bags,
+        seen = PagesSeen(owner, bias[:, None, None], order, begins, self.slots[:len(bags) * self.size], bags,
                          page[:, 0], pos[:, 0] % self.size)
+        if self.window is None:
+            return seen
+        near = bias.masked_fill(outside(slots[:, None], at, self.window)[:, 0], -torch.inf)
+        return seen._replace(in_window=seen._replace(bias=near[:, None, None]))

@@ -40,7 +40,8 @@ from decoder import Decoder, setup_caches, slots_for
 from draft_tree import StaticTree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
-from model import Transformer, bucket, causal_mask
+from masks import bucket, causal_mask
+from model import Transformer
 from runtime import can_trace
 from scripts.questions import HUB_SETS, read_questions
 from scripts.report import loops

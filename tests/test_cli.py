@@ -560,7 +560,7 @@ DAMAGES = {
     "a layer too few": (configure(num_hidden_layers=1), "model.layers.1."),
     "unknown architecture": (configure(model_type="mamba"), ["model_type", "mamba"]),
     "no architecture": (rewrite("config.json", b"{}"), "model_type"),
-    "unknown rope type": (configure(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ["rope", "yarn"]),
+    "unknown rope type": (configure(rope_scaling={"rope_type": "mrope", "factor": 4.0}), ["rope", "mrope"]),
     "unknown activation": (configure(hidden_act="gelu"), ["hidden_act", "gelu"]),
     "no config.json": (remove("config.json"), "config.json"),
     "half a config.json": (truncate("config.json", 0.5), "config.json"),
@@ -785,11 +785,38 @@ def test_ctrl_c_at_the_prompt_neither_leaves_nor_forgets(chat):
     assert len(chat.turns) == 2 and len(chat.turns[1]["prompt"]) > len(chat.turns[0]["prompt"]) + 10
 
 
-def test_a_conversation_that_fills_the_context_begins_anew(chat, talker):
-    out, err = chat("Hello, who are you?", "I see.", "Tell me more.", argv=["--max-seq-length", 50])
-    assert [turn["prompt"] for turn in chat.turns].count(chat_ids(talker, "Tell me more.")) == 1
+def test_a_conversation_that_outgrows_the_context_drops_its_oldest_turns_and_says_so(chat, talker):
+    out, err = chat("Hello, who are you?", "I see.", "Tell me more.", "Go on.",
+                    argv=["--max-seq-length", 90, "--system", "Sir"])
+    tok = Tokenizer.from_pretrained(talker)
+    said, turns = [tok.decode(turn["said"]) for turn in chat.turns], [turn["prompt"] for turn in chat.turns]
+    render = lambda *texts: tok.apply_chat_template([
+        {"role": "system", "content": "Sir"},
+        *({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts))])
+    assert turns[1] == render("Hello, who are you?", said[0], "I see.")
+    assert turns[2] == render("I see.", said[1], "Tell me more.")       # one turn less
+    assert turns[3] == render("I see.", said[1], "Tell me more.", said[2], "Go on.")
+    assert len(render("Hello, who are you?", said[0], "I see.", said[1], "Tell me more.")) + 10 > 90
+    assert [line.lstrip("> ") for line in err.splitlines() if "outgrown" in line] == [
+        "The conversation has outgrown its 90 tokens: the oldest 1 of its 2 turns is dropped."]
     chat.assert_each_answer_is_that_of_a_fresh_model()
-    assert "50" in err
+
+
+def test_a_chat_past_the_original_context_of_dynamic_rope_says_what_a_fresh_model_says(monkeypatch, run, tmp_path):
+    folder = write_checkpoint(tmp_path / "dynamic", ascii_only=True, context=48,
+                              rope=dict(rope_type="dynamic", factor=8.0))
+    chat = Chat(monkeypatch, run, folder)
+    chat("Hello", "I see.", "Tell me more.", "Go on.")
+    assert len(chat.turns[0]["prompt"]) + 10 < 48 < len(chat.turns[2]["prompt"])
+    chat.assert_each_answer_is_that_of_a_fresh_model()
+    assert min(chat.turns[1]["computed"]) > 0 == min(chat.turns[3]["computed"])
+
+
+def test_where_no_turn_fits_beside_a_message_all_are_dropped(chat, talker):
+    out, err = chat("Hello", "I see.", "x" * 30, argv=["--max-seq-length", 50])
+    assert chat.turns[2]["prompt"] == chat_ids(talker, "x" * 30)
+    assert "outgrown its 50 tokens: the oldest 2 of its 2 turns are dropped." in err
+    chat.assert_each_answer_is_that_of_a_fresh_model()
 
 
 def test_a_message_longer_than_the_context_is_not_the_end_of_the_chat(chat, talker):

@@ -602,7 +602,7 @@ BAD = {
     "quantised elsewhere": (dict(quantization_config=dict(bits=4)), {}, "quantization_config .* is not supported"),
     "heads that do not divide": (dict(num_attention_heads=5), {}, "num_attention_heads 5 does not divide the 32 rows"),
     "no number of heads": (dict(num_attention_heads=None), {}, "num_attention_heads None does not divide"),
-    "YaRN": (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), {}, "rope_type 'yarn' is not supported"),
+    "an unknown RoPE": (dict(rope_scaling=dict(rope_type="su", factor=2.0)), {}, "rope_type 'su' is not supported"),
     "a RoPE base of zero": (dict(rope_theta=0), {}, "rope_theta 0 is not a positive number"),
     "a RoPE base that is text": (dict(rope_parameters=dict(rope_theta="1e6")), {}, "rope_theta '1e6' is not a p"),
     "two RoPE bases": (dict(rope_theta=1e6, rope_parameters=dict(rope_theta=1e4)), {},

@@ -439,6 +439,8 @@ DIALECTS = {    # keys of the head's config.json and weights; the hidden states 
                                            original_max_position_embeddings=64)), (2, 4, 5)),
     "scaled RoPE, its base apart": (dict(rope_parameters=dict(rope_theta=5e4), rope_scaling=dict(
         rope_type="linear", factor=4.0)), (2, 4, 5)),
+    "YaRN": (dict(rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)), (2, 4, 5)),
+    "dynamic RoPE": (dict(rope_scaling=dict(type="dynamic", factor=4.0), max_position_embeddings=16), (2, 4, 5)),
     "no theta": (dict(rope_theta=None), (2, 4, 5)),
 }
 

@@ -131,6 +131,16 @@ def test_eagle_computes_the_bits_of_plain_decoding(decade, folders):
     assert max(accepted) > 1.3
 
 
+@pytest.mark.parametrize("keys", [dict(max_window_layers=0), dict(max_window_layers=1), dict(
+    max_window_layers=1, max_position_embeddings=128, rope=dict(rope_type="dynamic", factor=8.0))], ids=str)
+def test_sliding_windows_keep_the_bits(keys, tmp_path):
+    """Of a prompt within the window of 64 tokens, of one past it, and of three rows."""
+    folder, _ = tiny("qwen3", tmp_path, **{"max_position_embeddings": 1024} | keys, intermediate_size=96,
+                     use_sliding_window=True, sliding_window=64)
+    for mode, rows, seed in (("bf16", 1, 2), ("bf16", 1, 3), ("int8", 3, 1), ("bf16", 3, 5)):
+        compare(folder, mode, rows, [("paper", 4), ("chain:3", 0), ("dynamic", 0)], seed)
+
+
 @torch.inference_mode()
 def test_later_turns_of_a_chat_have_the_bits_of_plain_decoding(folders):
     model = target(folders("gqa"), "bf16", 5)

@@ -338,7 +338,7 @@ def test_config_fields_are_those_of_config_json(zoo, kind):
         assert ours.norm_topk_prob is getattr(theirs, "norm_topk_prob", True)
         dense = [i for i, layer in enumerate(zoo(kind).hf.model.layers) if not hasattr(layer.mlp, "experts")]
         assert list(ours.dense_layers) == dense and (len(dense) == 3) == (kind == "qwen3_moe_mixed")
-    stretched = 4 if kind == "llama_linear" else 1
+    stretched = {"llama_linear": 4, "llama_dynamic": 2}.get(kind, 1)
     assert ours.block_size == theirs.max_position_embeddings * stretched
 
 
@@ -367,8 +367,13 @@ def test_the_context_of_vicuna_16k_is_max_sequence_length(tmp_path):
     (dict(rope_type="linear", factor=2.5), {}, 640),
     (dict(rope_type="linear", factor=4.0, original_max_position_embeddings=64), {}, 256),
     (dict(rope_type="linear", factor=4.0), dict(max_sequence_length=4096), 4096),
-    (dict(type="dynamic", factor=4.0), {}, 256),            # past it the angles of all tokens would change
-    (dict(type="dynamic", factor=4.0), dict(max_sequence_length=1024), 256),
+    (dict(type="dynamic", factor=4.0), {}, 4 * 256),
+    (dict(type="dynamic", factor=4.0), dict(max_sequence_length=4096), 4096),
+    (dict(type="yarn", factor=4.0, original_max_position_embeddings=64), {}, 256),      # as transformers writes it
+    (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128), {}, 512),    # Qwen3: 40960, not 32768
+    (dict(rope_type="yarn", factor=4.0), {}, 4 * 256),      # Qwen2.5: the original context is the one that is written
+    (dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4), dict(
+        original_max_position_embeddings=64), 256),
     (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
           original_max_position_embeddings=64), {}, 256),
     (None, dict(max_sequence_length=300), 300),
@@ -454,9 +459,21 @@ YARN = dict(factor=4.0, original_max_position_embeddings=64)
 
 @pytest.mark.parametrize("kind, changes, names", [
     ("llama2", dict(architectures=["GPT2LMHeadModel"], model_type="gpt2"), ["model_type", "gpt2"]),
-    ("llama2", dict(rope_scaling=dict(YARN, rope_type="yarn")), ["rope", "yarn"]),
-    ("llama2", dict(rope_scaling=dict(YARN, type="yarn")), ["rope", "yarn"]),
-    ("llama2", dict(rope_parameters=dict(YARN, rope_type="yarn", rope_theta=1e4)), ["rope", "yarn"]),
+    ("llama2", dict(rope_scaling=dict(YARN, rope_type="su")), ["rope_type", "su", "yarn"]),
+    ("llama2", dict(rope_scaling=dict(YARN, type="mrope")), ["rope_type", "mrope"]),
+    ("llama2", dict(rope_scaling=dict(YARN, rope_type="yarn", beta_fast="32")), ["yarn", "a number", "beta_fast"]),
+    ("llama2", dict(rope_scaling=dict(YARN, rope_type="yarn", factor="4")), ["yarn", "a number", "factor"]),
+    ("llama2", dict(rope_scaling=dict(rope_type="dynamic")), ["dynamic", "a number", "factor"]),
+    ("llama2", dict(rope_scaling=dict(YARN, rope_type="longrope")), ["longrope", "a list of numbers", "short_factor"]),
+    ("llama2", dict(rope_scaling=dict(YARN, rope_type="longrope", short_factor=[1.0] * 3, long_factor=[2.0] * 4)),
+     ["short_factor has 3 numbers", "4 planes"]),
+    ("qwen3", dict(rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=1e4))),
+     ["full_attention"]),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=16, layer_types=["full_attention"]),
+     ["layer_types", "2 layers"]),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=16, layer_types=["full_attention", "chunked_attention"]),
+     ["layer_types", "chunked_attention"]),
+    ("mistral", dict(sliding_window=0), ["sliding_window", "0"]),
     ("llama2", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
     ("llama2", dict(mlp_bias=True), ["mlp_bias", "True"]),
     ("llama2", dict(quantization_config=dict(quant_method="hqq", bits=4)), ["quantization_config", "hqq"]),
@@ -498,15 +515,6 @@ def test_attention_bias_is_either_computed_or_refused_by_name(tmp_path, kind):
     assert_equal_outputs(feed(model, tokens), expected(hf, tokens))
 
 
-def test_a_sliding_window_is_refused_only_where_it_matters(tmp_path):
-    folder, hf = tiny("mistral", tmp_path, sliding_window=16)
-    model, tokens = load(folder), tokens_of(16)
-    model.setup_caches(1, 16)
-    assert_equal_outputs(feed(model, tokens), expected(hf, tokens))
-    with refused("sliding_window", 16):
-        model.setup_caches(1, 17)
-
-
 def test_a_sliding_window_that_qwen2_does_not_use_is_ignored(tmp_path):
     folder, hf = tiny("qwen2", tmp_path, use_sliding_window=False)
     with edited_json(folder / "config.json") as config:  # as published: the number is there, the switch is off
@@ -514,15 +522,6 @@ def test_a_sliding_window_that_qwen2_does_not_use_is_ignored(tmp_path):
     model, tokens = load(folder), tokens_of(40)
     model.setup_caches(1, SLOTS)
     assert_equal_outputs(feed(model, tokens), expected(hf, tokens))
-
-
-@pytest.mark.parametrize("kind, keys", [
-    ("qwen2", dict(max_window_layers=1)), ("qwen3", dict(max_window_layers=0)), ("qwen3_moe", {}),
-    ("qwen2", dict(max_window_layers=2, layer_types=["full_attention", "sliding_attention"]))], ids=str)
-def test_a_sliding_window_that_qwen_uses_in_some_layers_is_refused(tmp_path, kind, keys):
-    folder, _ = tiny(kind, tmp_path, use_sliding_window=True, sliding_window=16, **keys)
-    with refused("sliding_window", 16):
-        load(folder).setup_caches(1, 17)
 
 
 @pytest.mark.parametrize("kind, keys", [

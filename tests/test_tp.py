@@ -56,6 +56,8 @@ KINDS = {   # kind of reference.py, and changes of its config.json so that its s
     "qwen2": ("qwen2", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe_mixed": ("qwen3_moe_mixed", {}),                     # dense layers of another width than the experts
+    "windows, dynamic": ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1,
+                                       max_position_embeddings=32, rope=dict(rope_type="dynamic", factor=8.0))),
     "head held whole": ("llama2", dict(hidden_size=96, num_attention_heads=12, num_key_value_heads=12)),
 }
 # The same, options of quantize.py, and more options for the target. On four ranks a row of wo has 16 weights.
