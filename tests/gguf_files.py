@@ -22,7 +22,7 @@ def write_gguf(folder, file, kinds=None, *, facts=None, tokenizer=None, more=Non
 
     kinds       {beginning of a part of GGUF's name: ggml's type} of weights with two dimensions; the last that fits
     facts       more key-value pairs, or others: numbers, texts
-    tokenizer   writes the vocabulary: a function of the writer; default: `write_bpe` of the folder's, or of made-up tokens
+    tokenizer   writes the vocabulary: a function of the writer; default: `default_tokenizer`
     more        {GGUF's name: tensor in fp32}
     leave_out   GGUF's names
     Returns {GGUF's name: (bytes, type)} of what was written.
@@ -45,14 +45,7 @@ def write_gguf(folder, file, kinds=None, *, facts=None, tokenizer=None, more=Non
     for name, value in (facts or {}).items():
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
         add(name.replace("{arch}", arch), value)
-    if tokenizer is not None:
-        tokenizer(writer)
-    else:
-        vocab = {"a": 0, "b": 1, "ab": 2} | {f"t{i}": i for i in range(3, config["vocab_size"])}
-        bpe = {"model": {"vocab": vocab, "merges": [["a", "b"]]}, "added_tokens": []}
-        if (folder / "tokenizer.json").exists():
-            bpe = json.loads((folder / "tokenizer.json").read_text())
-        write_bpe(writer, bpe)
+    (tokenizer or (lambda writer: default_tokenizer(writer, folder)))(writer)
     names, written = get_tensor_name_map(ARCHS[arch], config["num_hidden_layers"]), {}
     for key, weight in read_safetensors(folder / "model.safetensors").items():
         name, data = names.get_name(key, (".weight", ".bias")), weight.float().numpy()
@@ -101,14 +94,23 @@ def stored(data, kind):
     return blocks.reshape(len(data), -1)
 
 
-def write_bpe(writer, content, pre="gpt-2"):
+def default_tokenizer(writer, folder):
+    """The folder's vocabulary, or made-up tokens."""
+    if (folder / "tokenizer.json").exists():
+        return write_bpe(writer, json.loads((folder / "tokenizer.json").read_text()))
+    n = json.loads((folder / "config.json").read_text())["vocab_size"]
+    vocab = {"a": 0, "b": 1, "ab": 2} | {f"t{i}": i for i in range(3, n)}
+    write_bpe(writer, {"model": {"vocab": vocab, "merges": [["a", "b"]]}, "added_tokens": []})
+
+
+def write_bpe(writer, content, pre="gpt-2", n_unused=0):
     """The vocabulary of a tokenizer.json, byte-level BPE."""
-    vocab, added = content["model"]["vocab"], {token["content"]: token for token in content["added_tokens"]}
-    tokens = sorted(vocab | {token["content"]: token["id"] for token in added.values()}, key=lambda text: (
-        added[text]["id"] if text in added else vocab[text]))
+    ids = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    added = {token["content"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+             for token in content["added_tokens"]}
+    tokens = sorted(ids, key=ids.get)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.NORMAL if token not in added else TokenType.CONTROL if added[token]["special"]
-                            else TokenType.USER_DEFINED for token in tokens])
+    writer.add_token_list(tokens + [f"[PAD{len(tokens) + i}]" for i in range(n_unused)])
+    writer.add_token_types([added.get(token, TokenType.NORMAL) for token in tokens] + [TokenType.UNUSED] * n_unused)
     writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])

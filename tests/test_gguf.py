@@ -1,4 +1,5 @@
 """GGUF files: header, configuration, names, grids and tokenizers, against the gguf package and transformers."""
+import json
 import os
 import shutil
 import struct
@@ -8,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 from gguf.quants import dequantize
 
 import gguf_header
 from checkpoint import iterate_weights, list_shapes, read_json, resolve_checkpoint
 from config import ModelArgs
-from gguf_files import round_to_file, write_gguf
+from gguf_files import default_tokenizer, round_to_file, write_bpe, write_gguf
 from gguf_format import model_config, unpermute
 from gguf_header import Header, Stored, read_header, values
 from model import Transformer
-from reference import assert_close, expected, tiny, tokens_of, write_checkpoint
+from reference import TEMPLATE, assert_close, expected, tiny, tokens_of, write_checkpoint
+from tokenizer import SentencePieceBackend, Tokenizer
+from train_features import target_stamp
 
 WIDE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
 
@@ -157,7 +160,8 @@ def test_the_configuration_is_that_of_the_folder_and_of_transformers_own_reader(
     # transformers keeps the fp32 of the file, and takes no head_dim for Qwen3.
     assert theirs.norm_eps == pytest.approx(source.norm_eps)
     assert replace(theirs, norm_eps=source.norm_eps, head_dim=source.head_dim) == source
-    assert ours["eos_token_id"] == [2, 5] and ours["architectures"] == read_json(folder / "config.json")["architectures"]
+    assert ours["eos_token_id"] == [2, 5]
+    assert ours["architectures"] == read_json(folder / "config.json")["architectures"]
 
 
 @pytest.mark.parametrize("facts,scaling", [
@@ -222,12 +226,15 @@ def test_a_folder_with_one_file_is_a_checkpoint_and_one_with_several_is_not(whol
     assert resolve_checkpoint(tmp_path) == tmp_path
 
 
-def test_a_file_that_changes_gets_a_new_folder(whole, tmp_path):
-    file = tmp_path / "a.gguf"
-    shutil.copy(whole, file)
-    first = resolve_checkpoint(file)
+def test_a_file_that_changes_gets_a_new_folder_and_other_weights_another_stamp(whole, tmp_path):
+    file, content = tmp_path / "a.gguf", bytearray(whole.read_bytes())
+    file.write_bytes(content)
+    first, stamp = resolve_checkpoint(file), target_stamp(resolve_checkpoint(file))
     os.utime(file, ns=(1, 1))
-    assert resolve_checkpoint(file) != first
+    assert resolve_checkpoint(file) != first and target_stamp(resolve_checkpoint(file)) == stamp
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert target_stamp(resolve_checkpoint(file)) != stamp
 
 
 def test_a_model_in_parts_is_read_whole_by_any_of_them_and_refused_if_one_is_missing(tmp_path):
@@ -269,3 +276,195 @@ def test_shapes_are_listed_without_reading_values(whole, monkeypatch):
     truth = {key: list(tensor.shape) for key, tensor, _ in iterate_weights(resolve_checkpoint(whole))}
     monkeypatch.setattr(gguf_header, "raw", lambda tensor: pytest.fail("a tensor was read"))
     assert list_shapes(resolve_checkpoint(whole)) == truth
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "Hello, world!", " two  spaces   and more\n\n\n  indented\ttabs \r\n", "I'm sure they'LL say it's fine; we'd've",
+    "1234567 apples² in 1984, 10⁵ or ٣٤٥", "日本語とΣ ελληνικά, naïve café", "e\u0301 is é decomposed",
+    "😀👍🏽 <b>x</b>",
+    "def f(x):\n    return x ** 2  # square\n", "<|user|>Hi<|end|> <|assistant|><think>", "a|b == c; $5 <= ^6 + ~7", "",
+]
+
+
+SPECIAL = ["<|begin|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def bpe_with(pre_tokenizer, normalizer=None, ignore_merges=False):
+    """A byte-level BPE trained on TEXTS, whose merges run across all that the split lets stand together."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizer, decoders.ByteLevel()
+    if normalizer is not None:
+        bpe.normalizer = normalizer
+    bpe.train_from_iterator(TEXTS * 2, trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL]))
+    bpe.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return bpe
+
+
+def gguf_of(bpe, folder, pre, **facts):
+    """A file with this tokenizer; its model is of no use."""
+    tiny("llama2_tied", folder / "hf", vocab_size=bpe.get_vocab_size() + 3)
+    content = json.loads(bpe.to_str())
+
+    def write(writer):
+        write_bpe(writer, content, pre, n_unused=3)
+        for name, value in facts.items():
+            getattr(writer, f"add_{name}")(value)
+    write_gguf(folder / "hf", folder / "x.gguf", tokenizer=write)
+    return folder / "x.gguf"
+
+
+def split_by(*words):
+    from tokenizers import Regex, pre_tokenizers
+    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(word), "isolated") for word in words),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_byte_level_tokenizer_gives_the_ids_and_texts_of_the_one_it_was_made_of(pre, tmp_path):
+    import transformers
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = bpe_with({
+        "gpt-2": level,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level]),
+        "llama-bpe": split_by(theirs._LLAMA3_SPLIT),
+        "qwen2": split_by(transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX),
+    }[pre], normalizers.NFC() if pre == "qwen2" else None, ignore_merges=pre == "llama-bpe")
+    file = gguf_of(bpe, tmp_path, pre, bos_token_id=0, eos_token_id=3)
+    tokenizer = Tokenizer.from_pretrained(file)
+    for text in TEXTS:
+        ids = bpe.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids) == bpe.decode([i for i in ids if i > 3], skip_special_tokens=False)
+    assert tokenizer.special_ids == {0, 1, 2, 3} and tokenizer.bos_id == 0 and tokenizer.stop_ids == {3}
+    assert tokenizer.vocab_size == bpe.get_vocab_size()     # unused tokens have no text
+    assert tokenizer.adds_bos == (pre == "llama-bpe")
+    reference = transformers.AutoTokenizer.from_pretrained(resolve_checkpoint(file))
+    assert [reference.encode(text) for text in TEXTS] == [
+        tokenizer.encode(text, bos=tokenizer.adds_bos) for text in TEXTS]
+    if pre not in ("smollm", "qwen2"):      # transformers' own reader of GGUF does not know these two entirely
+        reader = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+        assert [reader.encode(text, add_special_tokens=False) for text in TEXTS] == [*map(tokenizer.encode, TEXTS)]
+
+
+def test_the_default_split_is_llama_cpp_s_one_step_after_the_other(tmp_path):
+    bpe = bpe_with(split_by(r"[\p{P}\$\+<=>\^~\|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|"
+                            r"\s+(?!\S)", r"\p{N}+", "[0-9][0-9][0-9]"))
+    tokenizer = Tokenizer.from_pretrained(gguf_of(bpe, tmp_path, "default"))
+    for text in TEXTS:
+        assert tokenizer.encode(text) == bpe.encode(text).ids, text
+    assert tokenizer.bos_id is None and not tokenizer.adds_bos
+
+
+def test_a_template_and_its_variants_come_from_the_file(tmp_path):
+    file = gguf_of(bpe_with(split_by(r"\s+")), tmp_path, "gpt-2", eos_token_id=3, bos_token_id=0, add_bos_token=True,
+                   chat_template=[{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "T"}])
+    tokenizer = Tokenizer.from_pretrained(file)
+    chat = [{"role": "user", "content": "Hello"}]
+    assert tokenizer.render_chat(chat) == "<|user|>Hello<|end|><|assistant|>" and tokenizer.adds_bos
+    assert Tokenizer.from_pretrained(file, chat_template="tool_use").render_chat(chat) == "T"
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A SentencePiece model like LLaMA's: BPE with byte fallback."""
+    import sentencepiece
+    folder = tmp_path_factory.mktemp("spm")
+    (folder / "text").write_text("\n".join(text for text in TEXTS * 3 if text))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "m"), vocab_size=420, model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True, character_coverage=0.98, minloglevel=2, user_defined_symbols=["<think>"],
+        control_symbols=["<|user|>", "<|assistant|>", "<|end|>"])
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model"))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_tokenizer_gives_the_ids_and_texts_of_the_model_it_was_made_of(pieces, prefix, tmp_path):
+    import sentencepiece
+    import transformers
+    n = pieces.get_piece_size()
+    tiny("llama2_tied", tmp_path / "hf", vocab_size=n)
+    kinds = [TokenType.UNKNOWN if pieces.is_unknown(i) else TokenType.CONTROL if pieces.is_control(i) else
+             TokenType.BYTE if pieces.is_byte(i) else
+             TokenType.USER_DEFINED if pieces.id_to_piece(i) == "<think>" else TokenType.NORMAL for i in range(n)]
+
+    def write(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([pieces.id_to_piece(i).encode() for i in range(n)])
+        writer.add_token_scores([pieces.get_score(i) for i in range(n)])
+        writer.add_token_types(kinds)
+        writer.add_bos_token_id(pieces.bos_id())
+        writer.add_eos_token_id(pieces.eos_id())
+        writer.add_unk_token_id(pieces.unk_id())
+        writer.add_add_space_prefix(prefix)
+    write_gguf(tmp_path / "hf", tmp_path / "x.gguf", tokenizer=write)
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "x.gguf")
+    model = pieces
+    if not prefix:
+        bare = sentencepiece.SentencePieceProcessor(
+            model_proto=pieces.serialized_model_proto() + SentencePieceBackend.NO_PREFIX)
+        model = bare
+    for text in TEXTS:
+        if "<|" not in text:    # sentencepiece itself has no control tokens in a text
+            assert tokenizer.encode(text) == model.encode(text), text
+            assert tokenizer.decode(model.encode(text)) == model.decode(model.encode(text))
+    user, end = (pieces.piece_to_id(token) for token in ("<|user|>", "<|end|>"))
+    assert tokenizer.encode("<|user|>Hi<|end|>") == [user, *model.encode("Hi"), end]
+    assert tokenizer.bos_id == 1 and tokenizer.adds_bos and tokenizer.stop_ids == {2}
+    assert {0, 1, 2, user, end} <= tokenizer.special_ids
+    if prefix:
+        reader = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+        for text in TEXTS:
+            if "<" not in text and text[:1] != " ":     # it has no prefix before a space, unlike sentencepiece
+                assert reader.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda w: w.add_tokenizer_pre("tekken"), "tokenizer.ggml.pre 'tekken' is not supported .gpt-2, smollm, default"),
+    (lambda w: w.add_tokenizer_model("t5"), "tokenizer.ggml.model 't5' is not supported .gpt2 and llama are"),
+    (lambda w: w.add_tokenizer_model("llama"), "the file has no tokenizer.ggml.scores"),
+    (lambda w: w.add_bos_token_id(9999), "bos_token_id 9999 is beyond the vocabulary"),
+    (lambda w: w.add_token_merges(["a b", "a qq"]), "tokenizer.ggml.merges do not fit the vocabulary"),
+    (lambda w: w.add_token_types([1, 1]), "token_type do not make a vocabulary of 96 tokens"),
+])
+def test_a_tokenizer_that_cannot_be_right_is_refused(change, message, tmp_path):
+    folder, _ = tiny("llama2_tied", tmp_path / "hf")
+
+    def write(writer):
+        default_tokenizer(writer, folder)
+        change(LastWins(writer))
+    write_gguf(folder, tmp_path / "x.gguf", tokenizer=write)
+    with pytest.raises(ValueError, match=message) as caught:
+        resolve_checkpoint(tmp_path / "x.gguf")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.gguf'}: ") and "\n" not in str(caught.value)
+
+
+class LastWins:
+    """A GGUFWriter whose value replaces one that is there."""
+
+    def __init__(self, writer):
+        self.writer = writer
+
+    def __getattr__(self, name):
+        def add(value):
+            data, self.writer.kv_data = self.writer.kv_data, [{}]
+            getattr(self.writer, name)(value)
+            self.writer.kv_data = [data[0] | self.writer.kv_data[0]]
+        return add
+
+
+def test_the_demo_s_tokenizer_has_its_bytes(demo_folder, tmp_path):
+    content = json.loads((demo_folder / "tokenizer.json").read_text())
+    tiny("llama2_tied", tmp_path / "hf", vocab_size=8)
+    write_gguf(tmp_path / "hf", tmp_path / "x.gguf", tokenizer=lambda writer: write_bpe(writer, content, "smollm"))
+    assert (resolve_checkpoint(tmp_path / "x.gguf") / "tokenizer.json").read_bytes() == \
+        (demo_folder / "tokenizer.json").read_bytes()
