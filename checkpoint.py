@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gguf_format import as_folder, read_weights
+import gguf_format
+import hub_formats
 from gguf_header import find_gguf
+from grid import Format
 
 REPOSITORY = Path(__file__).resolve().parent
 DEMO_FOLDER = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
@@ -36,7 +38,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     except RuntimeError:
         raise ValueError(f"{checkpoint}: ~ stands for a home directory, and this user has none") from None
     if gguf := find_gguf(folder):
-        return as_folder(gguf)
+        return gguf_format.as_folder(gguf)
     if folder.is_dir():
         return folder
     name = str(checkpoint)
@@ -91,8 +93,50 @@ def demo_checkpoint() -> Path:
 
 
 def quantize_settings(folder: Path) -> dict:
-    """The content of quantize.json; {} for a checkpoint without one."""
-    return read_json(folder / "quantize.json", absent={})
+    """The content of quantize.json; mode, group_size and `tool` of a checkpoint that another tool quantised; {} for one
+    in 16 bits. Raises ValueError for a tool or a layout that is not read."""
+    if settings := read_json(folder / "quantize.json", absent={}):
+        return settings
+    found = foreign_settings(folder)
+    return hub_formats.summary(found) if found else {}
+
+
+def foreign_settings(folder: Path) -> hub_formats.Settings | None:
+    """What config.json, or GPTQ's file beside it, says of a checkpoint that another tool quantised."""
+    beside = read_json(folder / "quantize_config.json", absent={})
+    return hub_formats.settings(read_json(folder / "config.json", absent={}), beside)
+
+
+def refuse_parts(folder: Path) -> None:
+    """Raise ValueError for a checkpoint whose tensors cannot be read in slices: one that another tool quantised."""
+    if found := foreign_settings(folder):
+        raise ValueError(f"{folder}: weights quantised by {found.method} are not split over processes: run one, or "
+                         "quantise the 16-bit checkpoint with quantize.py")
+
+
+def foreign_parts(folder: Path) -> dict[str, hub_formats.Part]:
+    """The linears of a checkpoint that another tool quantised, by name; {} for any other checkpoint."""
+    found = foreign_settings(folder)
+    if found is None:
+        return {}
+
+    def read(wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        return ((key, tensor) for key, tensor, _ in iterate_stored(folder, wanted))
+    with torch.device("cpu"):   # models are built with "meta"
+        return hub_formats.find_parts(list_shapes(folder), found, read, folder)
+
+
+def foreign_formats(folder: Path) -> tuple[dict[str, Format], str]:
+    """The format of each linear that stays on the grid of another tool, by name, and a line about those that do not."""
+    file = find_weights(folder)
+    if file is not None and file.suffix == ".gguf":
+        return gguf_format.kept_formats(file)
+    parts = foreign_parts(folder)
+    widened = [name for name, part in parts.items() if not part.is_kept]
+    line = (f"{len(widened)} of {len(parts)} quantised weights take 16 bits here, as their groups are not of 32, 64 or "
+            "128 columns or other than in the weights beside them: "
+            f"{', '.join(widened[:3])}{', ...' * (len(widened) > 3)}") if widened else ""
+    return {name: part.format for name, part in parts.items() if part.is_kept and part.format}, line
 
 
 # A key and the shape stored under it -> the slice to read.
@@ -109,13 +153,15 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
     part      the slice of each stored tensor to read (default: all of it)
     rename    the file's key -> the key used here
     """
-    optional, missing = optional or {}, set(targets)
+    optional, missing, is_foreign = optional or {}, set(targets), foreign_settings(folder) is not None
     renamed_part = part and (lambda key, shape: part(rename(key), shape))
     for key, tensor, file in iterate_weights(folder, part=renamed_part):
         key = rename(key)
         if key.endswith("rotary_emb.inv_freq"):  # RoPE's constants, which old converters stored
             continue
         target = targets.get(key, optional.get(key))
+        if target is None and is_foreign and key.endswith(".bias") and not tensor.any():    # GPTQ's tools store such
+            continue
         if target is None:
             raise ValueError(f"{file}: unexpected key {key!r}: config.json describes no such weight")
         if tensor.shape != target.shape:
@@ -131,10 +177,30 @@ def load_weights(targets: dict[str, Tensor], folder: Path, optional: dict[str, T
 
 def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: True,
                     part: Part | None = None) -> Iterator[tuple[str, Tensor, Path]]:
-    """Yield (key, tensor, file) over all shards of a folder, safetensors preferred, one shard open at a time.
+    """Yield (key, tensor, file) over all shards of a folder, quantised weights as grid.py stores them.
 
     Only tensors whose key is `wanted` are read; with `part`, only that slice of each.
     """
+    parts = foreign_parts(folder)
+    if not parts:
+        yield from iterate_stored(folder, wanted, part)
+        return
+    if part is not None:
+        refuse_parts(folder)
+
+    def is_read(key: str) -> bool:
+        name, _, kind = key.rpartition(".")
+        if name in parts and kind in parts[name].keys:
+            return any(wanted(f"{name}.{kind}") for kind in ("weight", "scales", "zeros", "order", "bias"))
+        return wanted(key)
+    for key, tensor, file in hub_formats.convert(iterate_stored(folder, is_read), parts):
+        if wanted(key):
+            yield key, tensor, file
+
+
+def iterate_stored(folder: Path, wanted: Callable[[str], bool] = lambda key: True,
+                   part: Part | None = None) -> Iterator[tuple[str, Tensor, Path]]:
+    """`iterate_weights` of the tensors as they lie in the files, safetensors preferred, one shard open at a time."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its base model")
     file = find_weights(folder)
@@ -142,7 +208,7 @@ def iterate_weights(folder: Path, wanted: Callable[[str], bool] = lambda key: Tr
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
                                 "nor an index of shards of them (a GGUF file is given by its own name)")
     if file.suffix == ".gguf":
-        yield from read_weights(file, wanted, part)
+        yield from gguf_format.read_weights(file, wanted, part)
         return
     if file.suffix != ".json":
         yield from _read_shard(file, wanted, part)
@@ -162,7 +228,7 @@ def list_shapes(folder: Path) -> dict[str, list[int]]:
         shapes[key] = shape
         return (slice(0, 0),) if shape else ()
 
-    for _ in iterate_weights(folder, part=nothing):
+    for _ in iterate_stored(folder, part=nothing):
         pass
     return shapes
 

@@ -58,7 +58,7 @@ class ModelArgs:
         if model_type not in MODEL_TYPES:
             raise ValueError(f"config.json: model_type {model_type!r} is not supported "
                              f"({', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]} are)")
-        for key in ("quantization_config", "attention_bias", "mlp_bias", "transformers_weights"):
+        for key in ("attention_bias", "mlp_bias", "transformers_weights"):
             if config.get(key):
                 raise ValueError(f"config.json: {key} {config[key]!r} is not supported")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):

@@ -31,7 +31,8 @@ from decoder import tree_of
 from draft_tree import load_tree, named_tree
 from eagle_head import Eagle3Head, EagleHead
 from exact import make_exact
-from linears import Format, quantize_in_place
+from grid import Format
+from linears import quantize_in_place
 from model import Transformer
 from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling

@@ -3,8 +3,8 @@
     folder = as_folder(Path("model.Q4_0.gguf"))     # in the user's cache, with a link to the file
     for key, tensor, file in read_weights(folder / "model.gguf"): ...
 
-No weight is written a second time. Q4_0, Q4_1 and Q8_0 stay on their own grid, as linears.py stores int4 and int8 in
-groups of 32. Other quantised types are dequantised, to 16 bits in a model of 16 bits.
+No weight is written a second time. Q4_0, Q4_1 and Q8_0 stay on their own grid, as int4 and int8 in
+groups of 32 (grid.py). Other quantised types are dequantised, to 16 bits in a model of 16 bits.
 """
 import hashlib
 import json
@@ -21,8 +21,9 @@ from torch import Tensor
 
 import gguf_header
 import gguf_tokenizer
-from gguf_header import MODES, SPLIT, Header, Stored, fact, on_grid, parts_of, read_header, stored_shapes, values
+from gguf_header import FORMATS, SPLIT, Header, Stored, fact, on_grid, parts_of, read_header, stored_shapes, values
 from gguf_tokenizer import SPECIAL_IDS
+from grid import Format, agreed
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LINEARS = {
@@ -34,7 +35,6 @@ LINEARS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-FUSED = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))    # one linear of model.py, so of one format
 NORMS = {
     "attn_norm": "input_layernorm",
     "attn_q_norm": "self_attn.q_norm",
@@ -69,6 +69,8 @@ def as_folder(file: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=made(cache)) as staging:
         whole = Path(staging) / "whole"
         write_folder(header, whole)
+        if settings := summary(header):
+            write_json(whole / "quantize.json", settings)
         for part in parts:
             name = "model.gguf" if len(parts) == 1 else SPLIT.sub(r"model-\2-of-\3.gguf", part.name)
             (whole / name).symlink_to(part)
@@ -208,29 +210,41 @@ def hub_prefix(name: str) -> str:
     return f"model.layers.{match[1]}.{(LINEARS | NORMS)[match[2]]}"
 
 
-def kept_modes(tensors: dict[str, Stored]) -> dict[str, str]:
-    """{name: "int4" or "int8"} of the weights that stay on their grid.
+def linears_of(tensors: dict[str, Stored]) -> dict[str, str]:
+    """{GGUF's name of a weight: Hugging Face's name of its linear}, the LM head included."""
+    names = re.compile(rf"blk\.\d+\.({'|'.join(LINEARS)})\.weight|output\.weight")
+    return {name: hub_prefix(name) for name in tensors if names.fullmatch(name) and len(tensors[name].shape) == 2}
 
-    q, k, v and gate, up become one linear. They stay if all of them have the same mode.
+
+def formats_of(tensors: dict[str, Stored]) -> dict[str, Format]:
+    """{Hugging Face's name of a linear: its format}, of those that stay on their grid. A tied LM head does not.
+
+    q, k, v and gate, up become one linear. They stay if all of them have the same format.
     """
-    modes = {name: MODES.get(tensor.kind) for name, tensor in tensors.items()}
-    kept = {}
-    for name in tensors:
-        block, _, kind = name.removesuffix(".weight").rpartition(".")
-        group = next((group for group in FUSED if kind in group), (kind,))
-        parts = {modes.get(f"{block}.{part}.weight") for part in group}
-        if kind in LINEARS and len(tensors[name].shape) == 2 and len(parts) == 1 and None not in parts:
-            kept[name] = parts.pop()
-    return kept
+    linears = linears_of(tensors)
+    return agreed({linear: FORMATS[tensors[name].kind] for name, linear in linears.items()
+                   if tensors[name].kind in FORMATS}, linears.values())
 
 
-def said_types(header: Header) -> str:
-    """A line that names the quantised types that are not kept; empty if there are none."""
-    kept = kept_modes(header.tensors)
-    lost = Counter(tensor.kind for name, tensor in header.tensors.items()
-                   if name not in kept and name.startswith("blk.") and tensor.kind not in ("F32", "F16", "BF16"))
-    counts = ", ".join(f"{count} in {kind}" for kind, count in sorted(lost.items()))
-    return f"{header.file.name}: dequantised {counts}" if lost else ""
+def kept_formats(file: Path) -> tuple[dict[str, Format], str]:
+    """`formats_of` a file, and a line that names the types of the linears that are dequantised instead."""
+    tensors = read_header(file).tensors
+    formats = formats_of(tensors)
+    lost = Counter(tensors[name].kind for name, linear in linears_of(tensors).items() if linear not in formats)
+    counts = [f"{count} in {kind}" for kind, count in sorted(lost.items()) if kind not in ("F32", "F16", "BF16")]
+    return formats, f"GGUF: weights that are dequantised: {', '.join(counts)}" if counts else ""
+
+
+def summary(header: Header) -> dict:
+    """What a quantize.json says, for those who choose a tree or plan memory; {} if no weight stays on its grid."""
+    formats = Counter(formats_of(header.tensors).values())
+    if not formats:
+        return {}
+    mode = formats.most_common(1)[0][0].mode
+    match = SPLIT.fullmatch(header.file.name)
+    name = match[1] if match else header.file.name.removesuffix(".gguf")
+    return {"mode": mode, "group_size": 32 if mode == "int4" else None, "tool": "gguf",
+            "source": re.sub(r"(?i)[.-](i?q\d\w*|b?f16|f32)$", "", name)}
 
 
 def read_weights(file: Path, wanted: Callable[[str], bool] = lambda key: True,
@@ -241,26 +255,27 @@ def read_weights(file: Path, wanted: Callable[[str], bool] = lambda key: True,
     Without keep_grid, all weights are dequantised.
     """
     header = read_header(file)
-    kept = kept_modes(header.tensors) if keep_grid else {}
+    kept = formats_of(header.tensors) if keep_grid else {}
     for name, tensor in header.tensors.items():
         if name == "rope_freqs.weight":     # in config.json
             continue
         try:
-            yield from _cut(hub_prefix(name), name.rpartition(".")[2], tensor, heads_of(name, header.facts),
-                            kept.get(name), wanted, part)
+            prefix, last = hub_prefix(name), name.rpartition(".")[2]
+            yield from _cut(prefix, last, tensor, heads_of(name, header.facts), prefix in kept and last == "weight",
+                            wanted, part)
         except ValueError as error:
             raise ValueError(f"{tensor.file.resolve()}: {name}: {error}") from None
 
 
-def _cut(prefix: str, last: str, tensor: Stored, heads: int, mode: str | None, wanted: Callable[[str], bool],
+def _cut(prefix: str, last: str, tensor: Stored, heads: int, is_kept: bool, wanted: Callable[[str], bool],
          part: Callable[[str, list[int]], tuple[slice, ...]] | None) -> Iterator[tuple[str, Tensor, Path]]:
     """`read_weights` of one tensor. It is read only if something of it is asked for."""
-    shapes = stored_shapes(tensor, mode) if mode else {last: tensor.shape}
+    shapes = stored_shapes(tensor) if is_kept else {last: tensor.shape}
     slices = {kind: part(f"{prefix}.{kind}", list(shape)) if part else ()
               for kind, shape in shapes.items() if wanted(f"{prefix}.{kind}")}
     empty = {kind: torch.empty(shapes[kind], device="meta")[index] for kind, index in slices.items()}
     if any(cut.numel() for cut in empty.values()):
-        whole = on_grid(tensor) if mode else {last: values(tensor)}
+        whole = on_grid(tensor) if is_kept else {last: values(tensor)}
         if heads:
             whole = {kind: unpermute(content, heads) for kind, content in whole.items()}
         empty = {kind: whole[kind][index] for kind, index in slices.items()}

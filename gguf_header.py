@@ -3,7 +3,7 @@
     header = read_header(Path("model.Q4_0.gguf"))               # all parts of a model that was split
     header.facts["general.architecture"]                        # "llama"
     values(header.tensors["token_embd.weight"])                 # [V, dim] fp32
-    on_grid(header.tensors["blk.0.ffn_down.weight"])            # {"weight", "scales", "zeros"} as linears.py has them
+    on_grid(header.tensors["blk.0.ffn_down.weight"])            # {"weight", "scales", "zeros"} as grid.py has them
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here and not by the gguf
 package, which takes seconds for a vocabulary and does not check that tensors lie within the file.
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grid import Format, dequantize
+
 # ggml's number of a type -> its name, and the columns and bytes of a block. The gguf package knows the others.
 PLAIN = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
 KEPT = {2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
-MODES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
+FORMATS = {"Q4_0": Format("int4", 32), "Q4_1": Format("int4", 32), "Q8_0": Format("int8", 32)}
 
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -149,6 +151,17 @@ class Cursor:
     def text(self) -> str:
         return self.bytes(self.number("Q")).decode()
 
+    def texts(self, count: int) -> list[str]:
+        """`text`, count times: a vocabulary has 100,000 of them."""
+        found, length = [], struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            begin = self.at + 8
+            self.at = begin + length(self.data, self.at)[0]
+            found.append(self.data[begin:self.at].decode())
+        if self.at > len(self.data):
+            raise EOFError
+        return found
+
     def bytes(self, count: int) -> bytes:
         self.at += count
         if self.at > len(self.data):
@@ -165,7 +178,7 @@ class Cursor:
             raise ValueError(f"a GGUF value of the unknown type {kind}")
         kind, count = self.number("I"), self.number("Q")
         if kind == self.TEXT:
-            return [self.text() for _ in range(count)]
+            return self.texts(count)
         if kind not in self.NUMBERS:
             raise ValueError(f"a GGUF array of the unknown type {kind}")
         format = "<" + self.NUMBERS[kind]
@@ -197,16 +210,16 @@ def fact(facts: dict, name: str, kind: type, default: Any = None) -> Any:
 # The numbers
 
 
-def stored_shapes(tensor: Stored, mode: str) -> dict[str, tuple[int, ...]]:
+def stored_shapes(tensor: Stored) -> dict[str, tuple[int, ...]]:
     """The shapes of `on_grid`'s tensors."""
     n, k = tensor.shape
-    if mode == "int8":
+    if tensor.kind == "Q8_0":
         return {"weight": (n, k), "scales": (n, k // 32)}
     return {"weight": (n, k // 2), "scales": (n, k // 32), "zeros": (n, k // 32)}
 
 
 def on_grid(tensor: Stored) -> dict[str, Tensor]:
-    """A weight in Q4_0, Q4_1 or Q8_0 -> q, scales and zeros as linears.py has them; scales and zeros in fp32.
+    """A weight in Q4_0, Q4_1 or Q8_0 -> q, scales and zeros as grid.py has them; scales and zeros in fp32.
 
     A block of 32 columns is d (fp16), in Q4_1 also m, then q: w = d * q, d * (q - 8) in Q4_0, d * q + m in Q4_1.
     The low halves of 16 bytes are columns 0 to 15, the high halves 16 to 31.
@@ -229,8 +242,7 @@ def values(tensor: Stored) -> Tensor:
     if tensor.kind in dtypes:
         return raw(tensor).view(dtypes[tensor.kind])
     if tensor.kind == "Q8_0":
-        stored = on_grid(tensor)
-        return (stored["weight"].unflatten(-1, (-1, 32)) * stored["scales"][..., None]).flatten(-2)
+        return dequantize(**on_grid(tensor), zeros=None)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
     try:

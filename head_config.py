@@ -112,6 +112,9 @@ def head_args(config: dict, target: ModelArgs) -> ModelArgs:
 
 
 def layer_args(config: dict) -> ModelArgs:
+    if config.get("quantization_config"):
+        raise ValueError(f"{SAID}: quantization_config {config['quantization_config']!r} is not supported: "
+                         "quantize.py quantises heads")
     try:
         return ModelArgs.from_config(config)
     except ValueError as error:

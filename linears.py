@@ -4,115 +4,26 @@
     quantize_in_place(model, Format("int8"))               # or round the weights of a loaded model
     runtime.tune(model)                                    # choose the fastest kernel by measurement
 
-Format. A weight w [N, K] is stored as whole numbers q. Each group of columns of a row has a scale in bfloat16, and in
-int4 a zero point too: w = q * scale + zero. A checkpoint stores these under the key of the weight:
-
-    *.weight    int8 [N, K], q from -127 to 127; or uint8 [N, K / 2], two q of -8 to 7 in a byte as q + 8, the even
-                column in the low half
-    *.scales    bfloat16 [N, G]: int8 has one group a row, int4 groups of `group_size` columns
-    *.zeros     bfloat16 [N, G], int4 only
-
-Rows stay rows, so q, k, v and gate, up are fused on loading as in a 16-bit checkpoint. Embeddings, norms, biases and
-routers keep 16 bits. The LM head is quantised where quantize.json says so: int8, or int4 (groups of 32 if the layers
-are int8).
+grid.py has the format. Rows stay rows, so q, k, v and gate, up are fused on loading as in a 16-bit checkpoint.
+Embeddings, norms, biases and routers keep 16 bits. The LM head is quantised where quantize.json says so: int8, or int4
+(groups of 32 if the layers are int8).
 
 Shapes: M rows of activations, N rows and K columns of a weight, G groups of a row, E experts.
 """
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import quantize_settings
+from checkpoint import foreign_formats, quantize_settings
+from console import say
+from grid import Format, dequantize, linear_of, round_to_nearest, unpack
 
-LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
-GROUP_SIZES = (32, 64, 128)
 LINEARS = ("wqkv", "wo", "w13", "w2", "fc")     # names of the modules that are quantised; routers (`gate`) are not
 ROWS = (1, 2, 4, 8, 16, 32, 64)                 # a kernel is chosen for up to each of these numbers of rows
-
-
-class Format(NamedTuple):
-    mode: str
-    group_size: int | None = None   # columns; None is the whole row, as int8 always has
-
-    @classmethod
-    def from_settings(cls, settings: dict, file: Path | str = "quantize.json") -> "Format":
-        """The format that a quantize.json names. Raises ValueError for one that this file does not know."""
-        mode, group_size = settings.get("mode"), settings.get("group_size")
-        if mode not in LEVELS:
-            raise ValueError(f"{file}: mode {mode!r} is not supported (int8 and int4 are)")
-        if group_size not in ((None,) if mode == "int8" else GROUP_SIZES):
-            raise ValueError(f"{file}: group_size {group_size!r} is not supported for {mode} "
-                             "(int8 has none; int4 has 32, 64 or 128)")
-        if settings.get("lm_head") not in (None, *LEVELS):
-            raise ValueError(f"{file}: lm_head {settings['lm_head']!r} is not supported (int8 and int4 are)")
-        return cls(mode, group_size)
-
-    def of_lm_head(self, mode: str) -> "Format":
-        """The format of an LM head in this mode, in a model whose layers have the format `self`."""
-        return Format(mode, None if mode == "int8" else self.group_size or GROUP_SIZES[0])
-
-    def n_group(self, in_features: int) -> int:
-        """Groups of a row. Raises ValueError if they do not fill it."""
-        group_size = self.group_size or in_features
-        if in_features % group_size:
-            fits = [size for size in GROUP_SIZES if in_features % size == 0]
-            raise ValueError(f"group size {group_size} does not divide a row of {in_features} weights"
-                             + (f": {' or '.join(map(str, fits))} does" if fits else ", and neither does any other"))
-        return in_features // group_size
-
-
-# Rounding, storage and products
-
-
-def fit_grid(groups: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """groups [..., g] fp32 -> scale, zero [...], rounded to values of bfloat16."""
-    if mode == "int8":
-        scale = groups.abs().amax(-1) / 127
-    else:
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = (high - low) / 15
-    scale = scale.clamp_min(1e-30).bfloat16().float()   # unclamped, 0 for a group of equal weights
-    zero = torch.zeros_like(scale) if mode == "int8" else (low + 8 * scale).bfloat16().float()
-    return scale, zero
-
-
-def to_grid(weight: Tensor, scale: Tensor, zero: Tensor, mode: str) -> Tensor:
-    """The nearest q of each weight, fp32; scale and zero broadcast against it."""
-    return ((weight - zero) / scale).round().clamp(*LEVELS[mode])
-
-
-def round_to_nearest(weight: Tensor, format: Format) -> dict[str, Tensor]:
-    """weight [..., N, K] -> what a checkpoint stores of it."""
-    groups = weight.float().unflatten(-1, (format.n_group(weight.shape[-1]), -1))
-    scale, zero = fit_grid(groups, format.mode)
-    return pack(to_grid(groups, scale[..., None], zero[..., None], format.mode).flatten(-2), scale, zero, format.mode)
-
-
-def pack(q: Tensor, scale: Tensor, zero: Tensor, mode: str) -> dict[str, Tensor]:
-    """q [..., N, K], scale and zero [..., N, G] -> weight, scales, zeros as stored."""
-    if mode == "int8":
-        return {"weight": q.to(torch.int8), "scales": scale.bfloat16()}
-    nibbles = (q + 8).to(torch.uint8)
-    return {"weight": nibbles[..., ::2] | nibbles[..., 1::2] << 4, "scales": scale.bfloat16(), "zeros": zero.bfloat16()}
-
-
-def unpack(weight: Tensor) -> Tensor:
-    """As stored -> q [..., N, K] int8."""
-    if weight.dtype == torch.int8:
-        return weight
-    return torch.stack((weight & 15, weight >> 4), -1).flatten(-2).view(torch.int8) - 8
-
-
-def dequantize(weight: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """As stored -> [..., N, K] in the dtype of the scales, computed in fp32."""
-    groups, scale = unpack(weight).unflatten(-1, (scales.shape[-1], -1)), scales.float()[..., None]
-    groups = groups * scale if zeros is None else torch.addcmul(zeros.float()[..., None], groups, scale)
-    return groups.flatten(-2).to(scales.dtype)
 
 
 def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
@@ -125,7 +36,7 @@ def row_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> T
 
     Even and odd columns of int4 are summed apart. If they were stacked, inductor would write N x K products in fp32.
     """
-    if zeros is None:
+    if zeros is None or q.dtype == torch.int8:
         return dense_product(x, q, scales, zeros)
     scale, zero = scales.float()[..., None], zeros.float()[..., None]                       # [N, G, 1]
     q = q.unflatten(-1, (scales.shape[-1], -1))                                             # [N, G, g / 2]
@@ -222,21 +133,23 @@ class QuantLinear(nn.Module):
     "reduction" for one row, and "triton N S" for blocks of rows: N output rows a program, S splits of the columns. A
     CPU in bf16 also has "packed". In fp32 there is only "dense", so that EAGLE and plain decoding agree to the token.
     """
-    q: Tensor               # as in the format above; of experts all four have E in front
+    q: Tensor               # as grid.py describes them; of experts all but `order` have E in front
     scales: Tensor
     zeros: Tensor | None
     bias: Tensor | None
+    order: Tensor | None    # [K] the column of x that goes to each column of q
 
     def __init__(self, in_features: int, out_features: int, format: Format, bias: bool = False,
                  n_expert: int | None = None):
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, format
         lead = (out_features,) if n_expert is None else (n_expert, out_features)
-        n_group, halves = format.n_group(in_features), format.mode == "int4"
-        self.register_buffer("q", torch.empty(*lead, in_features // 2, dtype=torch.uint8) if halves
+        n_group = format.n_group(in_features)
+        self.register_buffer("q", torch.empty(*lead, in_features // 2, dtype=torch.uint8) if format.mode == "int4"
                              else torch.empty(*lead, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.empty(*lead, n_group))
-        self.register_buffer("zeros", torch.empty(*lead, n_group) if halves else None)
+        self.register_buffer("zeros", torch.empty(*lead, n_group) if format.has_zeros else None)
+        self.register_buffer("order", torch.empty(in_features, dtype=torch.long) if format.reordered else None)
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
         self.kernels: dict[int, str] = {}       # rows -> the kernel that runtime.tune chose; empty means dense
         self.dense_from: int | None = None      # so many rows of one sequence take the dense kernel in any case
@@ -257,14 +170,14 @@ class QuantLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The last part of a checkpoint's key -> the tensor it fills."""
-        parts = {"weight": self.q, "scales": self.scales, "zeros": self.zeros, "bias": self.bias}
+        parts = {"weight": self.q, "scales": self.scales, "zeros": self.zeros, "bias": self.bias, "order": self.order}
         return {kind: tensor for kind, tensor in parts.items() if tensor is not None}
 
     def rows(self, index: Tensor) -> "QuantLinear":
         """The linear of these rows only: an LM head over a draft vocabulary."""
         with torch.device("meta"):
             linear = QuantLinear(self.in_features, len(index), self.format)
-        linear.q, linear.scales, linear.zeros = self.parts(index)
+        (linear.q, linear.scales, linear.zeros), linear.order = self.parts(index), self.order
         return linear
 
     @property
@@ -280,12 +193,14 @@ class QuantLinear(nn.Module):
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         """Weights of experts in ordinary layout: a copy."""
-        return dequantize(*self.parts(expert))
+        weight = dequantize(*self.parts(expert))
+        return weight if self.order is None else weight[..., self.order.argsort()]
 
     @property
     def weight(self) -> Tensor:
-        """The weight in ordinary layout [N, K]: a copy."""
-        return dequantize(*self.parts())
+        """The weight in ordinary layout [N, K] or [E, N, K]: a copy."""
+        weight = dequantize(*self.parts())
+        return weight if self.order is None else weight[..., self.order.argsort()]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -306,6 +221,8 @@ class QuantLinear(nn.Module):
     def product(self, name: str, x: Tensor, expert: int | None = None) -> Tensor:
         """`forward` by the kernel of this name."""
         rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
         if name.startswith("triton"):
             from linears_triton import quant_matmul
             block_n, split_k = map(int, name.split()[1:])
@@ -368,41 +285,247 @@ class IntLinear(nn.Module):
 def install(model: nn.Module, settings: dict, file: Path | str = "quantize.json") -> None:
     """Replace the linears of a model on the meta device by empty quantised modules.
 
-    settings is the content of a checkpoint's quantize.json. Raises ValueError for a format that this file lacks.
+    settings is the content of a checkpoint's quantize.json. Raises ValueError for a format that grid.py lacks.
     """
-    def empty(weight: Tensor, bias: Tensor | None, format: Format) -> QuantLinear:
-        return QuantLinear(weight.shape[-1], weight.shape[-2], format, bias is not None,
-                           weight.shape[0] if weight.dim() == 3 else None)
-    _replace(model, Format.from_settings(settings, file), settings.get("lm_head"), empty)
+    _replace(model, _alike(Format.from_settings(settings, file), settings.get("lm_head")), _empty)
+
+
+def install_parts(model: nn.Module, formats: dict[str, Format]) -> None:
+    """`install` where each linear has a format of its own; without one it keeps 16 bits.
+
+    formats   the name of a linear in the checkpoint, such as "model.layers.0.self_attn.q_proj" -> its format. The parts
+              of a fused linear have one format (grid.agreed).
+    """
+    by_linear = {linear_of(name): format for name, format in formats.items()}
+    _replace(model, lambda path, name: by_linear.get(".".join([*path.split(".")[:2], name]).lstrip(".")), _empty)
 
 
 @torch.no_grad()
 def quantize_in_place(model: nn.Module, format: Format, lm_head: str | None = None) -> None:
     """Round the weights of a loaded model to nearest, one module after the other."""
-    _replace(model, format, lm_head, lambda weight, bias, format: QuantLinear.from_weight(weight.data, format, bias))
+    _replace(model, _alike(format, lm_head),
+             lambda weight, bias, format: QuantLinear.from_weight(weight.data, format, bias))
 
 
-def _replace(model: nn.Module, format: Format, lm_head: str | None,
+def _alike(format: Format, lm_head: str | None) -> Callable[[str, str], Format | None]:
+    return lambda path, name: (format if name in LINEARS else
+                               format.of_lm_head(lm_head) if name == "output" and lm_head else None)
+
+
+def _empty(weight: Tensor, bias: Tensor | None, format: Format) -> QuantLinear:
+    return QuantLinear(weight.shape[-1], weight.shape[-2], format, bias is not None,
+                       weight.shape[0] if weight.dim() == 3 else None)
+
+
+def _replace(model: nn.Module, format_of: Callable[[str, str], Format | None],
              make: Callable[[Tensor, Tensor | None, Format], QuantLinear]) -> None:
-    for module in model.modules():      # not list(...), which would hold all old weights until the end
+    """format_of   the path of a module and the name of a child ("layers.0.attention", "wqkv") -> the child's format"""
+    for path, module in model.named_modules():      # not list(...), which would hold all old weights until the end
         for name, child in module.named_children():
-            if type(child) is nn.Linear and name in LINEARS:
+            format = format_of(path, name)
+            if format and type(child) is nn.Linear:
                 setattr(module, name, make(child.weight, child.bias, format))
-            elif type(child) is nn.Linear and name == "output" and lm_head:
-                setattr(module, name, make(child.weight, child.bias, format.of_lm_head(lm_head)))
-            elif type(child) is Experts and name in LINEARS:
+            elif format and type(child) is Experts:
                 setattr(module, name, make(child.weight, None, format))
 
 
 def install_quantized(model: nn.Module, folder: Path) -> None:
     """`install` for the checkpoint in this folder, if it is a quantised one."""
-    if settings := quantize_settings(folder):
+    settings, (formats, line) = quantize_settings(folder), foreign_formats(folder)
+    if line:
+        say(line)
+    if formats:
+        install_parts(model, formats)
+    elif settings and "tool" not in settings:
+        install(model, settings, folder / "quantize.json")
+
+
+def stored(self) -> dict[str, Tensor]:
+        """The last part of a checkpoint's key -> the tensor it fills."""
+        parts = {"weight": self.q, "scales": self.scales, "zeros": self.zeros, "bias": self.bias, "order": self.order}
+        return {kind: tensor for kind, tensor in parts.items() if tensor is not None}
+
+    def rows(self, index: Tensor) -> "QuantLinear":
+        """The linear of these rows only: an LM head over a draft vocabulary."""
+        with torch.device("meta"):
+            linear = QuantLinear(self.in_features, len(index), self.format)
+        (linear.q, linear.scales, linear.zeros), linear.order = self.parts(index), self.order
+        return linear
+
+    @property
+    def routes_on_host(self) -> bool:
+        """Whether the host chooses the experts row by row: on a CPU that saves gathering their weights."""
+        return self.q.dim() == 3 and not self.q.is_cuda
+
+    def parts(self, index: int | Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q, scales and zeros: all, or those of one or several experts (without experts: rows)."""
+        if index is None:
+            return self.q, self.scales, self.zeros
+        return self.q[index], self.scales[index], None if self.zeros is None else self.zeros[index]
+
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        """Weights of experts in ordinary layout: a copy."""
+        weight = dequantize(*self.parts(expert))
+        return weight if self.order is None else weight[..., self.order.argsort()]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in ordinary layout [N, K] or [E, N, K]: a copy."""
+        weight = dequantize(*self.parts())
+        return weight if self.order is None else weight[..., self.order.argsort()]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.q.shape[:-1], self.in_features
+
+    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:
+        """x [..., K] -> [..., N]. With experts, by the one that is named."""
+        rows = x.numel() // self.in_features
+        if rows == 0:   # an expert that no token goes to
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        name = self.kernels.get(next((n for n in ROWS if rows <= n), ROWS[-1]), "dense")
+        if x.is_cuda and rows > ROWS[-1]:
+            name = "dense"
+        if self.dense_from is not None and x.shape[-2] >= self.dense_from:
+            name = "dense"
+        return self.product(name, x, expert)
+
+    def product(self, name: str, x: Tensor, expert: int | None = None) -> Tensor:
+        """`forward` by the kernel of this name."""
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
+        if name.startswith("triton"):
+            from linears_triton import quant_matmul
+            block_n, split_k = map(int, name.split()[1:])
+            y = quant_matmul(rows, *self.parts(expert), block_n, split_k).sum(0).to(x.dtype)
+        elif name == "reduction":   # inside a compiled layer it is compiled with the layer
+            y = (row_product if torch.compiler.is_compiling() else reduction())(rows, *self.parts(expert))
+        elif x.is_cuda or (name == "dense" and torch.compiler.is_compiling()):  # inductor fails on a PackedLinear
+            y = dense_product(rows, *self.parts(expert))    # dequantised at each call
+        else:
+            y = self._layout(name, expert)(rows)
+        # len is a constant of a trace, a size would be asked for at each step
+        y = y.view(len(x), -1, self.out_features) if x.dim() == 3 else y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def lay_out(self, names: set[str]) -> None:
+        """Make the layouts of these kernels and drop all others, before any layer is compiled."""
+        if self.q.device.type == "cpu":
+            experts = [None] if self.q.dim() == 2 else range(self.q.shape[0])
+            self.layouts = nn.ModuleDict({f"{name} {expert}": self._layout(name, expert)
+                                          for name in names for expert in experts})
+
+    def _layout(self, name: str, expert: int | None) -> nn.Module:
+        """A module that holds the weight in the layout of a CPU kernel. Made once."""
+        key = f"{name} {expert}"
+        if key not in self.layouts:
+            if name == "packed":
+                made = IntLinear(*self.parts(expert))
+            else:
+                made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+                made.weight = nn.Parameter(dequantize(*self.parts(expert)), requires_grad=False)
+                if can_pack(made.weight):
+                    made = PackedLinear(made)
+            self.layouts[key] = made
+        return self.layouts[key]
+
+
+class IntLinear(nn.Module):
+    """torch's product of bf16 rows [M, K] by int8 or int4 weights on a CPU, over weights in the layout it needs."""
+    q: Tensor
+    scales: Tensor
+
+    def __init__(self, q: Tensor, scales: Tensor, zeros: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = q.shape[0], q.shape[1] * (1 if zeros is None else 2)
+        self.group_size = None if zeros is None else self.in_features // scales.shape[1]
+        if zeros is None:
+            scales = scales.flatten()
+        else:
+            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu((unpack(q) + 8).int(), 1)
+            scales = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous()  # [G, N, 2]
+        self.register_buffer("q", q, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group_size is None:
+            return torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.q, self.scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.q, self.group_size, self.scales)
+
+
+def install(model: nn.Module, settings: dict, file: Path | str = "quantize.json") -> None:
+    """Replace the linears of a model on the meta device by empty quantised modules.
+
+    settings is the content of a checkpoint's quantize.json. Raises ValueError for a format that grid.py lacks.
+    """
+    _replace(model, _alike(Format.from_settings(settings, file), settings.get("lm_head")), _empty)
+
+
+def install_parts(model: nn.Module, formats: dict[str, Format]) -> None:
+    """`install` where each linear has a format of its own; without one it keeps 16 bits.
+
+    formats   the name of a linear in the checkpoint, such as "model.layers.0.self_attn.q_proj" -> its format. The parts
+              of a fused linear have one format (grid.agreed).
+    """
+    by_linear = {linear_of(name): format for name, format in formats.items()}
+    _replace(model, lambda path, name: by_linear.get(".".join([*path.split(".")[:2], name]).lstrip(".")), _empty)
+
+
+@torch.no_grad()
+def quantize_in_place(model: nn.Module, format: Format, lm_head: str | None = None) -> None:
+    """Round the weights of a loaded model to nearest, one module after the other."""
+    _replace(model, _alike(format, lm_head),
+             lambda weight, bias, format: QuantLinear.from_weight(weight.data, format, bias))
+
+
+def _alike(format: Format, lm_head: str | None) -> Callable[[str, str], Format | None]:
+    return lambda path, name: (format if name in LINEARS else
+                               format.of_lm_head(lm_head) if name == "output" and lm_head else None)
+
+
+def _empty(weight: Tensor, bias: Tensor | None, format: Format) -> QuantLinear:
+    return QuantLinear(weight.shape[-1], weight.shape[-2], format, bias is not None,
+                       weight.shape[0] if weight.dim() == 3 else None)
+
+
+def _replace(model: nn.Module, format_of: Callable[[str, str], Format | None],
+             make: Callable[[Tensor, Tensor | None, Format], QuantLinear]) -> None:
+    """format_of   the path of a module and the name of a child ("layers.0.attention", "wqkv") -> the child's format"""
+    for path, module in model.named_modules():      # not list(...), which would hold all old weights until the end
+        for name, child in module.named_children():
+            format = format_of(path, name)
+            if format and type(child) is nn.Linear:
+                setattr(module, name, make(child.weight, child.bias, format))
+            elif format and type(child) is Experts:
+                setattr(module, name, make(child.weight, None, format))
+
+
+def install_quantized(model: nn.Module, folder: Path) -> None:
+    """`install` for the checkpoint in this folder, if it is a quantised one."""
+    settings = quantize_settings(folder)
+    if "tool" in settings:
+        parts = foreign_parts(folder)
+        install_parts(model, {name: part.format for name, part in parts.items() if part.is_kept and part.format})
+        if widened := [name for name, part in parts.items() if not part.is_kept]:
+            say(f"{len(widened)} of {len(parts)} quantised weights take 16 bits here, as their groups are not of 32, "
+                "64 or 128 columns or other than in the weights beside them: "
+                f"{', '.join(widened[:3])}{', ...' * (len(widened) > 3)}")
+    elif settings:
         install(model, settings, folder / "quantize.json")
 
 
 def stored(linear: nn.Module) -> dict[str, Tensor]:
     """The tensors that a checkpoint holds for a linear or for stacked experts, by the last part of their keys."""
     return linear.stored() if isinstance(linear, QuantLinear) else dict(linear.named_parameters())
+
+
+def stored_parts(linear: nn.Module, sizes: Sequence[int], expert: int | None = None) -> dict[str, Sequence[Tensor]]:
+    """`stored` of the parts, so many rows each, that a linear or one of its experts is fused of."""
+    def split(tensor: Tensor) -> Sequence[Tensor]:
+        return (tensor if expert is None else tensor[expert]).split(list(sizes))
+    return {kind: [tensor] * len(sizes) if kind == "order" else split(tensor)
+            for kind, tensor in stored(linear).items()}
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from attention import MAX_TOKENS, OwnCache, Seen, attend, rows_seen
 from checkpoint import load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
-from linears import Experts, install_quantized, stored
+from linears import Experts, install_quantized, stored, stored_parts
 from runtime import tune
 
 PREFILL_CHUNK = 512  # prompt tokens a pass
@@ -423,8 +423,7 @@ def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tenso
     q_rows, kv_rows = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     targets = {"post_attention_layernorm.weight": block.ffn_norm.weight}
     targets |= {f"self_attn.o_proj.{kind}": tensor for kind, tensor in stored(attention.wo).items()}
-    for kind, tensor in stored(attention.wqkv).items():
-        parts = tensor.split((q_rows, kv_rows, kv_rows))
+    for kind, parts in stored_parts(attention.wqkv, (q_rows, kv_rows, kv_rows)).items():
         targets |= {f"self_attn.{name}_proj.{kind}": part for name, part in zip("qkv", parts)}
     if isinstance(block.attention_norm, RMSNorm):
         targets["input_layernorm.weight"] = block.attention_norm.weight
@@ -432,15 +431,15 @@ def block_targets(block: TransformerBlock, config: ModelArgs) -> dict[str, Tenso
         targets["self_attn.q_norm.weight"] = attention.q_norm.weight
         targets["self_attn.k_norm.weight"] = attention.k_norm.weight
     if isinstance(ffn, FeedForward):
-        for kind, tensor in stored(ffn.w13).items():
-            targets[f"mlp.gate_proj.{kind}"], targets[f"mlp.up_proj.{kind}"] = tensor.chunk(2)
+        for kind, parts in stored_parts(ffn.w13, [config.intermediate_size] * 2).items():
+            targets[f"mlp.gate_proj.{kind}"], targets[f"mlp.up_proj.{kind}"] = parts
         return targets | {f"mlp.down_proj.{kind}": tensor for kind, tensor in stored(ffn.w2).items()}
     is_qwen = config.model_type == "qwen3_moe"
     moe, *names = ("mlp", "gate_proj", "up_proj", "down_proj") if is_qwen else ("block_sparse_moe", "w1", "w3", "w2")
     targets[f"{moe}.gate.weight"] = ffn.gate.weight
     for e in range(config.n_expert):
         gate, up, down = (f"{moe}.experts.{e}.{name}" for name in names)
-        for kind, tensor in stored(ffn.w13).items():
-            targets[f"{gate}.{kind}"], targets[f"{up}.{kind}"] = tensor[e].chunk(2)
-        targets |= {f"{down}.{kind}": tensor[e] for kind, tensor in stored(ffn.w2).items()}
+        for kind, parts in stored_parts(ffn.w13, [config.expert_size] * 2, e).items():
+            targets[f"{gate}.{kind}"], targets[f"{up}.{kind}"] = parts
+        targets |= {f"{down}.{kind}": part for kind, (part,) in stored_parts(ffn.w2, [config.dim], e).items()}
     return targets

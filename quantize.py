@@ -6,7 +6,7 @@
     python quantize.py --checkpoint heads/mine --mode int8 --out heads/mine-int8            # an EAGLE head
     python quantize.py --checkpoint C-int4 --eval benchmarks/text.txt                       # perplexity only
 
-The result is a folder like any other, with `quantize.json` beside the weights. linears.py describes the format. One
+The result is a folder like any other, with `quantize.json` beside the weights. grid.py describes the format. One
 layer is in memory at a time. Shards are written to OUT.part, which cannot be loaded and is renamed to OUT at the end.
 After a kill, the same command continues behind the last finished layer.
 
@@ -32,11 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import iterate_weights, list_shapes, read_json, resolve_checkpoint
+from checkpoint import iterate_weights, list_shapes, quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from console import Parser, add_chat_options, command, number, pick_device, read_text, write_atomically
+from grid import GROUP_SIZES, Format, fit_grid, pack, round_to_nearest, to_grid
 from head_config import head_kind, official_key
-from linears import GROUP_SIZES, Experts, Format, fit_grid, install, pack, round_to_nearest, to_grid
+from linears import Experts, install
 from model import (MoEFeedForward, Transformer, TransformerBlock, attention_bias, block_targets, causal_mask,
                    rope_cos_sin, rope_inv_freq)
 from tokenizer import Tokenizer
@@ -130,8 +131,9 @@ def quantize_folder(folder: Path, out: Path, args: argparse.Namespace) -> None:
 def check_folder(folder: Path, out: Path, shapes: dict[str, list[int]], format: Format,
                  args: argparse.Namespace) -> None:
     """Raises ValueError for what cannot be quantised. Reads no values."""
-    if (folder / "quantize.json").exists():
-        raise ValueError(f"{folder} is quantised already: start from its 16-bit checkpoint")
+    if settings := quantize_settings(folder):
+        raise ValueError(f"{folder} is quantised already{' by ' * ('tool' in settings)}{settings.get('tool', '')}: "
+                         "start from its 16-bit checkpoint")
     if out.exists():
         raise ValueError(f"{out} exists: give --out another folder")
     config = read_json(folder / "config.json")
@@ -369,10 +371,12 @@ def report(folder: Path, args: argparse.Namespace) -> None:
     """Print size and bits per weight of a checkpoint or a head and, with --eval, the perplexity of a checkpoint."""
     n_byte = layer_bytes = layer_weights = 0
     for key, tensor, _ in iterate_weights(folder):
-        n_byte += tensor.nbytes
+        # Scales of other tools come in fp32 and are held in 16 bits.
+        size = 2 * tensor.numel() if key.endswith((".scales", ".zeros")) else tensor.nbytes
+        n_byte += size
         if unit_of(official_key(key)) or official_key(key).startswith("fc."):
-            layer_bytes += tensor.nbytes
-            if not key.endswith((".scales", ".zeros")):
+            layer_bytes += size
+            if not key.endswith((".scales", ".zeros", ".order")):
                 layer_weights += tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
     line = f"{folder}: {n_byte / 1e6:.1f} MB, {8 * layer_bytes / layer_weights:.2f} bits per weight in the layers"
     if args.eval and not is_head(list_shapes(folder)):

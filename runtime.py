@@ -186,7 +186,8 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
             if len(names) == 1:
                 continue
             size = "x".join(map(str, shape))
-            key = f"{place(modules[0])}, {format.mode} {format.group_size} {dtype}, {rows} x {size}"
+            kind = f"{format.mode} {format.group_size}" + " zeros" * format.int8_zeros
+            key = f"{place(modules[0])}, {kind} {dtype}, {rows} x {size}"
             keys[peer][rows] = key
             if found.get(key) not in names:
                 found[key] = fastest(modules, names, rows)
@@ -209,6 +210,9 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
 def candidates(module: QuantLinear, rows: int) -> list[str]:
     """Names of the kernels that can run this module on its device, in its dtype."""
     dtype, device = module.scales.dtype, module.q.device.type
+    if module.format.mode == "int8" and (module.scales.shape[-1] > 1 or module.zeros is not None):
+        # Other kernels know int8 with one scale a row only.
+        return ["dense", "reduction"] if device == "cuda" and dtype != torch.float32 and rows == 1 else ["dense"]
     if device == "cuda" and dtype != torch.float32:
         with contextlib.suppress(ImportError):
             import triton  # noqa: F401

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from checkpoint import read_json, resolve_checkpoint
+from checkpoint import read_json, refuse_parts, resolve_checkpoint
 from config import ModelArgs
 from console import command, launched, say
 from eagle_head import EagleHead
@@ -163,6 +163,7 @@ def divides(config: ModelArgs, size: int) -> bool:
 def check_memory(checkpoint: str, world_size: int, n_byte: int) -> None:
     """Say how large the weights of a rank will be. Raises ValueError if they do not fit a GPU of n_byte."""
     folder = resolve_checkpoint(checkpoint, weights=False)
+    refuse_parts(folder)
     with torch.device("meta"):
         target = Shard(0, world_size).build_target(ModelArgs.from_config(read_json(folder / "config.json")))
         install_quantized(target, folder)

@@ -192,7 +192,7 @@ def tokens_digest(dialogues: list[Dialogue], masks: bool = False) -> str:
 
 
 def target_stamp(folder: Path) -> str:
-    """A digest of what makes a target: config.json, quantize.json where there is one, and every byte of its weights.
+    """A digest of what makes a target: config.json, quantize.json, quantize_config.json, every byte of the weights.
 
     Nothing less than the content tells targets apart: a merged LoRA keeps names and sizes, and a copy has other times.
     Eight files are read at a time, at about 2 GB/s each.
@@ -200,7 +200,7 @@ def target_stamp(folder: Path) -> str:
     kinds = ("model*.safetensors", "pytorch_model*.bin", "model*.gguf")
     files = next(filter(None, (sorted(folder.glob(kind)) for kind in kinds)), [])
     digest = hashlib.sha256()
-    for file in (folder / "config.json", folder / "quantize.json"):
+    for file in (folder / "config.json", folder / "quantize.json", folder / "quantize_config.json"):
         if file.exists():
             digest.update(json.dumps(read_json(file), sort_keys=True).encode())
     with ThreadPoolExecutor(8) as pool:     # hashing releases the interpreter

@@ -42,7 +42,8 @@ from draft_tree import Tree, load_tree
 from eagle_head import EagleHead
 from eagle_step import EagleStep
 from generate import add_exact_option, copy_length, settle_exact
-from linears import Format, quantize_in_place, stored
+from grid import Format
+from linears import quantize_in_place, stored
 from model import Transformer, attention_bias, bucket, causal_mask, prefill
 from runtime import can_trace, capture, compile_layers, pack_for_cpu, tune
 from sampling import Sampling, next_tokens
@@ -537,7 +538,8 @@ def load(args: argparse.Namespace) -> Transformer:
 def quantised(args: argparse.Namespace) -> dict | None:
     """What quantize.json says of the target: that of the checkpoint, or of --mode."""
     if args.checkpoint:
-        return quantize_settings(resolve_checkpoint(args.checkpoint)) or None
+        settings = quantize_settings(resolve_checkpoint(args.checkpoint))
+        return settings if "mode" in settings else None
     return {"mode": args.mode, "group_size": args.group_size} if args.mode else None
 
 

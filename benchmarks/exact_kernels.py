@@ -30,7 +30,8 @@ from benchmarks.shapes import SHAPES, TINY, random_model
 from benchmarks.timing import environment, interleave, print_table
 from console import Parser, check_writable, command, number, pick_device, say, write_atomically
 from draft_tree import lineage
-from linears import Format, QuantLinear, quantize_in_place
+from grid import Format
+from linears import QuantLinear, quantize_in_place
 from model import Transformer, attention_bias, causal_mask
 from runtime import capture, tune
 

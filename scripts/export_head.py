@@ -53,7 +53,7 @@ KEPT = """hidden_act hidden_size intermediate_size num_attention_heads num_key_v
 def main(args: argparse.Namespace) -> None:
     folder = resolve_checkpoint(args.head)
     config = read_json(folder / "config.json")
-    if quantize_settings(folder) or config.get("quantization_config"):
+    if config.get("quantization_config") or quantize_settings(folder):
         raise ValueError(f"{folder}: a quantised head is not exported; give the 16-bit one that it was made from")
     if head_kind(config, stored_shapes(folder)) == "eagle3":
         spec, weights = read_eagle3(folder, config)

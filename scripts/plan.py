@@ -99,7 +99,8 @@ def describe(name: str) -> tuple[ModelArgs, dict]:
         folder = resolve_checkpoint(name, weights=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; shapes are {', '.join(SHAPES)}") from None
-    return ModelArgs.from_config(read_json(folder / "config.json")), quantize_settings(folder)
+    settings = quantize_settings(folder)
+    return ModelArgs.from_config(read_json(folder / "config.json")), settings if "mode" in settings else {}
 
 
 def describe_head(name: str, target: ModelArgs, target_name: str) -> Head:

@@ -459,7 +459,7 @@ YARN = dict(factor=4.0, original_max_position_embeddings=64)
     ("llama2", dict(rope_parameters=dict(YARN, rope_type="yarn", rope_theta=1e4)), ["rope", "yarn"]),
     ("llama2", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
     ("llama2", dict(mlp_bias=True), ["mlp_bias", "True"]),
-    ("llama2", dict(quantization_config=dict(quant_method="gptq", bits=4)), ["quantization_config", "gptq"]),
+    ("llama2", dict(quantization_config=dict(quant_method="hqq", bits=4)), ["quantization_config", "hqq"]),
     ("mixtral", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
     ("qwen2", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
     ("qwen3_moe", dict(hidden_act="gelu"), ["hidden_act", "gelu"]),

@@ -25,7 +25,8 @@ import runtime
 from generate import generate
 from checkpoint import iterate_weights
 from model import Transformer, _hf_targets
-from linears import Format, QuantLinear, dequantize, fit_grid, pack, quantize_in_place, round_to_nearest, unpack
+from grid import LEVELS, Format, agreed, dequantize, fit_grid, pack, round_to_nearest, unpack
+from linears import QuantLinear, quantize_in_place
 from runtime import tune
 from tokenizer import Tokenizer
 from train_data import read_dialogues
@@ -78,7 +79,7 @@ def dense_twin(folder, out):
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_pack_then_unpack_gives_every_level_back(format):
-    low, high = linears.LEVELS[format.mode]
+    low, high = LEVELS[format.mode]
     q = torch.randint(low, high + 1, (5, 128))
     q[0, :2] = torch.tensor([low, high])
     stored = pack(q.float(), torch.ones(5, 1), torch.zeros(5, 1), format.mode)
@@ -117,6 +118,48 @@ def test_products_equal_float64_for_every_number_of_rows(format, shape):
             for name in runtime.candidates(linear, rows):
                 assert_close(linear.product(name, x).double(), theirs, tolerance)
                 assert_close(linear.product(name, spaced).double(), theirs, tolerance)
+
+
+@pytest.mark.parametrize("format", [Format("int8", 32), Format("int8", 32, int8_zeros=True),
+                                    Format("int8", int8_zeros=True), Format("int4", 32, reordered=True),
+                                    Format("int8", reordered=True)], ids=str)
+def test_products_over_the_grids_of_other_tools_equal_float64(format):
+    """Zero points and groups of int8, and columns in an order of their own."""
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        linear = QuantLinear(64, 48, format)
+        for kind, tensor in linear.stored().items():
+            if kind == "weight":
+                tensor.random_(256) if format.mode == "int4" else tensor.random_(-128, 128)
+            else:
+                tensor.copy_(torch.randperm(64) if kind == "order" else torch.randn(tensor.shape))
+        linear.to(dtype)
+        q = unpack(linear.q).double().unflatten(1, (linear.scales.shape[1], -1))
+        zeros = torch.zeros_like(linear.scales) if linear.zeros is None else linear.zeros
+        weight = q * linear.scales[..., None].double() + zeros[..., None].double()
+        exact = torch.empty(48, 64, dtype=torch.double)
+        exact[:, torch.arange(64) if linear.order is None else linear.order] = weight.flatten(1)
+        assert_close(linear.weight.double(), exact, tolerance)
+        assert torch.equal(linear.rows(torch.tensor([5, 1])).weight, linear.weight[[5, 1]])
+        for rows in (1, 3, 65):
+            x = torch.randn(1, rows, 64, dtype=dtype)
+            for name in runtime.candidates(linear, rows):
+                assert_close(linear.product(name, x).double(), x.double() @ exact.T, tolerance)
+
+
+def test_each_linear_has_a_format_of_its_own_where_its_parts_agree(tmp_path):
+    folder, _ = tiny("gqa", tmp_path / "m", **WIDE)
+    names = [key.removesuffix(".weight") for key, tensor, _ in iterate_weights(folder) if tensor.dim() == 2]
+    first, second = "model.layers.0.", "model.layers.1."
+    int4, int8 = Format("int4", 32), Format("int8", 32)
+    formats = {name: int4 for name in names if name.startswith(first)} | {first + "self_attn.k_proj": int8}
+    formats |= {second + "mlp.up_proj": int4, second + "mlp.gate_proj": int4, second + "self_attn.q_proj": int4,
+                second + "mlp.down_proj": int8, "lm_head": int8}
+    with torch.device("meta"):
+        model = Transformer(Transformer.from_pretrained(folder).config)
+        linears.install_parts(model, agreed(formats, [*names, "lm_head"]))
+    assert {name: module.format for name, module in model.named_modules() if isinstance(module, QuantLinear)} == {
+        "layers.0.attention.wo": int4, "layers.0.feed_forward.w13": int4, "layers.0.feed_forward.w2": int4,
+        "layers.1.feed_forward.w13": int4, "layers.1.feed_forward.w2": int8, "output": int8}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
