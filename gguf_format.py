@@ -3,8 +3,8 @@
     folder = as_folder(Path("model.Q4_0.gguf"))     # in the user's cache, with a link to the file
     for key, tensor, file in read_weights(folder / "model.gguf"): ...
 
-No weight is written a second time. Q4_0, Q4_1 and Q8_0 stay on their own grid, as int4 and int8 in
-groups of 32 (grid.py). Other quantised types are dequantised, to 16 bits in a model of 16 bits.
+No weight is written a second time. Q4_0, Q4_1 and Q8_0 stay on their own grid, as int4 and int8 in groups of 32
+(grid.py). Other quantised types are dequantised, to 16 bits in a model of 16 bits.
 """
 import hashlib
 import json

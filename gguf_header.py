@@ -157,9 +157,9 @@ class Cursor:
         for _ in range(count):
             begin = self.at + 8
             self.at = begin + length(self.data, self.at)[0]
+            if self.at > len(self.data):
+                raise EOFError
             found.append(self.data[begin:self.at].decode())
-        if self.at > len(self.data):
-            raise EOFError
         return found
 
     def bytes(self, count: int) -> bytes:
@@ -243,10 +243,9 @@ def values(tensor: Stored) -> Tensor:
         return raw(tensor).view(dtypes[tensor.kind])
     if tensor.kind == "Q8_0":
         return dequantize(**on_grid(tensor), zeros=None)
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
+    from gguf import GGMLQuantizationType, quants
     try:
-        return torch.from_numpy(dequantize(raw(tensor).numpy(), GGMLQuantizationType[tensor.kind]))
+        return torch.from_numpy(quants.dequantize(raw(tensor).numpy(), GGMLQuantizationType[tensor.kind]))
     except NotImplementedError:
         raise ValueError(f"the gguf package cannot dequantise {tensor.kind}") from None
 

@@ -13,14 +13,18 @@ from gguf import GGUFReader, TokenType
 from gguf.quants import dequantize
 
 import gguf_header
-from checkpoint import iterate_weights, list_shapes, read_json, resolve_checkpoint
+from checkpoint import iterate_weights, list_shapes, quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from gguf_files import default_tokenizer, round_to_file, write_bpe, write_gguf
 from gguf_format import model_config, unpermute
 from gguf_header import Header, Stored, read_header, values
+from generate import generate
+from grid import Format
 from model import Transformer
-from reference import TEMPLATE, assert_close, expected, tiny, tokens_of, write_checkpoint
+from reference import TEMPLATE, assert_close, expected, naive_decode, tiny, tokens_of, write_checkpoint
+from test_eagle_lossless import head_of
 from tokenizer import SentencePieceBackend, Tokenizer
+from tp import Shard
 from train_features import target_stamp
 
 WIDE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4)
@@ -133,6 +137,101 @@ def test_logits_equal_transformers_on_the_weights_of_the_file(kind, dtype, tmp_p
     round_to_file(hf, {"": dtype}, "llama" if kind == "mistral" else hf.config.model_type)
     tokens = tokens_of(24)
     assert_close(logits_of(load(tmp_path / "x.gguf"), tokens), expected(hf, tokens)[0])
+
+
+MIXES = {
+    "all Q4_0": {"": "Q4_0"},
+    "all Q4_1": {"": "Q4_1"},
+    "all Q8_0": {"": "Q8_0"},
+    "as published": {"": "Q4_0", "ffn_down": "Q4_1", "token_embd": "Q8_0", "output": "Q8_0"},
+    "v other than q and k": {"": "Q4_0", "attn_v": "Q8_0"},
+    "types that are dequantised": {"": "Q4_0", "ffn_gate": "Q5_0", "ffn_down": "Q5_1"},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("kind", ["llama2", "qwen2_tied", "qwen3"])
+def test_quantised_weights_equal_the_packages_dequantised_ones_to_the_last_bit(mix, kind, tmp_path):
+    """In fp32, kept on their grid or not, and so do the logits of transformers on them."""
+    folder, hf = tiny(kind, tmp_path / "hf", **WIDE)
+    write_gguf(folder, tmp_path / "x.gguf", MIXES[mix])
+    round_to_file(hf, MIXES[mix], hf.config.model_type)
+    model = load(tmp_path / "x.gguf")
+    D, truth = model.config.head_dim, dict(hf.named_parameters())
+    for i, block in enumerate(model.layers):
+        parts = dict(zip("qkv", block.attention.wqkv.weight.split([4 * D, *2 * [model.config.n_kv_head * D]])))
+        parts |= dict(zip(("gate", "up"), block.feed_forward.w13.weight.chunk(2)))
+        parts |= {"o": block.attention.wo.weight, "down": block.feed_forward.w2.weight}
+        for name, weight in parts.items():
+            key = f"model.layers.{i}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj.weight"
+            assert torch.equal(weight, truth[key]), key
+    assert torch.equal(model.output.weight, truth.get("lm_head.weight", truth["model.embed_tokens.weight"]))
+    tokens = tokens_of(24)
+    assert_close(logits_of(model, tokens), expected(hf, tokens)[0])
+
+
+def kept(model):
+    """{name of a linear: its format, or None for 16 bits} of the first layer, and the LM head."""
+    block = model.layers[0]
+    linears = {"wqkv": block.attention.wqkv, "wo": block.attention.wo, "w13": block.feed_forward.w13,
+               "w2": block.feed_forward.w2, "output": model.output}
+    return {name: getattr(linear, "format", None) for name, linear in linears.items()}
+
+
+def test_what_has_a_grid_here_keeps_it_and_one_line_names_the_rest(tmp_path, capsys):
+    folder, _ = tiny("llama2", tmp_path / "hf", **WIDE)
+    int4, int8 = Format("int4", 32), Format("int8", 32)
+
+    def kept_of(kinds):
+        write_gguf(folder, tmp_path / "x.gguf", kinds)
+        capsys.readouterr()
+        found = kept(load(tmp_path / "x.gguf"))
+        return list(found.values()), capsys.readouterr().err
+    assert kept_of({"": "Q4_0", "attn_v": "Q4_1", "output": "Q8_0"}) == ([int4, int4, int4, int4, int8], "")
+    assert kept_of({"": "F16"}) == ([None] * 5, "")
+    assert kept_of({"": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "output": "F32"}) == (
+        [None, int4, int4, None, None], "GGUF: weights that are dequantised: 4 in Q4_0, 2 in Q5_0, 2 in Q8_0\n")
+    assert quantize_settings(resolve_checkpoint(tmp_path / "x.gguf")) == {
+        "mode": "int4", "group_size": 32, "tool": "gguf", "source": "x"}
+
+
+def test_k_quants_are_dequantised(tmp_path, capsys):
+    kinds = {"": "F32", "attn_v": "Q6_K", "attn_output": "Q4_K", "ffn": "Q4_K"}
+    folder, hf = tiny("qwen2", tmp_path / "hf", hidden_size=256, intermediate_size=256, head_dim=64)
+    write_gguf(folder, tmp_path / "x.gguf", kinds)
+    round_to_file(hf, kinds, "qwen2")
+    tokens = tokens_of(24)
+    assert_close(logits_of(load(tmp_path / "x.gguf"), tokens), expected(hf, tokens)[0])
+    assert capsys.readouterr().err == "GGUF: weights that are dequantised: 8 in Q4_K, 2 in Q6_K\n"
+    assert quantize_settings(resolve_checkpoint(tmp_path / "x.gguf")) == {}
+
+
+@pytest.mark.parametrize("mix", ["as published", "all Q8_0"])
+def test_greedy_eagle_over_a_gguf_target_equals_plain_decoding(mix, tmp_path):
+    folder, _ = tiny("llama2", tmp_path / "hf", **WIDE)
+    write_gguf(folder, tmp_path / "x.gguf", MIXES[mix])
+    model, prompt = load(tmp_path / "x.gguf"), tokens_of(9)
+    plain = naive_decode(load(tmp_path / "x.gguf"), prompt, 24)
+    head = head_of(model)
+    head.tell([prompt + plain])
+    for tree in ("static", "dynamic:3,4,8", "chain:3"):
+        drafted = generate(model, [prompt], 24, head=head, tree=tree)
+        assert drafted.tokens[0] == plain and drafted.mean_accept_length > 1.2
+
+
+def test_each_rank_of_a_tensor_parallel_model_reads_its_slices(tmp_path):
+    folder, _ = tiny("llama2", tmp_path / "hf", **WIDE)
+    write_gguf(folder, tmp_path / "x.gguf", MIXES["as published"])
+    whole = load(tmp_path / "x.gguf")
+    ranks = [Transformer.from_pretrained(tmp_path / "x.gguf", dtype=torch.float32, shard=Shard(rank, 2))
+             for rank in range(2)]
+    for name in ("wo", "w2"):
+        cut = [(rank.layers[0].attention.wo[0] if name == "wo" else rank.layers[0].feed_forward.w2[0]).weight
+               for rank in ranks]
+        own = whole.layers[0].attention.wo if name == "wo" else whole.layers[0].feed_forward.w2
+        assert torch.equal(torch.cat(cut, 1), own.weight)
+    gates = [rank.layers[0].feed_forward.w13.weight.chunk(2) for rank in ranks]
+    assert torch.equal(torch.cat([torch.cat(part) for part in zip(*gates)]), whole.layers[0].feed_forward.w13.weight)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
