@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import gguf_format
 import hub_formats
+from gguf_header import find_gguf
+from grid import Format
 
 REPOSITORY = Path(__file__).resolve().parent
 DEMO_FOLDER = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
@@ -26,17 +29,21 @@ DEMO_FOLDER = REPOSITORY / "checkpoints" / "SmolLM2-135M-Instruct"
 def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     """The local folder of a checkpoint. A hub id is fetched into huggingface-hub's cache, with or without its weights.
 
+    A GGUF file, or a folder that holds one and no config.json, gets a folder in the user's cache (gguf_format.py).
+
     Raises FileNotFoundError or ValueError in one line for a repository that is missing, gated or out of reach.
     """
     try:
         folder = Path(checkpoint).expanduser()
     except RuntimeError:
         raise ValueError(f"{checkpoint}: ~ stands for a home directory, and this user has none") from None
+    if gguf := find_gguf(folder):
+        return gguf_format.as_folder(gguf)
     if folder.is_dir():
         return folder
     name = str(checkpoint)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise FileNotFoundError(f"{checkpoint}: no such folder (a hub id has the form owner/name)")
+        raise FileNotFoundError(f"{checkpoint}: no such folder or GGUF file (a hub id has the form owner/name)")
     # Set to an empty string, these would put the cache into the working directory.
     for variable in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         if not os.environ.get(variable, "unset"):
@@ -119,6 +126,19 @@ def foreign_parts(folder: Path) -> dict[str, hub_formats.Part]:
         return hub_formats.find_parts(list_shapes(folder), found, read, folder)
 
 
+def foreign_formats(folder: Path) -> tuple[dict[str, Format], str]:
+    """The format of each linear that stays on the grid of another tool, by name, and a line about those that do not."""
+    file = find_weights(folder)
+    if file is not None and file.suffix == ".gguf":
+        return gguf_format.kept_formats(file)
+    parts = foreign_parts(folder)
+    widened = [name for name, part in parts.items() if not part.is_kept]
+    line = (f"{len(widened)} of {len(parts)} quantised weights take 16 bits here, as their groups are not of 32, 64 or "
+            "128 columns or other than in the weights beside them: "
+            f"{', '.join(widened[:3])}{', ...' * (len(widened) > 3)}") if widened else ""
+    return {name: part.format for name, part in parts.items() if part.is_kept and part.format}, line
+
+
 # A key and the shape stored under it -> the slice to read.
 Part = Callable[[str, list[int]], tuple[slice, ...]]
 
@@ -186,7 +206,10 @@ def iterate_stored(folder: Path, wanted: Callable[[str], bool] = lambda key: Tru
     file = find_weights(folder)
     if file is None:
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
-                                "nor an index of shards of them")
+                                "nor an index of shards of them (a GGUF file is given by its own name)")
+    if file.suffix == ".gguf":
+        yield from gguf_format.read_weights(file, wanted, part)
+        return
     if file.suffix != ".json":
         yield from _read_shard(file, wanted, part)
         return
@@ -213,7 +236,8 @@ def list_shapes(folder: Path) -> dict[str, list[int]]:
 def find_weights(folder: Path) -> Path | None:
     """The file of weights, or the index of its shards. If there are several, the one that transformers takes."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    found = [folder / name for name in names if (folder / name).exists()]
+    return next(iter([*found, *folder.glob("model.gguf"), *folder.glob("model-00001-of-*.gguf")]), None)
 
 
 def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:

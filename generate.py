@@ -363,7 +363,7 @@ def add_draft_options(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Generate text with a LLaMA, Vicuna, Mistral, Mixtral or Qwen checkpoint.")
-    parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--checkpoint", help="Hugging Face folder, GGUF file or hub id (default: the demo model)")
     parser.add_argument("--eagle", nargs="?", const="", metavar="HEAD",
                         help="decode with this EAGLE head, a folder or hub id (no value: the one that ships)")
     parser.add_argument("--tree", metavar="TREE", help="static, chain[:DEPTH], dynamic[:DEPTH,CHILDREN,NODES] or a "

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import foreign_parts, quantize_settings
+from checkpoint import foreign_formats, quantize_settings
 from console import say
 from grid import Format, dequantize, linear_of, round_to_nearest, unpack
 
@@ -331,15 +331,12 @@ def _replace(model: nn.Module, format_of: Callable[[str, str], Format | None],
 
 def install_quantized(model: nn.Module, folder: Path) -> None:
     """`install` for the checkpoint in this folder, if it is a quantised one."""
-    settings = quantize_settings(folder)
-    if "tool" in settings:
-        parts = foreign_parts(folder)
-        install_parts(model, {name: part.format for name, part in parts.items() if part.is_kept and part.format})
-        if widened := [name for name, part in parts.items() if not part.is_kept]:
-            say(f"{len(widened)} of {len(parts)} quantised weights take 16 bits here, as their groups are not of 32, "
-                "64 or 128 columns or other than in the weights beside them: "
-                f"{', '.join(widened[:3])}{', ...' * (len(widened) > 3)}")
-    elif settings:
+    settings, (formats, line) = quantize_settings(folder), foreign_formats(folder)
+    if line:
+        say(line)
+    if formats:
+        install_parts(model, formats)
+    elif settings and "tool" not in settings:
         install(model, settings, folder / "quantize.json")
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from chat_template import (ChatTemplates, Messages, find_chat_templates, hide_special_tokens, reveal, special_text,
                            special_tokens, tokenizer_settings)
 from checkpoint import read_json, refuse_lfs_pointer, resolve_checkpoint
+from gguf_tokenizer import QWEN2_WORDS
 
 if TYPE_CHECKING:
     import tokenizers
@@ -305,11 +306,6 @@ def insert_tokens(path: Path, declared: "dict[int, tokenizers.AddedToken]") -> "
             raise ValueError(f"{path}: the ids of its added tokens have a gap before {i}, {token['content']!r}, and no "
                              "file beside it declares what is missing")
     return tokenizer
-
-
-# Splits text as Qwen2's published tokenizer.json does.
-QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-               r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.Tokenizer":

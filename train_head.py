@@ -292,7 +292,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train an EAGLE head for a target.")
-    parser.add_argument("--checkpoint", help="the target: Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--checkpoint", help="the target: folder, GGUF file or hub id (default: the demo model)")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines of dialogues")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the head, its log, its checkpoint")
     parser.add_argument("--kind", choices=sorted(RECIPES), default="eagle1", help="eagle1 serves EAGLE-2 too")

@@ -561,7 +561,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description="How fast is the target here, and how near the memory's speed?")
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", help="Hugging Face folder or hub id")
+    model.add_argument("--checkpoint", help="Hugging Face folder, GGUF file or hub id")
     model.add_argument("--shape", choices=[*SHAPES, "tiny"], help="random weights of a published shape")
     parser.add_argument("--rows", type=number(int, 1), nargs="+", default=[1, 4, 8, 16, 26, 32, 60], metavar="T")
     parser.add_argument("--slots", type=number(int, 1), nargs="+", metavar="S",

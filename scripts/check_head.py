@@ -300,7 +300,7 @@ def is_noise(taken: Reading, best: Reading) -> bool:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Draft in every plausible reading of a head's file, and say which is right.")
-    parser.add_argument("checkpoint", metavar="TARGET", help="Hugging Face folder or hub id")
+    parser.add_argument("checkpoint", metavar="TARGET", help="Hugging Face folder, GGUF file or hub id")
     parser.add_argument("eagle", metavar="HEAD", help="the head's folder or hub id")
     parser.add_argument("--minutes", type=number(float, 0, open_low=True), default=2.0, metavar="X",
                         help="measure for so long (default: 2), or until all questions are answered")

@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Compare plain and EAGLE decoding.")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS)
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=128, metavar="N")
-    parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--checkpoint", help="Hugging Face folder, GGUF file or hub id (default: the demo model)")
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", help="default: the one beside the head, or static")
     add_draft_options(parser)

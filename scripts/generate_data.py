@@ -220,7 +220,7 @@ def join_features(args: argparse.Namespace, model: Transformer, tokenizer: Token
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Let the target write dialogues to train a head on.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; added to when it exists")
-    parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--checkpoint", help="Hugging Face folder, GGUF file or hub id (default: the demo model)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions (default: the target asks itself)")
     parser.add_argument("--dialogues", type=number(int, 1), default=10000, metavar="N", help="without --prompts")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="of an answer")

@@ -58,7 +58,8 @@ def transformers_peers(folder: Path, device: torch.device, dtype: torch.dtype, n
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    file = {"gguf_file": "model.gguf"} if (folder / "model.gguf").exists() else {}
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **file)
     model.to(device).eval()
     # The checkpoint's own could name penalties, forced tokens, beams or stop tokens, which would make it another task.
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)

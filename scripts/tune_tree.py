@@ -257,7 +257,7 @@ def measure_decoding(model: Transformer, head: EagleHead, finalists: list[Candid
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Choose the draft tree that is fastest here, and save it beside the head.")
-    parser.add_argument("--checkpoint", help="Hugging Face folder or hub id (default: the demo model)")
+    parser.add_argument("--checkpoint", help="Hugging Face folder, GGUF file or hub id (default: the demo model)")
     parser.add_argument("--eagle", nargs="?", const="", default="", metavar="HEAD", help="default: the one that ships")
     parser.add_argument("--questions", default=str(QUESTIONS), metavar="SET",
                         help=f"to calibrate on: {', '.join(HUB_SETS)}, or a file in MT-bench's form")

