@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import gguf_format
 import hub_formats
-from gguf_header import find_gguf
 from grid import Format
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -37,8 +35,12 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
         folder = Path(checkpoint).expanduser()
     except RuntimeError:
         raise ValueError(f"{checkpoint}: ~ stands for a home directory, and this user has none") from None
-    if gguf := find_gguf(folder):
-        return gguf_format.as_folder(gguf)
+    if (folder / "config.json").exists():
+        return folder
+    if folder.is_file() or any(folder.glob("*.gguf")):
+        from gguf_format import as_folder
+        from gguf_header import find_gguf
+        return as_folder(find_gguf(folder))
     if folder.is_dir():
         return folder
     name = str(checkpoint)
@@ -130,7 +132,8 @@ def foreign_formats(folder: Path) -> tuple[dict[str, Format], str]:
     """The format of each linear that stays on the grid of another tool, by name, and a line about those that do not."""
     file = find_weights(folder)
     if file is not None and file.suffix == ".gguf":
-        return gguf_format.kept_formats(file)
+        from gguf_format import kept_formats
+        return kept_formats(file)
     parts = foreign_parts(folder)
     widened = [name for name, part in parts.items() if not part.is_kept]
     line = (f"{len(widened)} of {len(parts)} quantised weights take 16 bits here, as their groups are not of 32, 64 or "
@@ -208,7 +211,8 @@ def iterate_stored(folder: Path, wanted: Callable[[str], bool] = lambda key: Tru
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, "
                                 "nor an index of shards of them (a GGUF file is given by its own name)")
     if file.suffix == ".gguf":
-        yield from gguf_format.read_weights(file, wanted, part)
+        from gguf_format import read_weights
+        yield from read_weights(file, wanted, part)
         return
     if file.suffix != ".json":
         yield from _read_shard(file, wanted, part)

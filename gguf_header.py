@@ -33,21 +33,18 @@ SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # Files
 
 
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a checkpoint's path means: a file, or the only one in a folder without config.json.
+def find_gguf(path: Path) -> Path:
+    """The GGUF file that a checkpoint's path means: a file, or the only one in a folder that holds some.
 
-    Of a model in several parts it is the first. None means a checkpoint of another kind. Raises ValueError where a
-    folder holds several models.
+    Of a model in several parts it is the first. Raises ValueError where a folder holds several models.
     """
     if path.is_file():
         return parts_of(path)[0]
-    if not path.is_dir() or (path / "config.json").exists():
-        return None
     models = {SPLIT.sub(r"\1", file.name): file for file in sorted(path.glob("*.gguf"), reverse=True)}
     if len(models) > 1:
         names = ", ".join(sorted(file.name for file in models.values()))
         raise ValueError(f"{path} holds {len(models)} GGUF models: name the file of one ({names})")
-    return parts_of(models.popitem()[1])[0] if models else None
+    return parts_of(models.popitem()[1])[0]
 
 
 def parts_of(file: Path) -> list[Path]:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 from chat_template import (ChatTemplates, Messages, find_chat_templates, hide_special_tokens, reveal, special_text,
                            special_tokens, tokenizer_settings)
 from checkpoint import read_json, refuse_lfs_pointer, resolve_checkpoint
-from gguf_tokenizer import QWEN2_WORDS
 
 if TYPE_CHECKING:
     import tokenizers
@@ -333,6 +332,7 @@ def build_tokenizer(folder: Path, settings: dict, config: dict) -> "tokenizers.T
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     if kind == "Qwen2Tokenizer":
+        from gguf_tokenizer import QWEN2_WORDS
         words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
         parts = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Sequence([words, parts])
