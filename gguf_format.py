@@ -228,7 +228,7 @@ def formats_of(tensors: dict[str, Stored]) -> dict[str, Format]:
 
 def kept_formats(file: Path) -> tuple[dict[str, Format], str]:
     """`formats_of` a file, and a line that names the types of the linears that are dequantised instead."""
-    tensors = read_header(file).tensors
+    tensors = read_header(file, vocabulary=False).tensors
     formats = formats_of(tensors)
     lost = Counter(tensors[name].kind for name, linear in linears_of(tensors).items() if linear not in formats)
     counts = [f"{count} in {kind}" for kind, count in sorted(lost.items()) if kind not in ("F32", "F16", "BF16")]
@@ -254,7 +254,7 @@ def read_weights(file: Path, wanted: Callable[[str], bool] = lambda key: True,
 
     Without keep_grid, all weights are dequantised.
     """
-    header = read_header(file)
+    header = read_header(file, vocabulary=False)
     kept = formats_of(header.tensors) if keep_grid else {}
     for name, tensor in header.tensors.items():
         if name == "rope_freqs.weight":     # in config.json

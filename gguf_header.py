@@ -78,10 +78,13 @@ class Header(NamedTuple):
     tensors: dict[str, Stored]      # by GGUF's names
 
 
-def read_header(file: Path) -> Header:
-    """Facts and tensors of a model, of all its parts. Raises ValueError for a damaged file, FileNotFoundError."""
+def read_header(file: Path, vocabulary: bool = True) -> Header:
+    """Facts and tensors of a model, of all its parts. Without `vocabulary`, lists of texts are passed over: [].
+
+    Raises ValueError for a damaged file, FileNotFoundError.
+    """
     parts = parts_of(file)
-    headers = [read_part(part) for part in parts]
+    headers = [read_part(part, vocabulary) for part in parts]
     facts = headers[0].facts
     if facts.get("split.count", 1) not in (0, len(parts)):
         raise ValueError(f"{file} is one of {facts['split.count']} parts: they are found by their names, "
@@ -92,13 +95,13 @@ def read_header(file: Path) -> Header:
     return Header(file, facts, tensors)
 
 
-def read_part(file: Path) -> Header:
+def read_part(file: Path, vocabulary: bool) -> Header:
     """One file. Every string, array and tensor is checked to lie within it."""
     with open(file, "rb") as content:
         if content.read(4) != b"GGUF":
             raise ValueError(f"{file} is not a GGUF file")
         data = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
-    cursor = Cursor(data)
+    cursor = Cursor(data, vocabulary)
     try:
         version, n_tensor, n_fact = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
         if version not in (2, 3):
@@ -137,8 +140,8 @@ class Cursor:
     NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     TEXT, ARRAY = 8, 9
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 4
+    def __init__(self, data: mmap.mmap, vocabulary: bool):
+        self.data, self.at, self.vocabulary = data, 4, vocabulary
 
     def number(self, format: str) -> Any:
         value, = struct.unpack_from("<" + format, self.data, self.at)
@@ -150,14 +153,15 @@ class Cursor:
 
     def texts(self, count: int) -> list[str]:
         """`text`, count times: a vocabulary has 100,000 of them."""
-        found, length = [], struct.Struct("<Q").unpack_from
+        places, begin, end, length = [], 0, self.at, struct.Struct("<Q").unpack_from
         for _ in range(count):
-            begin = self.at + 8
-            self.at = begin + length(self.data, self.at)[0]
-            if self.at > len(self.data):
+            begin = end + 8
+            end = begin + length(self.data, end)[0]
+            if end > len(self.data):
                 raise EOFError
-            found.append(self.data[begin:self.at].decode())
-        return found
+            places.append((begin, end))
+        self.at = end
+        return [self.data[begin:end].decode() for begin, end in places] if self.vocabulary else []
 
     def bytes(self, count: int) -> bytes:
         self.at += count
