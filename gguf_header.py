@@ -10,13 +10,13 @@ package, which takes seconds for a vocabulary and does not check that tensors li
 
 Shapes: N rows and K columns of a weight, G = K / 32 groups of a row.
 """
+import math
 import mmap
 import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,15 +120,15 @@ def read_part(file: Path, vocabulary: bool) -> Header:
     except ValueError as error:     # a text that is not UTF-8 too
         raise ValueError(f"{file} is damaged: {error}") from None
     align = facts.get("general.alignment", 32)
-    if not isinstance(align, int) or align < 1:
-        raise ValueError(f"{file}: general.alignment {align!r} is not a positive number")
+    if not isinstance(align, int) or align < 8 or align % 8:
+        raise ValueError(f"{file}: general.alignment {align!r} is not a multiple of 8")
     start, tensors = -(-cursor.at // align) * align, {}
     for name, shape, number, offset in found:
         kind, columns, n_byte = block_of(number, file)
-        if not shape or min(shape) < 1 or shape[-1] % columns or name in tensors:
+        if not shape or min(shape) < 1 or shape[-1] % columns or offset % align or name in tensors:
             raise ValueError(f"{file}: {name} of shape {list(shape)} in {kind} is damaged or there twice")
         begin = start + offset
-        end = begin + int(np.prod(shape, dtype=object)) // columns * n_byte
+        end = begin + math.prod(shape) // columns * n_byte
         if end > len(data):
             raise ValueError(f"{file} is cut short: {name} ends at byte {end}, the file at {len(data)}")
         tensors[name] = Stored(kind, shape, file, begin, end)
@@ -190,7 +190,10 @@ def block_of(number: int, file: Path) -> tuple[str, int, int]:
     """ggml's number of a type -> its name, and the columns and bytes of a block."""
     if found := (PLAIN | KEPT).get(number):
         return found
-    import gguf
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError(f"{file}: tensors of type {number} need the gguf package: pip install gguf") from None
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError:
@@ -253,5 +256,5 @@ def values(tensor: Stored) -> Tensor:
 
 def raw(tensor: Stored) -> Tensor:
     """The bytes of a tensor: uint8 [..., bytes of a row]. The file is mapped: a change of them stays in memory."""
-    data = np.memmap(tensor.file, np.uint8, "c", tensor.begin, (tensor.end - tensor.begin,))
-    return torch.from_numpy(data).view(*tensor.shape[:-1], -1)
+    data = torch.from_file(str(tensor.file), shared=False, size=tensor.end, dtype=torch.uint8)
+    return data[tensor.begin:].view(*tensor.shape[:-1], -1)

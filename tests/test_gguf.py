@@ -13,6 +13,7 @@ from gguf import GGUFReader, TokenType
 from gguf.quants import dequantize
 
 import gguf_header
+import quantize
 from checkpoint import iterate_weights, list_shapes, quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
 from gguf_files import default_tokenizer, round_to_file, write_bpe, write_gguf
@@ -204,6 +205,16 @@ def test_k_quants_are_dequantised(tmp_path, capsys):
     assert_close(logits_of(load(tmp_path / "x.gguf"), tokens), expected(hf, tokens)[0])
     assert capsys.readouterr().err == "GGUF: weights that are dequantised: 8 in Q4_K, 2 in Q6_K\n"
     assert quantize_settings(resolve_checkpoint(tmp_path / "x.gguf")) == {}
+
+
+def test_quantize_py_refuses_a_file_that_keeps_its_grid_and_takes_one_in_16_bits(tmp_path, capsys):
+    folder, _ = tiny("llama2", tmp_path / "hf", **WIDE)
+    run = lambda: quantize.main(quantize.parse_args([
+        "--checkpoint", str(tmp_path / "x.gguf"), "--mode", "int4", "--out", str(tmp_path / "q"), "--device", "cpu"]))
+    write_gguf(folder, tmp_path / "x.gguf", MIXES["as published"])
+    assert run() == 2 and "is quantised already by gguf: start from its 16-bit checkpoint" in capsys.readouterr().err
+    write_gguf(folder, tmp_path / "x.gguf", {"": "F16"})
+    assert run() == 0 and set(kept(load(tmp_path / "q")).values()) == {Format("int4", 32), None}
 
 
 @pytest.mark.parametrize("mix", ["as published", "all Q8_0"])
