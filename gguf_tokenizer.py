@@ -79,8 +79,8 @@ def byte_level_bpe(facts: dict) -> "tokenizers.Tokenizer":
         steps = [pre_tokenizers.Digits(individual_digits=True)]
     if "qwen" in pre:
         tokenizer.normalizer = normalizers.NFC()
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=WORDS[pre] is None))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=WORDS[pre] is None)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([*steps, level]), decoders.ByteLevel()
     for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
         add([AddedToken(token, special=kind == CONTROL, normalized=False)
              for token, its_kind in zip(tokens, kinds) if its_kind == kind])
