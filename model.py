@@ -155,7 +155,6 @@ class Transformer(nn.Module):
         states[len(self.layers)] = last = self.norm(x)
         return last, torch.cat([states[i] for i in capture], dim=-1) if capture else last
 
-
     def shown(self, mask: Tensor | Seen | OwnCache, input_pos: Tensor, cache_pos: Tensor,
               dtype: torch.dtype) -> tuple[Any, Any]:
         """What layers with full attention get for a mask, and what those with a sliding window get."""

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import root  # noqa: F401
-from console import Parser, check_writable, command, number, read_records, say, whole_or_nothing
+from console import Parser, check_writable, command, number, say, whole_or_nothing
+from scripts.dialogues import read_written
 
 TASKS = """Summarize the following text in one sentence.|Summarize the text below in three bullet points.|
 What are the main points of this text?|Give the text below a title, and say why it fits.|
@@ -40,13 +41,10 @@ Classify each sentence of the following text as a fact or an opinion.|Quote the 
 def main(args: argparse.Namespace) -> None:
     check_writable("--out", args.out)
     texts = {}      # each once, in the order of the files
-    for file in args.data:
-        for line, entry in read_records(file):
-            if not isinstance(entry, dict) or not isinstance(entry.get("tokens"), list) or "messages" not in entry:
-                raise ValueError(f"{file}, line {line}: not written by scripts/generate_data.py")
-            said = [message["content"] for message in entry["messages"] if message["role"] == "assistant"]
-            texts |= {text: None for text, ids in zip(said, entry["tokens"])
-                      if args.min_tokens <= len(ids) <= args.max_tokens}
+    for entry in read_written(args.data):
+        said = [message["content"] for message in entry["messages"] if message["role"] == "assistant"]
+        texts |= {text: None for text, ids in zip(said, entry["tokens"])
+                  if args.min_tokens <= len(ids) <= args.max_tokens}
     rng = random.Random(args.seed)
     chosen = [text for text in texts if rng.random() < args.share]
     if not chosen:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +120,15 @@ def question_of(entry: object, args: argparse.Namespace) -> Talk:
     if args.system and turns[0]["role"] not in ("system", "developer"):
         turns = [{"role": "system", "content": args.system}, *turns]
     return Talk(turns, chat.tools, question=digest([turns, chat.tools]))
+
+
+def read_written(files: Iterable[Path]) -> Iterator[dict]:
+    """The dialogues in files of scripts/generate_data.py. Raises ValueError for a line of something else."""
+    for file in files:
+        for line, entry in read_records(file):
+            if not isinstance(entry, dict) or not isinstance(entry.get("tokens"), list) or not entry.get("messages"):
+                raise ValueError(f"{file}, line {line}: not written by scripts/generate_data.py")
+            yield entry
 
 
 def is_measured(turns: list[dict]) -> bool:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import root  # noqa: F401
-from console import Parser, check_writable, command, number, read_records, say, whole_or_nothing
+from console import Parser, check_writable, command, number, say, whole_or_nothing
+from scripts.dialogues import read_written
 
 FRAME = 40      # tokens beside an answer, about: the question and what the chat template puts between
 
@@ -21,14 +22,11 @@ FRAME = 40      # tokens beside an answer, about: the question and what the chat
 def main(args: argparse.Namespace) -> None:
     check_writable("--out", args.out)
     rng, alone, begins, ends = random.Random(args.seed), [], [], []
-    for file in args.data:
-        for line, entry in read_records(file):
-            if not isinstance(entry, dict) or not isinstance(entry.get("tokens"), list) or "messages" not in entry:
-                raise ValueError(f"{file}, line {line}: not written by scripts/generate_data.py")
-            if entry["messages"][0]["role"] != "user" or entry.get("tools") or rng.random() >= args.share:
-                alone.append(entry)
-            else:
-                (begins if entry["finish_reason"] == "stop" else ends).append(entry)
+    for entry in read_written(args.data):
+        if entry["messages"][0]["role"] != "user" or entry.get("tools") or rng.random() >= args.share:
+            alone.append(entry)
+        else:
+            (begins if entry["finish_reason"] == "stop" else ends).append(entry)
     rng.shuffle(begins)
     rng.shuffle(ends)
     chats = []
