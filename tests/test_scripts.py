@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import train_head
+from benchmarks import head_alone
 from draft_tree import StaticTree, load_tree
 from eagle_head import EagleHead
 from generate import generate
@@ -22,6 +24,7 @@ from reference import tiny, tokens_of, write_checkpoint
 from scripts import ask_about, draft_vocab, generate_data, join_dialogues, tree_search, tune_tree
 from scripts.tree_search import Answer, Candidate, accept_lengths, foretell, right_copies
 from test_copy import slow_lookup
+from tokenizer import Tokenizer
 from train_loss import draft_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,6 +222,43 @@ def test_what_is_written_and_said_tells_copying_from_the_tree_and_looping_answer
         "copying 1.50, 1.33x) on these questions and this device; copying is 67% of the gain; 1 looping answers: 3.00 "
         "tokens a step, 3.00x plain decoding (without copying 1.20, 1.20x); 1 others: 2.00 tokens a step, 1.50x plain "
         f"decoding (without copying 2.00, 1.50x); wrote {tmp_path / 'tree.json'}\n")
+
+
+def test_a_head_alone_accepts_along_an_answer_what_decoding_accepted(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "target")
+    model = Transformer.from_pretrained(checkpoint, dtype=torch.float32)
+    head = EagleHead(replace(model.config, n_layer=1), model)
+    folder = write_head(head, tmp_path / "head")
+    head = EagleHead.from_pretrained(folder, target=model)
+    tokenizer, rows, questions, n_token, n_step = Tokenizer.from_pretrained(checkpoint), [], [], 0, 0
+    texts = "the fox", "the dog", "and then"
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+    counts = Counter(i for prompt in prompts for i in generate(model, [prompt], 60).tokens[0])
+    ids = [i for i, _ in counts.most_common(8)]
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    head.set_draft_vocab(ids)       # of few tokens, so that a random head is right at times
+    for number, (text, prompt) in enumerate(zip(texts, prompts)):
+        result = generate(model, [prompt], 60, head=head, tree="static")
+        i = 0
+        for length in result.accept_lengths[0]:     # a step whose drafts would go past the end is not counted
+            if i < len(result.tokens[0]) - head_alone.DEPTH:
+                i, n_step = i + length, n_step + 1
+        n_token += i
+        questions.append({"question_id": number, "category": "c", "turns": [text]})
+        rows.append({"question_id": number, "category": "c", "choices": [{"turns": ["?"], "tokens": result.tokens}]})
+    for name, lines in (("questions", questions), ("answers", rows)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["--checkpoint", checkpoint, "--eagle", folder, "--dtype", "float32", "--far", 40, "--answers",
+            tmp_path / "answers", "--questions", tmp_path / "questions", "--out", tmp_path / "out.json",
+            "--draft-vocab", tmp_path / "ids.json"]
+    args = head_alone.parse_args(list(map(str, argv)))
+    assert head_alone.main(args) == 0, capsys.readouterr().err
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert n_token > 1.15 * n_step and figures["all"] == pytest.approx(n_token / n_step)
+    assert figures["up to position 40, in the categories beyond"] == pytest.approx(figures["up to position 40"])
+    assert "beyond position 40" in figures and figures["first turns, c"] == figures["all"]
+    (tmp_path / "questions").write_text(json.dumps(questions[0]) + "\n")
+    assert head_alone.main(args) == 2 and "line 2" in capsys.readouterr().err
 
 
 def test_tuned_tree_is_written_where_generate_finds_it(tmp_path, capsys):
