@@ -15,20 +15,19 @@ N_COLOUR = 8        # of series; more series begin again
 
 
 def intervals(rows: list[tuple[str, float, float, float]], one: float = 1.0) -> str:
-    """A dot with its interval for each (name, value, low, high), on a scale from 0, with a line at `one`."""
-    high = max([one, *(row[3] for row in rows)])
-    scale = (WIDTH - 12) / high
-    parts, bottom = [], ROW * len(rows) + 4
-    parts.append(f'<line class="one" x1="{6 + one * scale:.1f}" x2="{6 + one * scale:.1f}" y1="4" y2="{bottom}"/>')
-    for n, (name, value, low, up) in enumerate(rows):
-        y = ROW * n
-        spread = f" ({low:.2f}-{up:.2f})" if low < up else ""
-        parts += [text(6, y + 14, name), text(WIDTH - 6, y + 14, f"{value:.2f}x{spread}", "end"),
-                  f'<line class="grid" x1="6" x2="{WIDTH - 6}" y1="{y + 24}" y2="{y + 24}"/>',
-                  f'<line class="s" style="stroke: var(--text)" x1="{6 + low * scale:.1f}" '
-                  f'x2="{6 + up * scale:.1f}" y1="{y + 24}" y2="{y + 24}"/>',
-                  f'<circle style="fill: var(--text)" cx="{6 + value * scale:.1f}" cy="{y + 24}" r="4"/>']
-    return svg(parts, bottom + 4, "speedup over plain decoding, with 95% intervals")
+    """A dot with its interval for each (name, value, low, high), on a scale from 0, with a mark at `one`."""
+    scale = (WIDTH - 12) / max([one, *(row[3] for row in rows)])
+    parts = []
+    for n, (name, value, low, high) in enumerate(rows):
+        top, y = ROW * n + 14, ROW * n + 24
+        spread = f" ({low:.2f}-{high:.2f})" if low < high else ""
+        at, begin, end, unit = (f"{6 + x * scale:.1f}" for x in (value, low, high, one))
+        parts += [text(6, top, name), text(WIDTH - 6, top, f"{value:.2f}x{spread}", "end"),
+                  f'<line class="grid" x1="6" x2="{WIDTH - 6}" y1="{y}" y2="{y}"/>',
+                  f'<line class="one" x1="{unit}" x2="{unit}" y1="{y - 5}" y2="{y + 5}"/>',
+                  f'<line class="s" style="stroke: var(--text)" x1="{begin}" x2="{end}" y1="{y}" y2="{y}"/>',
+                  f'<circle style="fill: var(--text)" cx="{at}" cy="{y}" r="4"/>']
+    return svg(parts, ROW * len(rows), "speedup over plain decoding, with 95% intervals")
 
 
 def lines(series: dict[str, list[float | None]], ticks: list[str], low: float, high: float, label: str) -> str:

@@ -2,7 +2,7 @@
 
     python scripts/report.py results/demo                   # report.json, .md, .html and .png again
     python scripts/report.py results/a results/b --waterfall waterfall.png    # all their arms in one picture
-    python scripts/report.py benchmarks/results/* --doc docs/evaluation.md README.md     # the tables of documents
+    python scripts/report.py benchmarks/results/*/ --doc docs/evaluation.md README.md     # the tables of documents
 
 A folder holds run.json, how it was measured, and answers/ARM.jsonl, what scripts/figures.py reads. Where it holds
 questions.jsonl, the page shows the questions; where it holds pages/, it links them.
