@@ -42,7 +42,8 @@ def lines(series: dict[str, list[float | None]], ticks: list[str], low: float, h
                   text(left - 6, y + 4, f"{value:g}", "end", "tick")]
     parts += [text(x, bottom + 16, tick, "middle", "tick") for x, tick in zip(at_x, ticks)]
     for n, (name, values) in enumerate(series.items()):
-        points = [(x, bottom - (value - low) / (high - low) * (bottom - top), value)
+        aside = 4 * (n - (len(series) - 1) / 2)     # so that equal lines are seen side by side
+        points = [(x + aside, bottom - (value - low) / (high - low) * (bottom - top), value)
                   for x, value in zip(at_x, values) if value is not None]
         drawn = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(name)}: {value:.2f}</title></circle>'
                         for x, y, value in points)

@@ -78,7 +78,8 @@ def depths_part(report: dict, drafting: list[str]) -> str:
                  *(heat_cell(value) for value in f["acceptance_by_depth"])] for name, f in groups.items()
                 if "acceptance_by_depth" in f]
         parts.append(f"<details{' open' * (arm == drafting[0])}><summary>{escape(arm)} by category</summary>"
-                     + raw_table(["", "passes", "accepted length", *(f"depth {n}" for n in ticks)], rows)
+                     + raw_table(["", "passes", "accepted length",
+                                  *(f"depth {n}" for n in ticks[:len(by_arm[arm])])], rows)
                      + "</details>")
     return "".join(parts)
 
@@ -127,7 +128,7 @@ def questions_part(answers: Answers, questions: dict, pages: set[str], drafting:
             text = f'<a href="pages/{quote(file)}">{shown}</a>'
         else:
             text = f"<details><summary>{shown}</summary>{answer_texts(of, asked)}</details>"
-        looping = f"<small>{row['looping']} of {row['turns']} loop</small>" * bool(row["looping"])
+        looping = f"<small>loops: {row['looping']} of {row['turns']}</small>" * bool(row["looping"])
         cells = [(arm, row["arms"][arm]["speedup"], row["arms"][arm]["mean_accept_length"]) for arm in arms]
         rows.append(f"<tr><th>{escape(str(row['question_id']))}</th><td class=kind>{escape(row['category'])}{looping}"
                     f"</td><td class=text>{text}</td>" + "".join(
@@ -162,7 +163,9 @@ NO_DRAFTS = "<p>No arm of this run makes drafts.</p>"
 def beginning(text: str) -> str:
     """The first words of a text, in one line."""
     line = " ".join(text.split())
-    return (line if len(line) <= BEGINNING else line[:BEGINNING].rstrip() + " ...") or "(empty)"
+    if len(line) > BEGINNING:
+        line = (line[:BEGINNING].rpartition(" ")[0] or line[:BEGINNING]) + " ..."
+    return line or "(empty)"
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:

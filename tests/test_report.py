@@ -221,7 +221,7 @@ def test_the_page_of_every_committed_report_is_whole(folder):
 def test_charts_hold_their_values_within_their_frame():
     drawn = charts.lines({"a": [0.0, 1.0], "b": [0.5, None]}, ["1", "2"], 0, 1, "label")
     circles = [tuple(map(float, at)) for at in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)]
-    assert circles == [(104.5, 158), (253.5, 8), (104.5, 83)]
+    assert circles == [(102.5, 158), (251.5, 8), (106.5, 83)]      # two series, 2 to the left and 2 to the right
     bars = re.findall(r'x="([\d.]+)" y="20" width="([\d.]+)"', charts.stacks([("a", {"head": 1, "copy": 3})]))
     assert [(float(x), float(width)) for x, width in bars] == [(0, 84), (85, 254)]
     spread = charts.intervals([("a", 2.0, 1.5, 2.5)])
