@@ -7,6 +7,7 @@ import torch
 from decoder import Decoder, setup_caches
 from draft_tree import DynamicTree, StaticTree
 from eagle_head import EagleHead
+from eagle_step import EagleStep
 from model import Transformer
 from recorder import PARTS
 from reference import naive_decode, tiny, tokens_of
@@ -68,37 +69,36 @@ def test_recorded_steps_make_the_answer_and_do_not_change_it(pair, tree, tempera
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_what_the_target_said_and_the_head_thought_is_what_they_compute(pair, tree):
-    """Said: by the naive decoder after the whole path to a node. The head's probabilities: from its logits."""
+def test_what_the_target_said_and_the_head_thought_is_what_they_compute(pair, tree, monkeypatch):
+    """Said: by the naive decoder, after the whole path to a node. The head's probabilities: from its logits."""
     target, head = pair
-    logits, drafted = [], head.draft_logits
-    head.draft_logits = lambda hidden: logits.append(drafted(hidden)) or logits[-1]
-    try:
-        prompts, result = decode(pair, tree, record=True, traced=False, n=40)
-    finally:
-        del head.draft_logits
-    text, at = prompts[0] + result.tokens[0][:1], 0
-    for step in result.steps[0][:8]:
-        for node, said in enumerate(step.said):
+    levels, drafted, grow = [], EagleHead.draft_logits, EagleStep.grow
+
+    def watched_logits(head, hidden):
+        logits = drafted(head, hidden)
+        levels[-1].append(logits[0].softmax(-1))            # [n, V] of the n nodes that this level expands
+        return logits
+
+    monkeypatch.setattr(EagleHead, "draft_logits", watched_logits)
+    monkeypatch.setattr(EagleStep, "grow", lambda step, n_slot: levels.append([]) or grow(step, n_slot))
+    prompts, result = decode(pair, tree, record=True, traced=False, n=40)
+    text = prompts[0] + result.tokens[0][:1]
+    steps = [step for step in result.steps[0] if step.kind != "plain"]
+    for step, of_step in list(zip(steps, levels[-len(steps):]))[:8]:    # before them: the warm-up's
+        for node in range(len(step.nodes)):
             path, above = [], node
             while above:
                 path, above = [step.nodes[above], *path], step.parents[above]
-            assert said == naive_decode(target, text + path, 1)[0]
-        if tree.depth:
-            probs = logits[at][0, 0].softmax(-1)        # of the root's children
-            children = [n for n in range(1, step.n_tree) if step.parents[n] == 0]
-            assert [step.probs[n] for n in children] == pytest.approx([float(probs[step.nodes[n]]) for n in children],
-                                                                      abs=2e-4)
-            levels = [x[0].softmax(-1).flatten() for x in logits[at:at + tree.depth]]
-            for n in range(1, step.n_tree):             # of the others: some number of their level
-                depth = 0
-                above = n
-                while above:
-                    depth, above = depth + 1, step.parents[above]
-                if depth <= len(levels):
-                    assert (levels[depth - 1] - step.probs[n]).abs().min() < 2e-4
-        assert step.probs[0] is None and step.probs[step.n_tree:] == [None] * (len(step.nodes) - step.n_tree)
-        at += tree.depth
+            assert step.said[node] == naive_decode(target, text + path, 1)[0]
+            if node == 0 or node >= step.n_tree:
+                assert step.probs[node] is None
+            else:       # at depth 1 by the root's distribution, below it by one of its level's
+                distributions = of_step[len(path) - 1]
+                assert (distributions[:, step.nodes[node]] - step.probs[node]).abs().min() < 2e-4
+        for parent in set(step.parents[1:step.n_tree]):
+            siblings = [n for n in range(1, step.n_tree) if step.parents[n] == parent]
+            assert len({step.nodes[n] for n in siblings}) == len(siblings)
+            assert sum(step.probs[n] for n in siblings) < 1 + 1e-3
         text += step.tokens
 
 
