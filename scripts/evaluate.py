@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         "question_set": name, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot, "tree": trees,
         "also": list(also) or None, "system": args.system, "arms": [*arms, *peers], "absent": absent,
         "label": args.out.name, "drafting": drafting, "stamps": stamps, "template_date": None,
-        "page": args.page or None, **{name: getattr(args, name) for name in DRAFTING}}
+        "recorded": args.record or None, **{name: getattr(args, name) for name in DRAFTING}}
     done, run = tp.on_rank_0(lambda: resume(args.out, run, tokenizer))
     if run["template_date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
@@ -253,7 +253,7 @@ def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
         n_copy = cli.copy_length(copy) if copy else cli.copy_length_of(name) if args.copy is None else args.copy
         tree = tree_of(name, n_copy, own_head)
         decoders[arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=own_head, tree=tree,
-                                              record=args.page and tree is not None)
+                                              record=args.record and tree is not None)
     return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
@@ -352,7 +352,7 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
 DRAFTING = ("copy", "exact", "draft_window", "aux_layers", "draft_rope_theta")     # a run is bound to these too
 SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode",
             *DRAFTING, "also", "system", "temperature", "top_k", "top_p", "seed", "question_set", "max_new_tokens",
-            "max_seq_length", "arms", "page")
+            "max_seq_length", "arms", "recorded")
 
 
 def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
@@ -417,8 +417,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     parser.add_argument("--system", metavar="TEXT", help="a system message in front of each question")
-    parser.add_argument("--page", action="store_true", help="write pages/QUESTION.html: what each step of our drafting "
-                        "arms did. Recording takes a little of their time; run.json says so")
+    # Not args.page, which generate.py's load takes from all ranks but one: every rank records.
+    parser.add_argument("--page", dest="record", action="store_true", help="write pages/QUESTION.html: what each step "
+                        "of our drafting arms did. Recording takes a little of their time; run.json says so")
     add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

@@ -140,7 +140,7 @@ def conditions(r: dict) -> str:
     cores = f", {r['threads']} threads" if r["device"] == "cpu" else ""
     also = f"also in {' and '.join(r['also'])}, " if r.get("also") else ""
     also += "with a system message, " if r.get("system") else ""
-    also += "steps recorded, " if r.get("page") else ""
+    also += "steps recorded, " if r.get("recorded") else ""
     draft_mode = f", head in {r['draft_mode']}" if r.get("draft_mode", "off") != "off" else ""
     notes = "".join(f" {line}." for line in r.get("absent", []))
     if r.get("left_out"):

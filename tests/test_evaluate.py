@@ -107,9 +107,10 @@ def test_the_page_of_a_run_holds_its_questions_and_answers(run, tmp_path):
     kept = {"question_id", "category", "turns"}
     assert [{key: q[key] for key in kept} for q in evaluate.read_questions(str(out / "questions.jsonl"))] == QUESTIONS
     text = (out / "report.html").read_text()
-    assert all(turn in text for q in QUESTIONS for turn in q["turns"]) and all(f"<th>{arm}</th>" in text for arm in ARMS)
+    assert all(turn in text for q in QUESTIONS for turn in q["turns"])
+    assert all(f"<th>{arm}</th>" in text for arm in ARMS)
     assert not (out / "pages").exists() and 'href="pages' not in text
-    assert json.loads((out / "run.json").read_text())["page"] is None
+    assert json.loads((out / "run.json").read_text())["recorded"] is None
 
 
 def shown_in(file):
@@ -118,11 +119,11 @@ def shown_in(file):
     return {answer["name"]: answer["tokens"] for answer in data["answers"]}
 
 
-def test_with_page_each_question_has_one_that_holds_every_turn_of_our_drafting_arms(run, pair, tmp_path):
+def test_with_page_each_question_has_one_with_every_turn_of_our_drafting_arms(run, pair, tmp_path):
     status, text, err = run("--page", "--peers")
     assert status == 0 and "steps recorded" in text, err
     out = tmp_path / "out"
-    assert json.loads((out / "run.json").read_text())["page"] is True
+    assert json.loads((out / "run.json").read_text())["recorded"] is True
     for n, question in enumerate(QUESTIONS):
         answers = {arm: lines_of(out, arm)[n]["choices"][0]["tokens"] for arm in ARMS[1:]}
         assert shown_in(out / f"pages/{question['question_id']}.html") == {
@@ -147,7 +148,7 @@ def test_a_recorded_run_that_is_interrupted_goes_on_and_each_answered_question_h
     (out / "pages/8.html").write_text("old")
     monkeypatch.setattr(evaluate, "append_answer", append)
     status, _, err = run()
-    assert status == 2 and "with page True, now it is None" in err and "--out" in err
+    assert status == 2 and "with recorded True, now it is None" in err and "--out" in err
     asked = []
     monkeypatch.setattr(evaluate, "ask", lambda question, *rest: asked.append(question["question_id"])
                         or ask(question, *rest))
@@ -288,7 +289,7 @@ CHANGES = {    # what has changed since the answers were given, and the word tha
     "max_new_tokens": lambda folder, argv: argv + ["--max-new-tokens", "5"],
     "seed": lambda folder, argv: argv + ["--seed", "1"],
     "system": lambda folder, argv: argv + ["--system", "be brief"],
-    "page": lambda folder, argv: argv + ["--page"],
+    "recorded": lambda folder, argv: argv + ["--page"],
     "threads": lambda folder, argv: change(folder / "out/run.json", threads=99) or argv,
     "compiled": lambda folder, argv: change(folder / "out/run.json", compiled=True) or argv,
     "draft vocab": lambda folder, argv: (folder / "head/draft_vocab.json").write_text('{"ids": [5, 6]}') and argv,
