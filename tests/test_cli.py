@@ -7,7 +7,6 @@ checkpoints are tiny random models with a byte-level tokenizer.
 """
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -21,7 +20,6 @@ import torch
 import checkpoint as checkpoint_file
 import generate as cli
 from chat import Printer, StopTexts
-from decoder import Decoder
 from generate import generate
 from model import Transformer
 from reference import CONTEXT, edited_json, read_safetensors, write_checkpoint
