@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import tp
-from chat import Conversation, Printer, StopTexts, chat, encode
+from chat import Conversation, Printer, StopTexts, encode
 from checkpoint import demo_checkpoint, quantize_settings, read_ids, read_json, resolve_checkpoint
 from console import (Parser, add_chat_options, check_writable, command, device_name, is_text, launched, number,
                      pick_device, read_text, say, whole_or_nothing, write_atomically)
@@ -38,6 +38,7 @@ from model import Transformer
 from rope import keys_serve
 from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling
+from terminal import chat
 from tokenizer import Tokenizer
 
 DEFAULT_PROMPT = "Why is the sky blue?"
@@ -376,7 +377,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "(default: where the tree is not dynamic)")
     parser.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="a question; several make a batch")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file that is one prompt")
-    parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
+    parser.add_argument("--interactive", action="store_true", help="chat on the terminal: /help lists the commands")
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without a chat template")
     add_chat_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message before the first question")
