@@ -81,7 +81,8 @@ def dim(text: str) -> str:
     return f"\033[2m{text}\033[0m" if sys.stderr is not None and sys.stderr.isatty() else text
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# Commands
+
 
 def command_of(text: str) -> str:
     """The command, such as "/save", that a line begins with. "" for a message: a path such as /etc/hosts begins one."""
@@ -116,7 +117,8 @@ def obey(talk: Conversation, name: str, text: str) -> str:
     return f"There is no command {name}: /help lists them. With a space in front it is a message."
 
 
-# --- history ----------------------------------------------------------------------------------------------------------
+# History
+
 
 class History:
     """What was typed, from one chat to the next: the last lines, in one file that only its owner may read.
