@@ -320,8 +320,7 @@ def page_facts(report: dict, result: Generation) -> dict[str, str | float | None
     """What the page says of the whole run."""
     return {"checkpoint": short_name(report["checkpoint"]), "head": short_name(report["eagle"]),
             "tree": short_name(report["tree"]), "device": report["device_name"], "dtype": report["dtype"],
-            "temperature": report["temperature"], "tokens/s": round(result.tokens_per_second, 1),
-            "mean accepted length": round(result.mean_accept_length, 2)}
+            "temperature": report["temperature"], "tokens/s": round(result.tokens_per_second, 1)}
 
 
 def short_name(spec: str | None) -> str | None:
