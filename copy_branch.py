@@ -88,4 +88,4 @@ class CopyBranch:
         return Draft(tokens, torch.cat((draft.parents, self.parents.expand(B, -1)), 1),
                      torch.cat((draft.depths, (self.ahead + 1).expand(B, -1)), 1),
                      torch.cat((seen, self.seen.expand(B, -1, -1)), 1), draft.probs,
-                     Copied(nothing, nothing | first, twin))
+                     Copied(nothing, nothing | first, twin), draft.log_q)

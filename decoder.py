@@ -24,6 +24,7 @@ from eagle_head import EagleHead
 from eagle_step import EagleStep
 from masks import bucket, causal_mask
 from model import Transformer, prefill
+from recorder import Recorder, Step
 from runtime import can_trace, capture, compile_layers, trace
 from sampling import NOT_FINITE, Sampling, next_tokens
 
@@ -42,6 +43,7 @@ class Generation:
     timings: dict[str, float] = field(default_factory=dict)  # compile_seconds, prefill_seconds, decode_seconds
     copied: list[list[int]] = field(default_factory=list)   # drafts of each step that were copied: all or none
     kinds: list["Kind"] = field(default_factory=list)       # of each decode step
+    steps: list[list[Step]] = field(default_factory=list)   # of a row, where they were recorded
 
     @property
     def target_passes(self) -> int:
@@ -206,8 +208,11 @@ class Decoder:
     STRIDE = 16             # a step that is not compiled reads a multiple of so many slots
 
     def __init__(self, model: Transformer, batch_size: int, sampling: Sampling = Sampling(), *, compile: bool = False,
-                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None):
-        """tree: what EAGLE steps draft, see `tree_of`. Default: with a head the paper's static tree, else nothing."""
+                 head: EagleHead | None = None, tree: Tree | None = None, draw_drafts: bool | None = None,
+                 record: bool = False):
+        """tree: what EAGLE steps draft, see `tree_of`. Default: with a head the paper's static tree, else nothing.
+
+        record: `generate` returns what each step did (recorder.py)."""
         sampling.check()
         check_caches(model, head, batch_size)
         if compile and model.is_exact:
@@ -224,6 +229,12 @@ class Decoder:
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
             pos = torch.zeros_like(tokens)
         self.plain = PlainStep(model, tokens, pos, sampling)
+        self.recorder: Recorder | None = None
+        if record:
+            drafted = self.eagle.tree if self.eagle else StaticTree.root()
+            self.recorder = Recorder(batch_size, drafted.n_node, drafted.n_copy, device)
+            if self.eagle:
+                self.eagle.recorder = self.recorder
         self.n_slot = model.kv_cache.shape[4]
         self.graphs: dict[tuple[Kind, int], torch.cuda.CUDAGraph | None] = {}   # by kind of step and slots read
         self.traces: dict[Kind, Callable[[int], None]] = {}                     # each takes any number of slots
@@ -266,7 +277,7 @@ class Decoder:
         ends = [stop(prompt) if stop is not None else lambda token: False for prompt in prompts]
         limits = [min(max_new_tokens, self.n_slot - len(prompt)) for prompt in prompts]
         result = Generation([[] for _ in prompts], [[] for _ in prompts], ["length"] * len(prompts),
-                            copied=[[] for _ in prompts])
+                            copied=[[] for _ in prompts], steps=[[] for _ in prompts])
         running = set(range(len(prompts)))
 
         def take(produced: Tensor, is_step: bool = True) -> bool:
@@ -274,8 +285,9 @@ class Decoder:
             if torch.distributed.is_initialized():
                 import tp   # not needed by one process alone
                 tp.check_ranks(produced)
-            copies = False
-            for row, (*ids, n_copied, can_copy) in enumerate(produced.tolist()):  # sync: one a step, to stream and stop
+            copies, rows = False, produced.tolist()     # sync: one a step, to stream and stop
+            steps = self.recorder.steps(result.kinds[-1], rows) if self.recorder and is_step else None
+            for row, (*ids, n_copied, can_copy) in enumerate(rows):
                 if row not in running:
                     continue
                 if ids[0] == NOT_FINITE:
@@ -287,6 +299,8 @@ class Decoder:
                 if is_step:
                     result.accept_lengths[row].append(len(ids))
                     result.copied[row].append(n_copied)
+                if steps is not None:
+                    result.steps[row].append(steps[row])
                 self.n_copied[row] = n_copied
                 kept = ids[:limits[row] - len(result.tokens[row])]
                 end = next((n for n, i in enumerate(kept, start=1) if i in stop_ids or ends[row](i)), None)
@@ -312,6 +326,8 @@ class Decoder:
         self.n_ingested = len(prompts[0])
         copies = take(step.report, is_step=False)
         prefilled = self._clock()
+        if self.recorder is not None:
+            self.recorder.begin()
 
         drafts = self.eagle is not None
         while running:
@@ -375,8 +391,8 @@ class Decoder:
         if self.compile and step.pos.is_cuda:
             graph = capture(lambda: self._call(kind, n_slot), self.pool, self.stream)
         elif tracing:
-            self.traces[kind] = trace(lambda n_slot: self._call(kind, n_slot), self.caches, [*step.state, step.report],
-                                      n_slot)
+            tensors = [*step.state, step.report, *(self.recorder.tensors if self.recorder else [])]
+            self.traces[kind] = trace(lambda n_slot: self._call(kind, n_slot), self.caches, tensors, n_slot)
             self.traces[kind](n_slot)   # the first call prepares it
         else:
             self._call(kind, n_slot)

@@ -24,7 +24,7 @@ from checkpoint import refuse_lfs_pointer
 from config import ModelArgs
 from eagle_head import EagleHead
 from rope import rope_cos_sin
-from sampling import Sampling, logits_to_probs, race
+from sampling import Sampling, draw_children, log_probs
 
 
 class Copied(NamedTuple):
@@ -53,6 +53,7 @@ class Draft(NamedTuple):
     seen: Tensor            # [B, N, N + 2] what each node sees of the tree, in the form of `visible`
     probs: Tensor | None    # [B, E + 1, Vd] fp32: the distributions that children were drawn from, the root's first
     copied: Copied | None = None    # of a copied branch, whose nodes are the last ones
+    log_q: Tensor | None = None     # [B, N] fp32 of each node, given its parent: by the head, where it was asked for
 
     @property
     def ancestors(self) -> Tensor:
@@ -286,38 +287,31 @@ def draft_nothing(root: Tensor, dtype: torch.dtype) -> Draft:
 
 
 def draft_static(head: EagleHead, plan: StaticPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor,
-                 sampling: Sampling | None = None) -> Draft:
+                 sampling: Sampling | None = None, scored: bool = False) -> Draft:
     """Grow the tree level by level. Children are the likeliest tokens; with `sampling`, draws without replacement.
 
-    root [B, 1] is the token at position pos [B, 1]; hidden [B, 1, dim] is the head's output for it.
+    root [B, 1] is the token at position pos [B, 1]; hidden [B, 1, dim] is the head's output for it. With `scored` the
+    draft has its log_q.
     """
     B, tree = root.shape[0], plan.tree
     at = pos + plan.order
     columns = shown_columns(pos, n_slot, plan.levels[0].seen, head.window)
     cos, sin = rope_cos_sin(at[:, plan.inner_depths], head.inv_freq, hidden.dtype, head.config.rope_scaling)
-    tokens, child_probs = [root], []
+    tokens, child_probs, log_q = [root], [], [torch.zeros_like(root, dtype=torch.float)]
     for depth, level in enumerate(plan.levels, start=1):
-        drafted, probs = draw_children(head.draft_logits(hidden), tree.n_child, sampling)   # [B, n, R], [B, n, Vd]
+        logits = head.draft_logits(hidden)                                                  # [B, n, Vd]
+        drafted, probs = draw_children(logits, tree.n_child, sampling)                      # [B, n, R], [B, n, Vd]
         child_probs.append(probs)
         tokens.append(head.to_target_ids(drafted).flatten(1)[:, level.pick])
+        if scored:
+            log_q.append(log_probs(logits if probs is None else probs.log(), drafted).flatten(1)[:, level.pick])
         if depth < tree.depth:
             hidden = head(tokens[-1][:, level.inner], hidden[:, level.above], at[:, depth - 1:depth],
                           at[:, level.slots], block_bias(level.seen, columns, head.config),
                           (cos[:, level.slots], sin[:, level.slots]), is_draft=True)        # [B, m, h]
     return Draft(torch.cat(tokens, dim=1), plan.parents.expand(B, -1), plan.depths.expand(B, -1),
-                 plan.seen.expand(B, -1, -1), None if sampling is None else torch.cat(child_probs, dim=1))
-
-
-def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
-    """[..., Vd] -> draft ids [..., R] in order, and the distribution that they were drawn from, [..., Vd].
-
-    Without `sampling` the likeliest tokens, and no distribution. With it draws without replacement, as multi-round
-    speculative sampling needs them.
-    """
-    if sampling is None:
-        return logits.topk(n_child, dim=-1).indices, None
-    probs = logits_to_probs(logits, *sampling)
-    return race(probs).topk(n_child, dim=-1).indices, probs
+                 plan.seen.expand(B, -1, -1), None if sampling is None else torch.cat(child_probs, dim=1),
+                 log_q=torch.cat(log_q, dim=1) if scored else None)
 
 
 class DynamicPlan(NamedTuple):
@@ -354,7 +348,8 @@ def plan_dynamic(tree: DynamicTree, batch_size: int, device: torch.device, dtype
         root_scores=torch.tensor([[0.0, torch.inf]], device=device).repeat(batch_size, 1))
 
 
-def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor) -> Draft:
+def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tensor, n_slot: int, pos: Tensor,
+                  scored: bool = False) -> Draft:
     """Expand the best nodes of every level, then keep the best of all [2, sections 4.1 and 4.2].
 
     A level none of whose children can be among the best is not drafted where the host may look: on a CPU, in a step
@@ -386,13 +381,18 @@ def draft_dynamic(head: EagleHead, plan: DynamicPlan, root: Tensor, hidden: Tens
         seen = torch.maximum(seen[plan.row, above], plan.itself[:, slots])
         hidden = head(tokens[-1].gather(1, best), hidden[plan.row, above], at[:, depth - 1:depth], at[:, slots],
                       block_bias(seen, columns, head.config), (cos[:, slots], sin[:, slots]), is_draft=True)
-    kept = torch.cat(all_scores, dim=1).topk(tree.n_node, dim=-1).indices.sort(dim=-1).values  # [B, N], the root first
+    path_scores = torch.cat(all_scores, dim=1)
+    kept = path_scores.topk(tree.n_node, dim=-1).indices.sort(dim=-1).values            # [B, N], the root first
     above, depths = plan.origin[kept].unbind(-1)
     above_all = torch.cat(expanded, dim=1)                                              # [B, E + 1] the expanded nodes
     candidates = above_all + plan.first[:, :above_all.shape[1]]
     parents = torch.searchsorted(kept, candidates.gather(1, above))     # a child is never kept without its parent
     seen = plan.unseen.expand(B, -1, -1).scatter(2, lineage(parents, tree.depth, plan.order) + 1, 0.0)
-    return Draft(torch.cat(tokens, dim=1).gather(1, kept), parents, depths, seen, None)
+    log_q = None
+    if scored:
+        path_scores = path_scores.gather(1, kept).masked_fill(depths == 0, 0)
+        log_q = path_scores - path_scores.gather(1, parents)
+    return Draft(torch.cat(tokens, dim=1).gather(1, kept), parents, depths, seen, None, log_q=log_q)
 
 
 def cannot_matter(scores: Tensor, all_scores: Tensor, n_node: int) -> bool:

@@ -22,6 +22,7 @@ from draft_tree import (Draft, DynamicPlan, DynamicTree, StaticPlan, StaticTree,
 from eagle_head import EagleHead
 from masks import attention_bias, causal_mask, outside
 from model import Transformer, prefill
+from recorder import Recorder
 from sampling import NOT_FINITE, Sampling, logits_to_probs, next_tokens, sample
 
 
@@ -198,6 +199,7 @@ class EagleStep:
         self.tree: Tree = self.plan.tree
         self.n_room = self.tree.n_room
         self.n_end = model.kv_cache.shape[4]    # of the slots that a step reads, so many at the end may hold drafts
+        self.recorder: Recorder | None = None   # Decoder(record=True) sets it
         self.branch = None
         if n_copy:
             self.branch = CopyBranch(n_copy, tree.n_node, batch_size, model.kv_cache.shape[4], device, dtype)
@@ -245,20 +247,31 @@ class EagleStep:
         """
         # A finished row may be at the end of the cache. It goes on where the tree still fits.
         self.pos.clamp_(max=self.model.kv_cache.shape[4] - self.n_room)
+        mark = (lambda part: None) if self.recorder is None else self.recorder.mark
+        mark(0)
         draft = self.grow(n_slot)
         if copies and self.branch is not None:
             draft = self.branch.graft(draft)
+        mark(1)
         logits, features = self.verify(draft, n_slot)
-        self.commit(draft, features, self.accept(logits, draft), n_slot)
+        mark(2)
+        accepted = self.accept(logits, draft)
+        mark(3)
+        if self.recorder is not None:
+            self.recorder.note(draft, logits, accepted.path, accepted.n_accepted)
+        mark(4)
+        self.commit(draft, features, accepted, n_slot)
+        mark(5)
 
     def grow(self, n_slot: int) -> Draft:
         """The head's tree; without a head the root alone."""
         if self.head is None:
             return draft_nothing(self.tokens, self.root_hidden.dtype)
+        scored = self.recorder is not None
         if isinstance(self.plan, DynamicPlan):
-            return draft_dynamic(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos)
+            return draft_dynamic(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos, scored)
         return draft_static(self.head, self.plan, self.tokens, self.root_hidden, n_slot, self.pos,
-                            self.sampling if self.draw_drafts else None)
+                            self.sampling if self.draw_drafts else None, scored)
 
     def verify(self, draft: Draft, n_slot: int) -> tuple[Tensor, Tensor]:
         """The target over all nodes: logits [B, N, V], features [B, N, F]."""

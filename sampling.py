@@ -98,6 +98,25 @@ def race(probs: Tensor) -> Tensor:
     return probs / torch.empty_like(probs).exponential_().clamp_min_(1e-30)
 
 
+def draw_children(logits: Tensor, n_child: int, sampling: Sampling | None) -> tuple[Tensor, Tensor | None]:
+    """[..., Vd] -> draft ids [..., R] in order, and the distribution that they were drawn from, [..., Vd].
+
+    Without `sampling` the likeliest tokens, and no distribution. With it draws without replacement, as multi-round
+    speculative sampling needs them.
+    """
+    if sampling is None:
+        return logits.topk(n_child, dim=-1).indices, None
+    probs = logits_to_probs(logits, *sampling)
+    return race(probs).topk(n_child, dim=-1).indices, probs
+
+
+def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """[..., V] -> [..., R] fp32: the log probabilities of tokens ids [..., R]."""
+    if not isinstance(logits, Tensor):
+        logits = logits.full()  # tp.ShardedLogits
+    return logits.float().log_softmax(-1).gather(-1, ids)
+
+
 def sample(probs: Tensor) -> Tensor:
     """Draw one token a row, [..., V] -> [...], without a host synchronisation. NOT_FINITE for a row with NaN."""
     return tokens_of_finite(race(probs).max(-1))
