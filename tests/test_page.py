@@ -209,11 +209,11 @@ def test_every_token_shows_where_it_came_from(opened, tok):
     assert page.text_content("#prompt") == "What does the fox do?"
     assert page.eval_on_selector("#answer [data-name]", "token => token.dataset.name") == "<|end|>"
     page.mouse.move(5, 5)
-    colors = {source: color(page, f"#answer .{source}:not(.here)", "backgroundColor") for source in SOURCES}
-    lines = {source: color(page, f"#answer .{source}:not(.here)", "borderBottomStyle") for source in SOURCES}
+    colors = {source: color(page, f"#answer .{source}:not(.here) > .mark", "backgroundColor") for source in SOURCES}
+    lines = {source: color(page, f"#answer .{source}:not(.here) > .mark", "borderBottomStyle") for source in SOURCES}
+    widths = {source: color(page, f"#answer .{source}:not(.here) > .mark", "borderBottomWidth") for source in SOURCES}
     assert len(set(colors.values())) == 3
-    assert [lines[name] for name in SOURCES] == ["solid", "dashed", "solid"]
-    assert color(page, "#answer .own", "borderBottomWidth") == "0px"        # no line under the target's own
+    assert [(lines[name], widths[name]) for name in SOURCES] == [("solid", "2px"), ("dashed", "2px"), ("solid", "0px")]
     keys = page.eval_on_selector_all("#sources li", "keys => keys.map(key => key.textContent.split(' ').join(' '))")
     assert [re.findall(r"\d+%?", key) for key in keys] == [["3", "33%"], ["2", "22%"], ["4", "44%"]]
     assert page.text_content("#length") == "2.25"       # 9 tokens in 4 steps, before the cut
@@ -386,8 +386,9 @@ def test_a_page_of_2000_tokens_and_trees_of_60_nodes_is_small_and_quick(opened, 
 def test_a_phone_shows_the_step_of_a_tap_without_scrolling_sideways(opened, tok, scheme):
     facts = {"checkpoint": "a-checkpoint-with-a-very-long-name-" * 3, "tokens/s": 123.4}
     result = random_steps(300, 60, mean_length=3, n_copy=8)
-    page = opened(page_answer("1", "word " * 60 + "x" * 200, result, 0, tok), facts=facts, title="long" * 40, width=390,
-                  height=844, has_touch=True, is_mobile=True, device_scale_factor=2, color_scheme=scheme)
+    answers = [page_answer(name, "word " * 60 + "x" * 200, result, 0, tok) for name in ("name " * 40, "two")]
+    page = opened(*answers, facts=facts, title="long" * 40, width=390, height=844,
+                  has_touch=True, is_mobile=True, device_scale_factor=2, color_scheme=scheme)
     token = page.locator("#answer [data-step='9']").first
     token.tap()
     assert title(page).startswith("Step 9 ")
