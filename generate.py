@@ -4,6 +4,7 @@
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --prompt "Hi" "Name three birds."           # a batch of two
     python generate.py --checkpoint FOLDER --prompt-file question.txt --temperature 0.7 --top-p 0.9 --seed 1
     python generate.py --interactive                                       # chat; Ctrl-C ends an answer, Ctrl-D leaves
+    python generate.py --eagle --page steps.html                            # what each step did, to look at
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3 --tree dynamic
 
 The answer goes to stdout as it is generated, everything else to stderr. On a GPU each decode step is one captured CUDA
@@ -35,6 +36,7 @@ from exact import make_exact
 from grid import Format
 from linears import quantize_in_place
 from model import Transformer
+from page import TEMPLATE, page_answer, write_page
 from rope import keys_serve
 from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling
@@ -49,6 +51,7 @@ N_COPY = 8      # length of the copied branch beside a tree that no file describ
 def main(args: argparse.Namespace) -> None:
     check_options(args)
     args.texts = None if args.interactive else read_prompts(args)
+    args.record = args.page is not None    # in all processes, though one of them writes the page
     model, head, tokenizer, report = load(args)
     args.copy = copy_length_of(args.tree) if args.copy is None else args.copy
     (converse if args.interactive else answer)(args, model, head, tokenizer, report)
@@ -72,14 +75,18 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} is not UTF-8 text")
     if "" in args.stop:
         raise ValueError("--stop '': a stop text is empty")
-    for name, file in (("--json", args.json), ("--profile", args.profile)):
+    option_of = {}
+    for name, file in (("--json", args.json), ("--profile", args.profile), ("--page", args.page)):
         if file is None:
             continue
         if args.interactive:
             raise ValueError(f"{name} does not go with --interactive")
         check_writable(name, file)
-    if args.json is not None and args.json == args.profile:
-        raise ValueError("--json and --profile name the same file")
+        if file in option_of:
+            raise ValueError(f"{option_of[file]} and {name} name the same file")
+        option_of[file] = name
+    if args.page is not None and args.page.resolve() == TEMPLATE:
+        raise ValueError(f"--page {args.page}: that is the page's own template, name another file")
     if args.interactive and (args.prompt or args.prompt_file or args.raw):
         raise ValueError("--interactive reads chat turns from the terminal: no --prompt, --prompt-file or --raw")
     if args.interactive and sys.stdin is None:
@@ -127,7 +134,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, EagleHead | None, Token
     if shard is not None:
         args.seed = tp.on_rank_0(lambda: args.seed)
         if shard.rank > 0:  # rank 0 writes these files
-            args.json = args.profile = None
+            args.json = args.profile = args.page = None
     seconds = time.perf_counter() - start
     return model, head, tokenizer, {
         "checkpoint": args.checkpoint, "eagle": args.eagle, "device": str(device), "device_name": device_name(device),
@@ -267,7 +274,7 @@ def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead |
     setup_caches(model, head, batch_size, n_slot)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     return Decoder(model, batch_size, sampling, compile=args.compile, head=head,
-                   tree=tree_of(args.tree, args.copy, head), draw_drafts=args.draw_drafts)
+                   tree=tree_of(args.tree, args.copy, head), draw_drafts=args.draw_drafts, record=args.record)
 
 
 def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
@@ -302,6 +309,24 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
             **({} if tree is None else {"copy": tree.n_copy, "copied": result.copied}), **times,
             "tokens_per_second": result.tokens_per_second, "peak_memory_bytes": peak_memory(model),
         }, indent=1) + "\n")
+    if args.page:
+        names = [f"{row}. " + " ".join(text.split())[:60] for row, text in enumerate(args.texts, start=1)]
+        answers = [page_answer(names[row], text, result, row, tokenizer, stop=stop, prompt=prompts[row])
+                   for row, text in enumerate(args.texts)]
+        write_page(args.page, f"{short_name(args.checkpoint)}, step by step", page_facts(report, result), answers)
+        say(f"wrote {args.page}")
+
+
+def page_facts(report: dict, result: Generation) -> dict[str, str | float | None]:
+    """What the page says of the whole run."""
+    return {"checkpoint": short_name(report["checkpoint"]), "head": short_name(report["eagle"]),
+            "tree": short_name(report["tree"]), "device": report["device_name"], "dtype": report["dtype"],
+            "temperature": report["temperature"], "tokens/s": round(result.tokens_per_second, 1)}
+
+
+def short_name(spec: str | None) -> str | None:
+    """A file or folder without its place; a hub id or a named tree as it is."""
+    return Path(spec).name if spec is not None and Path(spec).exists() else spec
 
 
 @contextlib.contextmanager
@@ -404,6 +429,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="show accepted drafts in green, copied ones in cyan (default: on a terminal)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write tokens, text and times as one JSON object")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch profiler trace")
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="write a page that shows what each step did: "
+                        "drafts, what the target said, times (docs/page.md). Steps are slower while they are recorded")
     return parser.parse_args(argv)
 
 

@@ -1,5 +1,4 @@
-"""
-Text to token ids and back, from the files of a Hugging Face folder; chats and streams too.
+"""Text to token ids and back, from the files of a Hugging Face folder; chats and streams too.
 
     tok = Tokenizer.from_pretrained("checkpoints/SmolLM2-135M-Instruct")     # a folder, or a hub id
     ids = tok.apply_chat_template([{"role": "user", "content": "Who was Ada Lovelace?"}])
@@ -95,6 +94,10 @@ class Tokenizer:
         before = self._with_text(after)
         shown = certain_length(self._backend.decode(before))
         return self._backend.decode(before + self._with_text(ids))[shown:]
+
+    def piece(self, i: int) -> str:
+        """The text of one id behind others. Special tokens have theirs too."""
+        return self._backend.decode([i]) if i in self.special_ids else self.decode([i], after=self.encode("a"))
 
     def stream(self, after: Iterable[int] = ()) -> "StreamDecoder":
         """decode(..., after), piece by piece."""
