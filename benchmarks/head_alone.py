@@ -29,8 +29,8 @@ from eagle_head import EagleHead
 from generate import load_draft_vocab
 from model import Transformer
 from runtime import pack_for_cpu
+from scripts.figures import loops
 from scripts.questions import read_questions
-from scripts.report import loops
 from scripts.tune_tree import features_of
 from tokenizer import Tokenizer
 from train_loss import PAPER_PATHS, draft_ranks, right_depths, tokens_and_steps

@@ -39,8 +39,8 @@ from eagle_head import Eagle3Head, EagleHead
 from head_config import FLAG_WEIGHTS, Eagle3Spec, eagle3_spec, official_config, stored_shapes
 from model import Transformer
 from rope import rope_inv_freq
+from scripts.figures import acceptance
 from scripts.questions import HUB_SETS, read_questions
-from scripts.report import acceptance
 from scripts.tree_search import accept_lengths
 from scripts.tune_tree import QUESTIONS, encode_all, features_of
 from train_loss import draft_ranks

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from console import read_records, read_text
 from scripts.batching import Request
-from scripts.report import loop_begin
+from scripts.figures import loop_begin
 from tokenizer import Tokenizer
 from train_data import Unusable, answer_text, chat_of
 

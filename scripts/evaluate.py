@@ -10,9 +10,9 @@ As the papers measure (EAGLE, arXiv 2401.15077, section 4): batch 1, chat templa
 decode. All arms take turns at every question, so that a drifting clock or a busy neighbour hits all alike. The turns
 after the first continue plain decoding's answer, whatever the arm, so that all arms meet the same prompts.
 
---out gets answers/ARM.jsonl, FastChat's answer lines with what was measured beside each turn, run.json, and from them
-scripts/report.py's report.json, report.md and report.png. The same command goes on after an interruption, and gives the
-answers that an undisturbed run gives.
+--out gets answers/ARM.jsonl, FastChat's answer lines with what was measured beside each turn, questions.jsonl,
+run.json, and from them scripts/report.py's report.json, report.md, report.html and report.png. The same command goes
+on after an interruption, and gives the answers that an undisturbed run gives.
 
 Shapes: V vocabulary.
 """
@@ -44,9 +44,11 @@ from eagle_head import EagleHead
 from masks import causal_mask
 from model import Transformer, prefill
 from sampling import Sampling
-from scripts import report
+from scripts.figures import answers_file, plain_of, read_answers
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
 from scripts.questions import HUB_SETS, choose, read_questions
+from scripts.report import write_report
+from scripts.tables import arm_of_tree
 from tokenizer import Tokenizer, common_prefix
 from train_features import target_stamp
 
@@ -92,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     cli.say_head(head)
     answer_all(questions, done, run, args, lambda question: ask(question, args, tokenizer, arms, peers, n_slot))
     if tp.writes():
-        made = report.write_report(args.out)
+        made = write_report(args.out)
         print((args.out / "report.md").read_text())
         say(f"wrote {made['questions']} questions' answers and the report to {args.out}")
         if args.exact:
@@ -162,12 +164,19 @@ def answer_all(questions: list[dict], done: set, run: dict, args: argparse.Names
             if question is todo[0] and tp.writes():  # not before: a run that fails at once leaves nothing
                 (args.out / "answers").mkdir(parents=True, exist_ok=True)
                 write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
+                write_atomically(args.out / "questions.jsonl", json_lines(questions))
             for name, lines in answers.items():
                 if tp.writes():
                     append_answer(args.out, name, question, f"{run['label']}-{name}", lines)
                 totals[name][0] += sum(lines["timed_tokens"])
                 totals[name][1] += sum(lines["decode_seconds"])
             bar.set_postfix_str(progress(totals, answers, run["drafting"]))
+
+
+def json_lines(questions: list[dict]) -> str:
+    """Questions in MT-bench's form, as --questions takes them."""
+    return "".join(json.dumps({key: q[key] for key in ("question_id", "category", "turns")}, ensure_ascii=False) + "\n"
+                   for q in questions)
 
 
 # Arms
@@ -225,8 +234,8 @@ def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
         name, _, copy = spec.partition("+")
         own_head, name = None if name == "none" else head, args.tree if name == "tuned" else name
         n_copy = cli.copy_length(copy) if copy else cli.copy_length_of(name) if args.copy is None else args.copy
-        decoders[report.arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=own_head,
-                                                     tree=tree_of(name, n_copy, own_head))
+        decoders[arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=own_head,
+                                              tree=tree_of(name, n_copy, own_head))
     return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
@@ -250,7 +259,7 @@ def ask(question: dict, args: argparse.Namespace, tokenizer: Tokenizer, arms: di
                 given[name] = peers[name](prompt, max(2, len(given["plain"].tokens)))
         for name in (*arms, *peers):
             entry = turn_entry(given[name], prompt, tokenizer)
-            plain = report.plain_of(name, arms)
+            plain = plain_of(name, arms)
             if name in arms and name != plain and args.temperature == 0:
                 entry["divergence"] = divergence(arms[plain], arms[name], prompt, given[plain], given[name])
             for key, value in entry.items():
@@ -280,7 +289,7 @@ def append_answer(out: Path, arm: str, question: dict, model_id: str, choice: di
     line = {"question_id": question["question_id"], "category": question["category"], "model_id": model_id,
             "answer_id": f"{model_id}-{question['question_id']}", "choices": [{"index": 0, **choice}],
             "tstamp": time.time(), "turns_not_asked": len(question["turns"]) - len(choice["turns"])}
-    with open(report.answers_file(out, arm), "a", encoding="utf-8") as file:
+    with open(answers_file(out, arm), "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -349,10 +358,10 @@ def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
             refuse(f"of another {key.replace('_', ' ')}, which has changed")
     if tokenizer.date is not None and before["template_date"] != run["template_date"]:
         refuse(f"with the date {before['template_date']}, not {run['template_date']}")
-    answers = report.read_answers(out, run["arms"])
+    answers = read_answers(out, run["arms"])
     for arm, lines in answers.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomically(report.answers_file(out, arm), text)
+        write_atomically(answers_file(out, arm), text)
     commit = before["commit"]
     if str(commit).split(", then ")[-1] != str(run["commit"]):
         commit = f"{commit}, then {run['commit']}"

@@ -43,8 +43,8 @@ from eagle_step import EagleStep
 from masks import bucket, causal_mask
 from model import Transformer
 from runtime import can_trace
+from scripts.figures import loops
 from scripts.questions import HUB_SETS, read_questions
-from scripts.report import loops
 from scripts.tree_search import COPY_LENGTHS, Answer, Candidate, choose_finalists, foretell, right_copies, search
 from tokenizer import Tokenizer
 from train_loss import draft_ranks

@@ -18,6 +18,9 @@ from eagle_step import EagleStep
 from model import Transformer
 from reference import edited_json, naive_decode, read_safetensors, write_checkpoint
 from scripts import evaluate, generate_data, peers, report, tune_tree
+from scripts.figures import (acceptance, answers_file, figures, figures_of_arms, is_rounding, plain_of, read_answers,
+                             speedup)
+from scripts.tables import markdown, rest_text, summary
 from test_eagle import head_config, head_weights, write_head
 from tokenizer import Tokenizer
 
@@ -61,7 +64,7 @@ def run(pair, tmp_path, capsys):
 
 
 def lines_of(out, arm):
-    return [json.loads(line) for line in report.answers_file(out, arm).read_text().splitlines()]
+    return [json.loads(line) for line in answers_file(out, arm).read_text().splitlines()]
 
 
 def test_the_report_recomputes_from_the_answers_file(run, tmp_path):
@@ -155,14 +158,14 @@ def test_a_system_message_stands_in_front_of_every_question(run, pair, tmp_path)
 def test_a_rerun_answers_only_what_is_missing_and_a_cut_line_is_answered_again(run, tmp_path, monkeypatch):
     assert run()[0] == 0
     out = tmp_path / "out"
-    before = {arm: report.answers_file(out, arm).read_bytes() for arm in ARMS}
+    before = {arm: answers_file(out, arm).read_bytes() for arm in ARMS}
     asked = []
     ask = evaluate.ask
     monkeypatch.setattr(evaluate, "ask", lambda question, *rest: asked.append(question["question_id"])
                         or ask(question, *rest))
     assert run()[0] == 0 and asked == []
-    assert {arm: report.answers_file(out, arm).read_bytes() for arm in ARMS} == before
-    file = report.answers_file(out, "eagle-chain-3")
+    assert {arm: answers_file(out, arm).read_bytes() for arm in ARMS} == before
+    file = answers_file(out, "eagle-chain-3")
     file.write_bytes(file.read_bytes()[:-40])       # as a kill leaves it
     assert run()[0] == 0 and asked == [9]
     for arm in ARMS:
@@ -197,7 +200,7 @@ def test_an_interruption_changes_no_answer(run, tmp_path, monkeypatch):
 def test_a_run_that_goes_on_names_a_new_commit_once(run, tmp_path):
     def commit_after(before):
         change(tmp_path / "out/run.json", commit=before)
-        report.answers_file(tmp_path / "out", "plain").write_text("")
+        answers_file(tmp_path / "out", "plain").write_text("")
         assert run("--limit", 1)[0] == 0
         return json.loads((tmp_path / "out/run.json").read_text())["commit"]
 
@@ -281,13 +284,13 @@ def test_a_run_goes_on_the_next_day_with_the_date_that_its_template_was_told(ans
 
     folder, argv = answered
     for arm in ("plain", "eagle-tree"):
-        shutil.copy(report.answers_file(folder / "out", arm), tmp_path)
-        report.answers_file(folder / "out", arm).write_text("")
+        shutil.copy(answers_file(folder / "out", arm), tmp_path)
+        answers_file(folder / "out", arm).write_text("")
     monkeypatch.setattr(datetime, "datetime", Tomorrow)
     assert evaluate.main(evaluate.parse_args(argv)) == 0
     for arm in ("plain", "eagle-tree"):
         before, after = (json.loads(file.read_text())["choices"][0] for file in (
-            tmp_path / f"{arm}.jsonl", report.answers_file(folder / "out", arm)))
+            tmp_path / f"{arm}.jsonl", answers_file(folder / "out", arm)))
         assert before["tokens"] == after["tokens"] and before["prompt_tokens"] == after["prompt_tokens"]
 
 
@@ -327,10 +330,10 @@ def test_a_divergence_names_the_place_and_the_gap_and_how_much_the_passes_differ
     found = evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, other)
     assert found["error"] == pytest.approx(0.25, abs=1e-4)
     assert rows == [1, 1, 26, 26]       # the passes that the arms made up to there; the first token is the prefill's
-    assert not report.is_rounding({"gap": 0.6, "error": 0.25}, None)
-    assert report.is_rounding({"gap": 0.4, "error": 0.25}, None)
+    assert not is_rounding({"gap": 0.6, "error": 0.25}, None)
+    assert is_rounding({"gap": 0.4, "error": 0.25}, None)
     ended = evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, answer([20, 21], [1], "tree"))
-    assert ended["gap"] is None and not report.is_rounding(ended, None)
+    assert ended["gap"] is None and not is_rounding(ended, None)
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0] * torch.nan, None))
     with pytest.raises(ValueError, match="not finite in float32"):
         evaluate.divergence(arms["plain"], arms["eagle-static"], prompt, plain, other)
@@ -396,7 +399,7 @@ def test_another_format_of_the_model_is_compared_with_its_own_plain_decoding(run
 def test_each_arm_has_the_plain_arm_of_its_own_format():
     arms = ["plain", "int4-plain", "int4-g64-plain", "eagle-static", "int4-eagle-static", "int4-g64-eagle-static",
             "transformers"]
-    assert [report.plain_of(arm, arms) for arm in arms] == [
+    assert [plain_of(arm, arms) for arm in arms] == [
         "plain", "int4-plain", "int4-g64-plain", "plain", "int4-plain", "int4-g64-plain", "plain"]
 
 
@@ -410,7 +413,7 @@ def test_answers_of_an_earlier_run_are_read_and_what_it_did_not_measure_is_said(
     lines = lines_of(out, "eagle-static")
     lines[0]["choices"][0]["divergence"] = [{"position": 3, "tokens": [1, 2], "gap": gap} for gap in (0.9, 1.1)]
     lines[0]["choices"][0]["tokens"][0][3] += 1
-    report.answers_file(out, "eagle-static").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers_file(out, "eagle-static").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert report.main(report.parse_args([str(out)])) == 0, capsys.readouterr().err
     made, text = json.loads((out / "report.json").read_text())["overall"], (out / "report.md").read_text()
     assert made["eagle-static"]["identical"] == 4 and made["eagle-static"]["unexplained"] == 1
@@ -427,7 +430,7 @@ def test_at_a_temperature_seeds_repeat_and_texts_are_not_compared(run, tmp_path)
 
 
 def test_acceptance_by_depth_counts_what_the_draft_above_allowed():
-    made = report.acceptance([1, 1, 2, 4])
+    made = acceptance([1, 1, 2, 4])
     assert made["mean_accept_length"] == 2 and made["target_passes"] == 4
     assert made["acceptance_by_depth"] == [2 / 4, 1 / 2, 1 / 1] and made["tokens_per_step"] == {"1": 2, "2": 1, "4": 1}
 
@@ -435,9 +438,9 @@ def test_acceptance_by_depth_counts_what_the_draft_above_allowed():
 def test_the_interval_holds_the_speedup_and_narrows_with_agreement():
     line = lambda tokens, seconds: {"choices": [{"timed_tokens": [tokens], "decode_seconds": [seconds]}]}
     plain = [line(10, 1.0) for _ in range(20)]
-    even = report.speedup(plain, [line(10, 0.5) for _ in range(20)])
+    even = speedup(plain, [line(10, 0.5) for _ in range(20)])
     assert even["speedup"] == 2 and even["speedup_interval"] == [2, 2]
-    uneven = report.speedup(plain, [line(10, 0.2 + 0.05 * n) for n in range(20)])
+    uneven = speedup(plain, [line(10, 0.2 + 0.05 * n) for n in range(20)])
     low, high = uneven["speedup_interval"]
     assert low < uneven["speedup"] < high
 
@@ -453,14 +456,14 @@ def test_looping_and_empty_answers_are_counted_and_the_figures_of_the_rest_given
     plain = lines("abcde", [fine, fine, fine, fine, loop], [2, 2, 2, 2, 2], [[1] * 24] * 5)
     fast = lines(["a", "", "c", "d", "e"], [loop, [9], fine, fine, fine], [0.5, 0.1, 1, 2, 0.1],
                  [[4] * 6, [1], [2] * 12, [1] * 24, [6] * 4])
-    made = report.figures_of_arms({"plain": plain, "fast": fast}, {"temperature": 1, "drafting": ["fast"]})
+    made = figures_of_arms({"plain": plain, "fast": fast}, {"temperature": 1, "drafting": ["fast"]})
     assert (made["plain"]["looping"], made["plain"]["empty"], made["plain"]["answers"]) == (1, 0, 5)
     assert (made["fast"]["looping"], made["fast"]["empty"]) == (1, 1)
     rest = made["fast"]["without_flaws"]
     assert rest["answers"] == 2 and rest["tokens_per_second"] == 48 / 3 and rest["mean_accept_length"] == 48 / 36
     assert rest["speedup"] == pytest.approx(48 / 3 / (48 / 4))
     assert made["plain"]["without_flaws"]["tokens_per_second"] == 96 / 8
-    assert report.rest_text(rest) == "16.0, 1.33x, 1.33"
+    assert rest_text(rest) == "16.0, 1.33x, 1.33"
 
 
 def test_a_head_of_which_nothing_is_accepted_is_shown_with_length_one(run, tmp_path, monkeypatch):
@@ -561,8 +564,8 @@ COMMITTED = sorted(file.parent for file in ROOT.glob("benchmarks/results/*/run.j
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
 def test_committed_reports_recompute_and_documents_have_their_tables(folder):
     run, made = (json.loads((folder / name).read_text()) for name in ("run.json", "report.json"))
-    assert run | report.figures(report.read_answers(folder, run["arms"]), run) == made
-    assert (folder / "report.md").read_text() == report.markdown(made)
+    assert run | figures(read_answers(folder, run["arms"]), run) == made
+    assert (folder / "report.md").read_text() == markdown(made)
     name = str(folder.relative_to(ROOT))
     assert f"<!-- {name} -->" in DOC.read_text()
     for file in (DOC, README):
@@ -589,7 +592,7 @@ def test_tables_are_written_between_their_marks_and_nothing_else_changes(run, tm
     for _ in range(2):
         assert report.main(report.parse_args(argv)) == 0, capsys.readouterr().err
         made = json.loads((out / "report.json").read_text())
-        assert doc.read_text() == (f"one\n<!-- {out} -->\n{report.summary(made)}<!-- end -->\ntwo\n<!-- elsewhere -->\n"
+        assert doc.read_text() == (f"one\n<!-- {out} -->\n{summary(made)}<!-- end -->\ntwo\n<!-- elsewhere -->\n"
                                    "kept\n<!-- end -->\n")
     text = readme.read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]

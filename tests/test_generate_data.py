@@ -19,8 +19,8 @@ from reference import TEMPLATE, assert_close, write_checkpoint
 from sampling import logits_to_probs
 from scripts import ask_about, dialogues, generate_data, join_dialogues
 from scripts.batching import Request, Rows, draw
+from scripts.figures import loop_begin, loops
 from scripts.pages import Pages
-from scripts.report import loop_begin, loops
 from tokenizer import Tokenizer
 from train_data import read_dialogues
 from train_features import Features, cache_origin, write_features
