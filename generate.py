@@ -270,11 +270,11 @@ def converse(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
 
 
 def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead | None, batch_size: int,
-                 n_slot: int) -> Decoder:
+                 n_slot: int, record: bool = False) -> Decoder:
     setup_caches(model, head, batch_size, n_slot)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     return Decoder(model, batch_size, sampling, compile=args.compile, head=head,
-                   tree=tree_of(args.tree, args.copy, head), draw_drafts=args.draw_drafts, record=args.record)
+                   tree=tree_of(args.tree, args.copy, head), draw_drafts=args.draw_drafts, record=record)
 
 
 def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
@@ -285,7 +285,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     tree = tree_of(args.tree, args.copy, head)
     n_slot = args.max_seq_length or slots_for(longest + (0 if tree is None else tree.n_room), model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
-    decoder = make_decoder(args, model, head, len(prompts), n_slot)
+    decoder = make_decoder(args, model, head, len(prompts), n_slot, args.record)
     say_loaded(report, head)
 
     stop = StopTexts(tokenizer, args.stop, goes_on=args.raw)
