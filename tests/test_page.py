@@ -161,7 +161,7 @@ def opened(browser, tmp_path):
             file.write_text(edit(file.read_text()))
         contexts.append(browser.new_context(viewport=dict(width=width, height=height), **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(5000)
+        page.set_default_timeout(15_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text))
         page.on("request", lambda request: wrong.append(request.url) if request.url != file.as_uri() else None)
@@ -375,7 +375,7 @@ def test_a_page_of_2000_tokens_and_trees_of_60_nodes_is_small_and_quick(opened, 
     assert (tmp_path / "steps.html").stat().st_size < 3_000_000
     assert len(tokens_shown(page)) == 2000
     seconds = time.perf_counter() - start
-    assert seconds < 5, seconds
+    assert seconds < 8, seconds
     took = page.evaluate("(() => { const start = performance.now(); for (let s = 1; s <= 50; s++) keep(s); "
                          "document.body.offsetHeight; return (performance.now() - start) / 50 })()")
     assert took < 100, took
