@@ -4,7 +4,7 @@
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --prompt "Hi" "Name three birds."           # a batch of two
     python generate.py --checkpoint FOLDER --prompt-file question.txt --temperature 0.7 --top-p 0.9 --seed 1
     python generate.py --interactive                                       # chat; Ctrl-C ends an answer, Ctrl-D leaves
-    python generate.py --eagle --page steps.html                            # what each step did, to look at
+    python generate.py --eagle --page steps.html                           # what each step did, to look at
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3 --tree dynamic
 
 The answer goes to stdout as it is generated, everything else to stderr. On a GPU each decode step is one captured CUDA
@@ -313,15 +313,17 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
         names = [f"{row}. " + " ".join(text.split())[:60] for row, text in enumerate(args.texts, start=1)]
         answers = [page_answer(names[row], text, result, row, tokenizer, stop=stop, prompt=prompts[row])
                    for row, text in enumerate(args.texts)]
-        write_page(args.page, f"{short_name(args.checkpoint)}, step by step", page_facts(report, result), answers)
+        facts = page_facts(report | {"copy": args.copy}, result)
+        write_page(args.page, f"{short_name(args.checkpoint)}, step by step", facts, answers)
         say(f"wrote {args.page}")
 
 
 def page_facts(report: dict, result: Generation) -> dict[str, str | float | None]:
     """What the page says of the whole run."""
     return {"checkpoint": short_name(report["checkpoint"]), "head": short_name(report["eagle"]),
-            "tree": short_name(report["tree"]), "device": report["device_name"], "dtype": report["dtype"],
-            "temperature": report["temperature"], "tokens/s": round(result.tokens_per_second, 1)}
+            "tree": short_name(report["tree"]), "copied branch": report["copy"] or None,
+            "device": report["device_name"], "dtype": report["dtype"], "temperature": report["temperature"],
+            "tokens/s": round(result.tokens_per_second, 1)}
 
 
 def short_name(spec: str | None) -> str | None:

@@ -9,12 +9,12 @@ import random
 import re
 import shutil
 import time
-from types import SimpleNamespace
 
 import pytest
 
 import generate as cli
 from chat import StopTexts
+from decoder import Generation
 from page import TEMPLATE, page_answer, script_json, write_page
 from recorder import Step
 from reference import CORPUS, write_checkpoint
@@ -44,8 +44,7 @@ def tok(tmp_path_factory):
 def recorded(tokens, steps, *more):
     """A generation of one row, or more: (tokens, steps) each."""
     rows = [(tokens, steps), *more]
-    return SimpleNamespace(tokens=[row[0] for row in rows], steps=[row[1] for row in rows],
-                           finish_reason=["length"] * len(rows))
+    return Generation([row[0] for row in rows], [], [], steps=[row[1] for row in rows])
 
 
 def three_steps(tok):
@@ -93,8 +92,9 @@ def random_steps(n_token, n_node, mean_length=1.6, n_copy=0, vocab=300, seed=0):
 
 def test_the_pieces_of_an_answer_are_its_text_whatever_characters_its_tokens_break(tok):
     ids = tok.encode("der Füchsin 🦊 \u2028 the end\n<|end|>")
-    answer = page_answer("1", "", recorded(ids, random_steps(40, 3).steps[0]), 0, tok)
-    assert "".join(answer["pieces"]) == tok.decode(ids) and len(answer["pieces"]) == len(ids)
+    for n in range(1, len(ids) + 1):    # some end within a character
+        answer = page_answer("1", "", recorded(ids[:n], random_steps(40, 3).steps[0]), 0, tok)
+        assert "".join(answer["pieces"]) == tok.decode(ids[:n]) and len(answer["pieces"]) == n
     assert "" in answer["pieces"] and answer["texts"][tok.encode("<|end|>")[0]] == "<|end|>"
 
 
@@ -121,8 +121,8 @@ def test_a_step_is_written_as_it_was_recorded_probabilities_and_times_rounded(to
 
 def test_an_answer_that_was_not_recorded_is_refused_and_one_of_the_prefill_alone_is_none(tok):
     with pytest.raises(ValueError, match="record=True"):
-        page_answer("1", "", SimpleNamespace(tokens=[[1, 2]], steps=[], finish_reason=["stop"]), 0, tok)
-    answer = page_answer("1", "", SimpleNamespace(tokens=[[40]], steps=[[]], finish_reason=["stop"]), 0, tok)
+        page_answer("1", "", Generation([[1, 2]], [], []), 0, tok)
+    answer = page_answer("1", "", recorded([40], []), 0, tok)
     assert answer["steps"] == [] and answer["pieces"] == [tok.decode([40])]
 
 
@@ -161,7 +161,7 @@ def opened(browser, tmp_path):
             file.write_text(edit(file.read_text()))
         contexts.append(browser.new_context(viewport=dict(width=width, height=height), **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(5000)
+        page.set_default_timeout(15_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text))
         page.on("request", lambda request: wrong.append(request.url) if request.url != file.as_uri() else None)
@@ -375,7 +375,7 @@ def test_a_page_of_2000_tokens_and_trees_of_60_nodes_is_small_and_quick(opened, 
     assert (tmp_path / "steps.html").stat().st_size < 3_000_000
     assert len(tokens_shown(page)) == 2000
     seconds = time.perf_counter() - start
-    assert seconds < 5, seconds
+    assert seconds < 8, seconds
     took = page.evaluate("(() => { const start = performance.now(); for (let s = 1; s <= 50; s++) keep(s); "
                          "document.body.offsetHeight; return (performance.now() - start) / 50 })()")
     assert took < 100, took
@@ -429,7 +429,8 @@ def test_generate_writes_a_page_of_what_it_answered(opened, checkpoint, tmp_path
     assert [[step["copied"] for step in answer["steps"]] for answer in data["answers"]] == told["copied"]
     assert [answer["prompt"] for answer in data["answers"]] == ["the fox, the fox", "the dog"]
     facts = dict(data["facts"])
-    assert facts["checkpoint"] == "tiny" and facts["dtype"] == "float32" and "head" not in facts
+    assert [facts.get(name) for name in ("checkpoint", "dtype", "copied branch")] == ["tiny", "float32", 4]
+    assert "head" not in facts
     page = opened(*data["answers"])
     assert page.text_content("#answer") == told["text"][0]
 
