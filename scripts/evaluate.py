@@ -11,8 +11,9 @@ decode. All arms take turns at every question, so that a drifting clock or a bus
 after the first continue plain decoding's answer, whatever the arm, so that all arms meet the same prompts.
 
 --out gets answers/ARM.jsonl, FastChat's answer lines with what was measured beside each turn, questions.jsonl,
-run.json, and from them scripts/report.py's report.json, report.md, report.html and report.png. The same command goes
-on after an interruption, and gives the answers that an undisturbed run gives.
+run.json, and from them scripts/report.py's report.json, report.md, report.html and report.png; with --page also
+pages/QUESTION.html, what each step of the drafting arms did. The same command goes on after an interruption, and
+gives the answers that an undisturbed run gives.
 
 Shapes: V vocabulary.
 """
@@ -43,11 +44,13 @@ from draft_tree import Tree
 from eagle_head import EagleHead
 from masks import causal_mask
 from model import Transformer, prefill
+from page import page_answer, write_page
 from sampling import Sampling
 from scripts.figures import answers_file, plain_of, read_answers
 from scripts.peers import DRAFTING_PEERS, Answer, Peer, find_peers
 from scripts.questions import HUB_SETS, choose, read_questions
 from scripts.report import write_report
+from scripts.report_page import page_name
 from scripts.tables import arm_of_tree
 from tokenizer import Tokenizer, common_prefix
 from train_features import target_stamp
@@ -83,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         "question_set": name, "max_new_tokens": args.max_new_tokens, "max_seq_length": n_slot, "tree": trees,
         "also": list(also) or None, "system": args.system, "arms": [*arms, *peers], "absent": absent,
         "label": args.out.name, "drafting": drafting, "stamps": stamps, "template_date": None,
-        **{name: getattr(args, name) for name in DRAFTING}}
+        "page": args.page or None, **{name: getattr(args, name) for name in DRAFTING}}
     done, run = tp.on_rank_0(lambda: resume(args.out, run, tokenizer))
     if run["template_date"] is not None:
         tokenizer.date = datetime.datetime.fromisoformat(run["template_date"])
@@ -154,23 +157,36 @@ def leave_out(questions: list[dict], system: str | None, tokenizer: Tokenizer,
 
 
 def answer_all(questions: list[dict], done: set, run: dict, args: argparse.Namespace,
-               ask: Callable[[dict], dict[str, dict]]) -> None:
+               ask: Callable[[dict], tuple[dict[str, dict], list[dict]]]) -> None:
     """Ask what has not been answered yet; write each question's answers as they come."""
     todo = [question for question in questions if question["question_id"] not in done]
     totals = {name: [0, 0.0] for name in run["arms"]}
     with tqdm(todo, unit=" questions", initial=len(done), total=len(questions), disable=None) as bar:
         for question in bar:
-            answers = ask(question)
+            answers, shown = ask(question)
             if question is todo[0] and tp.writes():  # not before: a run that fails at once leaves nothing
                 (args.out / "answers").mkdir(parents=True, exist_ok=True)
                 write_atomically(args.out / "run.json", json.dumps(run, indent=1) + "\n")
                 write_atomically(args.out / "questions.jsonl", json_lines(questions))
+            if shown and tp.writes():   # before its answers: a question that is done has its page
+                show_question(args.out, question, run, shown)
             for name, lines in answers.items():
                 if tp.writes():
                     append_answer(args.out, name, question, f"{run['label']}-{name}", lines)
                 totals[name][0] += sum(lines["timed_tokens"])
                 totals[name][1] += sum(lines["decode_seconds"])
             bar.set_postfix_str(progress(totals, answers, run["drafting"]))
+
+
+def show_question(out: Path, question: dict, run: dict, shown: list[dict]) -> None:
+    """Write pages/QUESTION.html, the recorded answers of a question."""
+    (out / "pages").mkdir(exist_ok=True)
+    facts = {"category": question["category"], "checkpoint": cli.short_name(run["checkpoint"]),
+             "head": cli.short_name(run["eagle"]), "also in": ", ".join(run["also"] or []) or None,
+             "dtype": run["dtype"], "temperature": run["temperature"], "device": run["device_name"],
+             "commit": run["commit"]}
+    title = f"Question {question['question_id']} of {run['question_set']}"
+    write_page(out / "pages" / page_name(question["question_id"]), title, facts, shown)
 
 
 def json_lines(questions: list[dict]) -> str:
@@ -193,7 +209,8 @@ class Arm:
         result = self.decoder.generate([prompt], self.max_new_tokens, seed=seed, stop_ids=self.stop_ids)
         times = result.timings
         return Answer(result.tokens[0], len(result.tokens[0]) - 1, times["prefill_seconds"], times["decode_seconds"],
-                      result.accept_lengths[0], result.copied[0], list(result.kinds))
+                      result.accept_lengths[0], result.copied[0], list(result.kinds),
+                      result if self.decoder.recorder else None)
 
     def logits_before(self, prompt: list[int], answer: Answer, n: int) -> Tensor:
         """[V] fp32, what the target says at the answer's token n, in passes over as many rows as this arm made.
@@ -234,16 +251,18 @@ def our_arms(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
         name, _, copy = spec.partition("+")
         own_head, name = None if name == "none" else head, args.tree if name == "tuned" else name
         n_copy = cli.copy_length(copy) if copy else cli.copy_length_of(name) if args.copy is None else args.copy
-        decoders[arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=own_head,
-                                              tree=tree_of(name, n_copy, own_head))
+        tree = tree_of(name, n_copy, own_head)
+        decoders[arm_of_tree(spec)] = Decoder(model, 1, sampling, compile=args.compile, head=own_head, tree=tree,
+                                              record=args.page and tree is not None)
     return {name: Arm(decoder, args.max_new_tokens, tokenizer.stop_ids) for name, decoder in decoders.items()}
 
 
 def ask(question: dict, args: argparse.Namespace, tokenizer: Tokenizer, arms: dict[str, Arm], peers: dict[str, Peer],
-        n_slot: int) -> dict[str, dict]:
-    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn. The last
-    turns are missing where the conversation has filled its context."""
-    answers, messages, place = {}, opening(args.system), question["place"]
+        n_slot: int) -> tuple[dict[str, dict], list[dict]]:
+    """What each arm answers: {"turns", "new_tokens", "tokens", ...}, each a list with an entry for every turn. And what
+    the page shows of the answers that were recorded. The last turns are missing where the conversation has filled its
+    context."""
+    answers, shown, messages, place = {}, [], opening(args.system), question["place"]
     for turn, text in enumerate(question["turns"]):
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.apply_chat_template(messages)
@@ -259,13 +278,15 @@ def ask(question: dict, args: argparse.Namespace, tokenizer: Tokenizer, arms: di
                 given[name] = peers[name](prompt, max(2, len(given["plain"].tokens)))
         for name in (*arms, *peers):
             entry = turn_entry(given[name], prompt, tokenizer)
+            if (recorded := given[name].recorded) is not None:
+                shown.append(page_answer(f"{name}, turn {turn + 1}", text, recorded, 0, tokenizer))
             plain = plain_of(name, arms)
             if name in arms and name != plain and args.temperature == 0:
                 entry["divergence"] = divergence(arms[plain], arms[name], prompt, given[plain], given[name])
             for key, value in entry.items():
                 answers.setdefault(name, {}).setdefault(key, []).append(value)
         messages.append({"role": "assistant", "content": tokenizer.decode(given["plain"].tokens)})
-    return answers
+    return answers, shown
 
 
 def order_of(arms: list[str], peers: list[str], place: int) -> list[str]:
@@ -282,7 +303,7 @@ def order_of(arms: list[str], peers: list[str], place: int) -> list[str]:
 def turn_entry(answer: Answer, prompt: list[int], tokenizer: Tokenizer) -> dict:
     entry = {"turns": tokenizer.decode(answer.tokens).strip(), "new_tokens": len(answer.tokens),
              "wall_time": answer.prefill_seconds + answer.decode_seconds, "prompt_tokens": len(prompt)}
-    return entry | {key: value for key, value in answer._asdict().items() if key != "kinds"}
+    return entry | {key: value for key, value in answer._asdict().items() if key not in ("kinds", "recorded")}
 
 
 def append_answer(out: Path, arm: str, question: dict, model_id: str, choice: dict) -> None:
@@ -331,7 +352,7 @@ def divergence(plain_arm: Arm, arm: Arm, prompt: list[int], plain: Answer, other
 DRAFTING = ("copy", "exact", "draft_window", "aux_layers", "draft_rope_theta")     # a run is bound to these too
 SETTINGS = ("checkpoint", "eagle", "dtype", "device_name", "threads", "torch", "compiled", "tree", "draft_mode",
             *DRAFTING, "also", "system", "temperature", "top_k", "top_p", "seed", "question_set", "max_new_tokens",
-            "max_seq_length", "arms")
+            "max_seq_length", "arms", "page")
 
 
 def resume(out: Path, run: dict, tokenizer: Tokenizer) -> tuple[set, dict]:
@@ -396,6 +417,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp on the same prompts")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same model for llama.cpp")
     parser.add_argument("--system", metavar="TEXT", help="a system message in front of each question")
+    parser.add_argument("--page", action="store_true", help="write pages/QUESTION.html: what each step of our drafting "
+                        "arms did. Recording takes a little of their time; run.json says so")
     add_chat_options(parser)
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

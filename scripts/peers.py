@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.timing import clock
 from console import say
-from decoder import Kind
+from decoder import Generation, Kind
 
 
 class Answer(NamedTuple):
@@ -26,6 +26,7 @@ class Answer(NamedTuple):
     accept_lengths: list[int]       # tokens produced by each target pass; empty where that is not known
     copied: list[int] = []          # drafts of each pass that came from a copied branch
     kinds: list[Kind] = []          # of our own passes
+    recorded: Generation | None = None  # of our own, where the steps were recorded
 
 
 Peer = Callable[[list[int], int], Answer]

@@ -5,6 +5,7 @@
 import datetime
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -98,6 +99,61 @@ def test_the_report_recomputes_from_the_answers_file(run, tmp_path):
     assert (out / "report.md").read_text() in text
     again = (out / "report.json").read_bytes()
     assert report.main(report.parse_args([str(out)])) == 0 and (out / "report.json").read_bytes() == again
+
+
+def test_the_page_of_a_run_holds_its_questions_and_answers(run, tmp_path):
+    assert run()[0] == 0
+    out = tmp_path / "out"
+    kept = {"question_id", "category", "turns"}
+    assert [{key: q[key] for key in kept} for q in evaluate.read_questions(str(out / "questions.jsonl"))] == QUESTIONS
+    text = (out / "report.html").read_text()
+    assert all(turn in text for q in QUESTIONS for turn in q["turns"]) and all(f"<th>{arm}</th>" in text for arm in ARMS)
+    assert not (out / "pages").exists() and 'href="pages' not in text
+    assert json.loads((out / "run.json").read_text())["page"] is None
+
+
+def shown_in(file):
+    """{name of an answer: its tokens} of a page of a question."""
+    data = json.loads(re.search(r"<script[^>]*json[^>]*>(.*?)</script>", file.read_text(), re.S)[1])
+    return {answer["name"]: answer["tokens"] for answer in data["answers"]}
+
+
+def test_with_page_each_question_has_one_that_holds_every_turn_of_our_drafting_arms(run, pair, tmp_path):
+    status, text, err = run("--page", "--peers")
+    assert status == 0 and "steps recorded" in text, err
+    out = tmp_path / "out"
+    assert json.loads((out / "run.json").read_text())["page"] is True
+    for n, question in enumerate(QUESTIONS):
+        answers = {arm: lines_of(out, arm)[n]["choices"][0]["tokens"] for arm in ARMS[1:]}
+        assert shown_in(out / f"pages/{question['question_id']}.html") == {
+            f"{arm}, turn {turn + 1}": tokens[turn] for turn in range(len(question["turns"]))
+            for arm, tokens in answers.items()}
+        assert f'href="pages/{question["question_id"]}.html"' in (out / "report.html").read_text()
+    assert "recorded" not in lines_of(out, "eagle-static")[0]["choices"][0]
+
+
+def test_a_recorded_run_that_is_interrupted_goes_on_and_each_answered_question_has_its_page(run, tmp_path, monkeypatch):
+    ask, out, append = evaluate.ask, tmp_path / "out", evaluate.append_answer
+
+    def interrupted(folder, arm, question, *rest):
+        if question["question_id"] == 8 and arm == ARMS[1]:     # after its page, in the middle of its answers
+            raise KeyboardInterrupt
+        append(folder, arm, question, *rest)
+
+    monkeypatch.setattr(evaluate, "append_answer", interrupted)
+    assert run("--page")[0] == 130
+    assert {file.name for file in out.glob("pages/*")} == {"7.html", "8.html"}
+    first = (out / "pages/7.html").read_bytes()
+    (out / "pages/8.html").write_text("old")
+    monkeypatch.setattr(evaluate, "append_answer", append)
+    status, _, err = run()
+    assert status == 2 and "with page True, now it is None" in err and "--out" in err
+    asked = []
+    monkeypatch.setattr(evaluate, "ask", lambda question, *rest: asked.append(question["question_id"])
+                        or ask(question, *rest))
+    assert run("--page")[0] == 0 and asked == [8, 9]
+    assert (out / "pages/7.html").read_bytes() == first and len(shown_in(out / "pages/8.html")) == 2
+    assert {file.name for file in out.glob("pages/*")} == {"7.html", "8.html", "9.html"}
 
 
 def test_answers_are_in_fastchats_form_and_say_what_was_decoded(run, pair, tmp_path):
@@ -232,6 +288,7 @@ CHANGES = {    # what has changed since the answers were given, and the word tha
     "max_new_tokens": lambda folder, argv: argv + ["--max-new-tokens", "5"],
     "seed": lambda folder, argv: argv + ["--seed", "1"],
     "system": lambda folder, argv: argv + ["--system", "be brief"],
+    "page": lambda folder, argv: argv + ["--page"],
     "threads": lambda folder, argv: change(folder / "out/run.json", threads=99) or argv,
     "compiled": lambda folder, argv: change(folder / "out/run.json", compiled=True) or argv,
     "draft vocab": lambda folder, argv: (folder / "head/draft_vocab.json").write_text('{"ids": [5, 6]}') and argv,
@@ -526,7 +583,7 @@ def as_rank(rank, store, options, folder):
     folder.mkdir()
     out, questions = ["--out", str(folder / "out")], ["--questions", str(folder.parent / "set.jsonl")]
     statuses = [evaluate.main(evaluate.parse_args([*options, *out, *more])) for more in (
-        [*questions, "--max-new-tokens", "12", "--tree", "chain:3", "--limit", "1"], [*questions, "--peers"])]
+        [*questions, "--max-new-tokens", "12", "--tree", "chain:3", "--limit", "1", "--page"], [*questions, "--peers"])]
     statuses.append(tune_tree.main(tune_tree.parse_args([
         *options, *questions, "--out", str(folder / "tree.json"), "--max-new-tokens", "16", "--used-slots", "16",
         "--repeats", "3", "--max-nodes", "3", "--max-depth", "2"])))
@@ -556,6 +613,7 @@ def test_under_torchrun_rank_0_writes_what_one_process_writes(run, pair, tmp_pat
     assert len(json.loads((tmp_path / "rank0/tree.json").read_text())["paths"]) <= 3
     assert (tmp_path / "rank0/data.jsonl").read_text() == (tmp_path / "one/data.jsonl").read_text() > ""
     assert [file.name for file in (tmp_path / "rank1").iterdir()] == ["statuses"]
+    assert [*shown_in(tmp_path / "rank0/out/pages/7.html")] == ["eagle-chain-3, turn 1", "eagle-chain-3, turn 2"]
 
 
 COMMITTED = sorted(file.parent for file in ROOT.glob("benchmarks/results/*/run.json"))
