@@ -357,7 +357,7 @@ def install_quantized(model: nn.Module, folder: Path) -> None:
 def fold_orders(model: nn.Module) -> None:
     """Where the columns of a w2 have an order of their own, put the rows of w13, which w2 reads, into that order.
 
-    For a loaded model. The product of w2 then takes its input as it is. Others read a norm's output, or attention's.
+    For a loaded model. The product of w2 then takes its input as it is. The other inputs come from norms and attention.
     """
     for module in model.modules():
         w13, w2 = getattr(module, "w13", None), getattr(module, "w2", None)
