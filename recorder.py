@@ -66,7 +66,10 @@ class Recorder:
         last = path.gather(1, n_accepted)                                                   # [B, 1] node
         is_accepted = draft.ancestors.gather(1, last[:, :, None].expand(-1, -1, n))[:, 0]   # [B, N]
         log_q = F.pad(log_q, (0, n - log_q.shape[1]), value=math.nan)
-        rows = (draft.tokens, draft.parents, log_q, said, is_accepted)
+        parents = draft.parents
+        if draft.copied is not None:    # of a batch some rows may have found nothing to copy: they have no such branch
+            parents = parents.masked_fill(draft.copied.found_nothing, -1)
+        rows = (draft.tokens, parents, log_q, said, is_accepted)
         nodes = torch.stack([row.float() for row in rows], dim=1)
         self.nodes.copy_(F.pad(nodes, (0, self.nodes.shape[2] - n), value=-1.0))
 
