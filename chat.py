@@ -1,4 +1,4 @@
-"""Text in and out: prompts as tokens, texts that end an answer, streaming, and a chat on the terminal.
+"""Text in and out: prompts as tokens, texts that end an answer, streaming, and conversations.
 
     stop = StopTexts(tokenizer, ["Question:"])
     printer = Printer(stop, [prompt])
@@ -7,12 +7,13 @@
 """
 import argparse
 import contextlib
-import io
-import sys
+import json
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from console import is_text, say
-from decoder import Decoder, check_prompts
+from console import check_writable, say, write_atomically
+from decoder import Decoder, Generation, check_prompts
 from tokenizer import StreamDecoder, Tokenizer, common_prefix
 
 
@@ -120,36 +121,6 @@ class Printer:
             print(text, end="", flush=True)
 
 
-def chat(talk: "Conversation", decoder: Decoder) -> None:
-    """Answer the lines of standard input until it ends. Ctrl-C ends an answer."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing in input())
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")     # a byte that is not text spoils only its own line
-    say("Ctrl-C ends an answer, Ctrl-D leaves.")
-    while (text := read_message()) is not None:
-        with contextlib.suppress(KeyboardInterrupt):
-            talk.answer(decoder, text)
-
-
-def read_message() -> str | None:
-    """The next line that is not empty; None at the end of the input."""
-    while True:
-        try:
-            print("> ", end="", file=sys.stderr, flush=True)
-            text = input().removeprefix("\ufeff")
-        except EOFError:
-            say("")
-            return None
-        except KeyboardInterrupt:
-            say("\nCtrl-D leaves.")
-            continue
-        if not is_text(text):
-            say(f"That line is not {getattr(sys.stdin, 'encoding', 'UTF-8').upper()} text: it is left out.")
-        elif text.strip():
-            return text
-
-
 class Conversation:
     """The messages of a chat, and which of their tokens are in the decoder's cache: only new ones are prefilled.
 
@@ -160,10 +131,36 @@ class Conversation:
                  keys_serve: Callable[[int], bool] = lambda length: True):
         self.args, self.tokenizer, self.n_slot, self.vocab_size = args, tokenizer, n_slot, vocab_size
         self.keys_serve = keys_serve
-        self.messages = opening(args.system)
+        self.system: str | None = args.system
+        self.messages = opening(self.system)
+        self.dropped: list[dict] = []       # the turns that the context had no room for, oldest first
+        self.saves: set[Path] = set()       # files that are ours to write over
         self.cached: list[int] = []
         self.seed = args.seed               # for the first answer; the next ones use the generator as it is then
         self.stop = StopTexts(tokenizer, args.stop)
+
+    def restart(self, system: str | None) -> None:
+        """Forget what was said, and begin with this system message. What the cache holds of its tokens is not computed
+        again. Raises ValueError, and forgets nothing, for a message that the template refuses or that is too long.
+        """
+        messages = opening(system)
+        check_prompts([self._render(messages, "Hi")[1]], self.n_slot, self.vocab_size)
+        self.system, self.messages, self.dropped = system, messages, []
+
+    def save(self, file: Path) -> int:
+        """Write all messages as JSON, the dropped ones too: [{"role": "user", "content": "Hi"}, ...]. Returns how many.
+
+        Raises ValueError or OSError if that cannot be done, and for a file that is there and was not written by this
+        conversation.
+        """
+        check_writable("file", file)
+        if os.path.lexists(file) and file.absolute() not in self.saves:
+            raise ValueError(f"{file} is there already, and is left as it is: name a new file")
+        first = opening(self.system)
+        messages = [*first, *self.dropped, *self.messages[len(first):]]
+        write_atomically(file, json.dumps(messages, ensure_ascii=False, indent=1) + "\n")
+        self.saves.add(file.absolute())
+        return len(messages)
 
     def render(self, text: str) -> tuple[list[dict], list[int]]:
         """The messages and this new one, and their ids. As many of the oldest turns, a question and its answer each,
@@ -171,7 +168,7 @@ class Conversation:
 
         Raises ValueError for a message that the template refuses, that is too long, or whose tokens the model lacks.
         """
-        first = opening(self.args.system)
+        first = opening(self.system)
         turns, room = self.messages[len(first):], min(self.args.max_new_tokens, self.n_slot // 4)
         messages, prompt = self._render(self.messages, text)
         while turns and len(prompt) + room > self.n_slot:
@@ -184,12 +181,13 @@ class Conversation:
         messages = [*messages, {"role": "user", "content": text}]
         return messages, self.tokenizer.apply_chat_template(messages, plain_text=self.args.plain_text)
 
-    def answer(self, decoder: Decoder, text: str) -> None:
+    def answer(self, decoder: Decoder, text: str) -> str:
+        """Print the answer to a message. Returns a line about it, see `figures`, or "" if the message is left out."""
         try:
             messages, prompt = self.render(text)
         except ValueError as error:
             say(f"That message is left out: {error}")
-            return
+            return ""
         n_dropped, n_turn = (len(self.messages) + 1 - len(messages)) // 2, len(self.messages) // 2
         if n_dropped:
             say(f"The conversation has outgrown its {self.n_slot} tokens: the oldest {n_dropped} of its {n_turn} turns "
@@ -198,17 +196,39 @@ class Conversation:
         if not self.keys_serve(max(len(prompt), len(self.cached))):
             n_cached = 0
         printer = Printer(self.stop, [prompt], decoder if self.args.color else None)
-        self.cached, new_ids = prompt[:n_cached], []
+        self.cached, new_ids, result = prompt[:n_cached], [], None
 
         def on_tokens(row: int, ids: list[int], n_draft: int) -> None:
             new_ids.extend(ids)
             printer(row, ids, n_draft)
 
         with contextlib.suppress(KeyboardInterrupt):    # what was said so far stays part of the conversation
-            decoder.generate([prompt], self.args.max_new_tokens, seed=self.seed, stop_ids=self.tokenizer.stop_ids,
-                             stop=self.stop, on_tokens=on_tokens, n_cached=n_cached)
+            result = decoder.generate([prompt], self.args.max_new_tokens, seed=self.seed,
+                                      stop_ids=self.tokenizer.stop_ids, stop=self.stop, on_tokens=on_tokens,
+                                      n_cached=n_cached)
         if new_ids:  # else the prefill was interrupted, and only the old part of the cache is valid
             self.cached = prompt + new_ids[:-1]  # the last token was produced but never was an input
             self.seed = None
+        n_first = len(opening(self.system))
+        self.dropped = self.dropped + self.messages[n_first:n_first + 2 * n_dropped]
         self.messages = [*messages, {"role": "assistant", "content": self.stop.decode(new_ids, prompt)}]
         printer.close()
+        return self.figures(len(new_ids), len(prompt) + len(new_ids), result, decoder.eagle is not None)
+
+    def figures(self, n_new: int, n_used: int, result: Generation | None, drafts: bool) -> str:
+        """A line about an answer of n_new tokens, with which n_used slots of the context are taken:
+
+        [63 tokens, 171.2 tokens/s, 2.81 a pass, context 412 of 8192]
+
+        See Generation for the rates. Without a result the answer was stopped by Ctrl-C, and nothing timed it.
+        """
+        parts = [f"{n_new} token{'' if n_new == 1 else 's'}"]
+        if result is None:
+            parts.append("stopped")
+        elif result.finish_reason == ["length"]:
+            parts.append(f"cut off by {'the context' if n_used == self.n_slot else '--max-new-tokens'}")
+        if result is not None and result.target_passes:
+            parts.append(f"{result.tokens_per_second:.1f} tokens/s")
+            if drafts:
+                parts.append(f"{result.mean_accept_length:.2f} a pass")
+        return f"[{', '.join(parts)}, context {n_used} of {self.n_slot}]"

@@ -54,7 +54,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     patterns = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
     try:
-        wanted = [*patterns, "model*.safetensors"] if weights else patterns
+        wanted = [*patterns, "model*.safetensors", "gptq_model*.safetensors"] if weights else patterns
         # Of the subfolders only additional_chat_templates/ is wanted.
         local = snapshot_download(name, allow_patterns=wanted, ignore_patterns=["[!a]*/*"])
         if weights and find_weights(Path(local)) is None:
@@ -238,10 +238,18 @@ def list_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The file of weights, or the index of its shards. If there are several, the one that transformers takes."""
+    """The file of weights, or the index of its shards. If there are several, the one that transformers takes; then a
+    GGUF file; then what GPTQ's older tools wrote, gptq_model-4bit-128g.safetensors. Raises ValueError for two of those.
+    """
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     found = [folder / name for name in names if (folder / name).exists()]
-    return next(iter([*found, *folder.glob("model.gguf"), *folder.glob("model-00001-of-*.gguf")]), None)
+    found += [*folder.glob("model.gguf"), *folder.glob("model-00001-of-*.gguf")]
+    if not found:
+        old = "gptq_model*.safetensors"
+        found = [*folder.glob(f"{old}.index.json")] or sorted(folder.glob(old))
+        if len(found) > 1:
+            raise ValueError(f"{folder} holds {len(found)} models, {', '.join(file.name for file in found)}: keep one")
+    return next(iter(found), None)
 
 
 def _read_shard(file: Path, wanted: Callable[[str], bool], part: Part | None) -> Iterator[tuple[str, Tensor, Path]]:

@@ -83,9 +83,9 @@ def remedy(error: Exception) -> str | None:
     return None
 
 
-def say(line: str) -> None:
+def say(line: str, end: str = "\n") -> None:
     if sys.stderr is not None:      # None if it was closed at the start
-        print(line, file=sys.stderr, flush=True)
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,17 +30,20 @@ class Accepted(NamedTuple):
     path: Tensor        # [B, D + 1] nodes: the root and the accepted ones; after them each entry is its own index
     n_accepted: Tensor  # [B, 1] drafts accepted
     bonus: Tensor       # [B, 1] the target's own token after the last accepted one
+    said: Tensor | None = None  # [B, N] the target's likeliest token after each node, where all of them are known
 
 
-def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan) -> Accepted:
-    """A node is accepted if its token is the likeliest after its parent. logits [B, N, V]."""
+def accept_greedy(logits: Tensor, draft: Draft, plan: StaticPlan | DynamicPlan, all_said: bool = False) -> Accepted:
+    """A node is accepted if its token is the likeliest after its parent. logits [B, N, V].
+
+    all_said: what the target said after the leaves counts too."""
     copied = draft.copied
-    if isinstance(plan, DynamicPlan) or copied is not None:
+    if isinstance(plan, DynamicPlan) or copied is not None or all_said:
         token = next_tokens(logits, Sampling())
         is_wrong = draft.tokens != token.gather(1, draft.parents)
         # Of the head's branch and a copied one that are both right, the deeper one is taken.
         path, n_accepted, last = walk(draft, is_wrong if copied is None else is_wrong | copied.found_nothing, plan)
-        return Accepted(path, n_accepted, token.gather(1, last))
+        return Accepted(path, n_accepted, token.gather(1, last), token)
     # Only nodes with children need a token: 11 of the paper's 26. All 26 would take a CPU 1% of a step more.
     token = next_tokens(logits[:, plan.expanded], Sampling())
     is_wrong = draft.tokens != token.gather(1, plan.expanded_row[draft.parents])
@@ -258,7 +261,8 @@ class EagleStep:
         accepted = self.accept(logits, draft)
         mark(3)
         if self.recorder is not None:
-            self.recorder.note(draft, logits, accepted.path, accepted.n_accepted)
+            said = next_tokens(logits, Sampling()) if accepted.said is None else accepted.said
+            self.recorder.note(draft, accepted.path, accepted.n_accepted, said)
         mark(4)
         self.commit(draft, features, accepted, n_slot)
         mark(5)
@@ -313,11 +317,11 @@ class EagleStep:
             return accept_sampled(logits, draft, self.plan, self.sampling, self.head)
         if self.sampling.temperature > 0:
             return accept_likeliest(logits, draft, self.plan, self.sampling)
-        return accept_greedy(logits, draft, self.plan)
+        return accept_greedy(logits, draft, self.plan, all_said=self.recorder is not None)
 
     def commit(self, draft: Draft, features: Tensor, accepted: Accepted, n_slot: int) -> None:
         """Move the accepted path's keys and values to the front, and set the state for the next step."""
-        path, n_accepted, bonus = accepted
+        path, n_accepted, bonus, _ = accepted
         if draft.copied is not None or not self.tree.is_chain:
             target = self.plan.order[:, :path.shape[1]]
             move_slots(self.model.kv_cache, self.pos + path, self.pos + target, self.plan.row)

@@ -4,7 +4,7 @@
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --prompt "Hi" "Name three birds."           # a batch of two
     python generate.py --checkpoint FOLDER --prompt-file question.txt --temperature 0.7 --top-p 0.9 --seed 1
     python generate.py --interactive                                       # chat; Ctrl-C ends an answer, Ctrl-D leaves
-    python generate.py --eagle --page steps.html                            # what each step did, to look at
+    python generate.py --eagle --page steps.html                           # what each step did, to look at
     python generate.py --checkpoint lmsys/vicuna-7b-v1.3 --eagle yuhuili/EAGLE-Vicuna-7B-v1.3 --tree dynamic
 
 The answer goes to stdout as it is generated, everything else to stderr. On a GPU each decode step is one captured CUDA
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import tp
-from chat import Conversation, Printer, StopTexts, chat, encode
+from chat import Conversation, Printer, StopTexts, encode
 from checkpoint import demo_checkpoint, quantize_settings, read_ids, read_json, resolve_checkpoint
 from console import (Parser, add_chat_options, check_writable, command, device_name, is_text, launched, number,
                      pick_device, read_text, say, whole_or_nothing, write_atomically)
@@ -40,6 +40,7 @@ from page import TEMPLATE, page_answer, write_page
 from rope import keys_serve
 from runtime import is_faster_in_float32, pack_for_cpu, tune
 from sampling import Sampling
+from terminal import chat
 from tokenizer import Tokenizer
 
 DEFAULT_PROMPT = "Why is the sky blue?"
@@ -269,11 +270,11 @@ def converse(args: argparse.Namespace, model: Transformer, head: EagleHead | Non
 
 
 def make_decoder(args: argparse.Namespace, model: Transformer, head: EagleHead | None, batch_size: int,
-                 n_slot: int) -> Decoder:
+                 n_slot: int, record: bool = False) -> Decoder:
     setup_caches(model, head, batch_size, n_slot)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     return Decoder(model, batch_size, sampling, compile=args.compile, head=head,
-                   tree=tree_of(args.tree, args.copy, head), draw_drafts=args.draw_drafts, record=args.record)
+                   tree=tree_of(args.tree, args.copy, head), draw_drafts=args.draw_drafts, record=record)
 
 
 def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None, tokenizer: Tokenizer,
@@ -284,7 +285,7 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
     tree = tree_of(args.tree, args.copy, head)
     n_slot = args.max_seq_length or slots_for(longest + (0 if tree is None else tree.n_room), model)
     check_prompts(prompts, n_slot, model.config.vocab_size)
-    decoder = make_decoder(args, model, head, len(prompts), n_slot)
+    decoder = make_decoder(args, model, head, len(prompts), n_slot, args.record)
     say_loaded(report, head)
 
     stop = StopTexts(tokenizer, args.stop, goes_on=args.raw)
@@ -312,16 +313,17 @@ def answer(args: argparse.Namespace, model: Transformer, head: EagleHead | None,
         names = [f"{row}. " + " ".join(text.split())[:60] for row, text in enumerate(args.texts, start=1)]
         answers = [page_answer(names[row], text, result, row, tokenizer, stop=stop, prompt=prompts[row])
                    for row, text in enumerate(args.texts)]
-        write_page(args.page, f"{short_name(args.checkpoint)}, step by step", page_facts(report, result), answers)
+        facts = page_facts(report | {"copy": args.copy}, result)
+        write_page(args.page, f"{short_name(args.checkpoint)}, step by step", facts, answers)
         say(f"wrote {args.page}")
 
 
 def page_facts(report: dict, result: Generation) -> dict[str, str | float | None]:
     """What the page says of the whole run."""
     return {"checkpoint": short_name(report["checkpoint"]), "head": short_name(report["eagle"]),
-            "tree": short_name(report["tree"]), "device": report["device_name"], "dtype": report["dtype"],
-            "temperature": report["temperature"], "tokens/s": round(result.tokens_per_second, 1),
-            "mean accepted length": round(result.mean_accept_length, 2)}
+            "tree": short_name(report["tree"]), "copied branch": report["copy"] or None,
+            "device": report["device_name"], "dtype": report["dtype"], "temperature": report["temperature"],
+            "tokens/s": round(result.tokens_per_second, 1)}
 
 
 def short_name(spec: str | None) -> str | None:
@@ -402,7 +404,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "(default: where the tree is not dynamic)")
     parser.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="a question; several make a batch")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file that is one prompt")
-    parser.add_argument("--interactive", action="store_true", help="chat on the terminal")
+    parser.add_argument("--interactive", action="store_true", help="chat on the terminal: /help lists the commands")
     parser.add_argument("--raw", action="store_true", help="continue the text itself, without a chat template")
     add_chat_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message before the first question")

@@ -3,7 +3,7 @@
     folder = as_folder(Path("model.Q4_0.gguf"))     # in the user's cache, with a link to the file
     for key, tensor, file in read_weights(folder / "model.gguf"): ...
 
-No weight is written a second time. Q4_0, Q4_1 and Q8_0 stay on their own grid, as int4 and int8 in groups of 32
+No weight is written a second time. Q4_0, Q4_1, Q4_K and Q8_0 stay on their own grid, as int4 and int8 in groups of 32
 (grid.py). Other quantised types are dequantised, to 16 bits in a model of 16 bits.
 """
 import hashlib
@@ -123,19 +123,19 @@ def model_config(header: Header) -> dict:
     head_dim = own("attention.key_length", int, dim // max(heads, 1))
     if "token_embd.weight" not in tensors:
         raise ValueError("there is no token_embd.weight")
-    for name, plain in (("expert_count", 0), ("attention.sliding_window", 0), ("rope.dimension_count", head_dim),
+    for name, plain in (("expert_count", 0), ("rope.dimension_count", head_dim),
                         ("attention.value_length", head_dim), ("rope.scaling.yarn_log_multiplier", 0.0),
                         ("rope.scaling.attn_factor", 1.0), ("rope.scale_linear", 1.0)):
         if facts.get(f"{arch}.{name}", plain) != plain:
             raise ValueError(f"{arch}.{name} {facts[f'{arch}.{name}']!r} is not supported")
-    context, theta = own("context_length", int), own("rope.freq_base", float, 10000.0)
+    context, theta, n_layer = own("context_length", int), own("rope.freq_base", float, 10000.0), own("block_count", int)
     return {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": dim,
         "intermediate_size": own("feed_forward_length", int),
-        "num_hidden_layers": own("block_count", int),
+        "num_hidden_layers": n_layer,
         "num_attention_heads": heads,
         "num_key_value_heads": own("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
@@ -151,8 +151,25 @@ def model_config(header: Header) -> dict:
         "tie_word_embeddings": "output.weight" not in tensors,
         "use_cache": True,
         **special_ids(facts),
+        **sliding_window(header, arch, n_layer),
         "torch_dtype": "bfloat16",
     }
+
+
+def sliding_window(header: Header, arch: str, n_layer: int) -> dict:
+    """The keys of config.json for `attention.sliding_window`: of all layers in LLaMA's architecture, which is Mistral's
+    then; in Qwen's of those that the pattern names. Raises ValueError where that does not say which layers have it."""
+    key = f"{arch}.attention.sliding_window"
+    window, pattern = fact(header.facts, key, int, 0), header.facts.get(f"{key}_pattern")
+    if window < 1:
+        return {}
+    if arch == "llama" and pattern in (None, [True] * n_layer):
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if arch == "llama" or not isinstance(pattern, list) or [type(has) for has in pattern] != [bool] * n_layer:
+        raise ValueError(f"{key} {window} with {key}_pattern {str(pattern)[:80]} is not supported: in which of "
+                         f"{n_layer} layers is it?")
+    return {"sliding_window": window, "use_sliding_window": True,
+            "layer_types": ["sliding_attention" if has else "full_attention" for has in pattern]}
 
 
 def special_ids(facts: dict) -> dict:
@@ -256,20 +273,22 @@ def read_weights(file: Path, wanted: Callable[[str], bool] = lambda key: True,
     """
     header = read_header(file, vocabulary=False)
     kept = formats_of(header.tensors) if keep_grid else {}
+    files = {part: part.resolve() for part in parts_of(file)}
     for name, tensor in header.tensors.items():
         if name == "rope_freqs.weight":     # in config.json
             continue
         try:
             prefix, last = hub_prefix(name), name.rpartition(".")[2]
-            yield from _cut(prefix, last, tensor, heads_of(name, header.facts), prefix in kept and last == "weight",
-                            wanted, part)
+            for key, content in _cut(prefix, last, tensor, heads_of(name, header.facts),
+                                     prefix in kept and last == "weight", wanted, part):
+                yield key, content, files[tensor.file]
         except ValueError as error:
-            raise ValueError(f"{tensor.file.resolve()}: {name}: {error}") from None
+            raise ValueError(f"{files[tensor.file]}: {name}: {error}") from None
 
 
 def _cut(prefix: str, last: str, tensor: Stored, heads: int, is_kept: bool, wanted: Callable[[str], bool],
-         part: Callable[[str, list[int]], tuple[slice, ...]] | None) -> Iterator[tuple[str, Tensor, Path]]:
-    """`read_weights` of one tensor. It is read only if something of it is asked for."""
+         part: Callable[[str, list[int]], tuple[slice, ...]] | None) -> Iterator[tuple[str, Tensor]]:
+    """`read_weights` of one tensor, without the file. It is read only if something of it is asked for."""
     shapes = stored_shapes(tensor) if is_kept else {last: tensor.shape}
     slices = {kind: part(f"{prefix}.{kind}", list(shape)) if part else ()
               for kind, shape in shapes.items() if wanted(f"{prefix}.{kind}")}
@@ -280,7 +299,7 @@ def _cut(prefix: str, last: str, tensor: Stored, heads: int, is_kept: bool, want
             whole = {kind: unpermute(content, heads) for kind, content in whole.items()}
         empty = {kind: whole[kind][index] for kind, index in slices.items()}
     for kind, content in empty.items():
-        yield f"{prefix}.{kind}", content, tensor.file.resolve()
+        yield f"{prefix}.{kind}", content
 
 
 def heads_of(name: str, facts: dict) -> int:

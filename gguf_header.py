@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grid import Format, dequantize
+from grid import Format
 
 # ggml's number of a type -> its name, and the columns and bytes of a block. The gguf package knows the others.
 PLAIN = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
-KEPT = {2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34)}
-FORMATS = {"Q4_0": Format("int4", 32), "Q4_1": Format("int4", 32), "Q8_0": Format("int8", 32)}
+KEPT = {2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144)}
+FORMATS = {name: Format("int8" if name == "Q8_0" else "int4", 32) for name, _, _ in KEPT.values()}
+IN_FRONT = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2, "Q4_K": 16}     # bytes of a block in front of q
+STRETCH = 1 << 18       # weights that are dequantised at a time
 
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -153,15 +155,15 @@ class Cursor:
 
     def texts(self, count: int) -> list[str]:
         """`text`, count times: a vocabulary has 100,000 of them."""
-        places, begin, end, length = [], 0, self.at, struct.Struct("<Q").unpack_from
+        data, at, size, length = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        ends = []
         for _ in range(count):
-            begin = end + 8
-            end = begin + length(self.data, end)[0]
-            if end > len(self.data):
+            at += 8 + length(data, at)[0]
+            if at > size:
                 raise EOFError
-            places.append((begin, end))
-        self.at = end
-        return [self.data[begin:end].decode() for begin, end in places] if self.vocabulary else []
+            ends.append(at)
+        begins, self.at = [self.at, *ends], at
+        return [data[begin + 8:end].decode() for begin, end in zip(begins, ends)] if self.vocabulary else []
 
     def bytes(self, count: int) -> bytes:
         self.at += count
@@ -223,21 +225,54 @@ def stored_shapes(tensor: Stored) -> dict[str, tuple[int, ...]]:
 
 
 def on_grid(tensor: Stored) -> dict[str, Tensor]:
-    """A weight in Q4_0, Q4_1 or Q8_0 -> q, scales and zeros as grid.py has them; scales and zeros in fp32.
+    """A weight of a type in FORMATS -> q, scales and zeros as grid.py has them; scales and zeros in fp32."""
+    q, scales, least = read_blocks(tensor)
+    if least is None:
+        return {"weight": q.flatten(-2), "scales": scales}
+    pairs = q.view(torch.int16)     # the bytes of two neighbouring columns, and of two others in their high halves
+    halves = [join_nibbles(part).view(torch.int64) for part in (pairs, pairs >> 4)]
+    weight = torch.stack(halves, -2).view(torch.uint8)                                  # [N, ..., 2, n / 2]
+    return {"weight": weight.flatten(1), "scales": scales, "zeros": least + 8 * scales}
 
-    A block of 32 columns is d (fp16), in Q4_1 also m, then q: w = d * q, d * (q - 8) in Q4_0, d * q + m in Q4_1.
-    The low halves of 16 bytes are columns 0 to 15, the high halves 16 to 31.
+
+def join_nibbles(pairs: Tensor) -> Tensor:
+    """int16 [...], a number in the low half of each byte -> uint8 [...] of the two numbers, the first one low."""
+    pairs = pairs & 0x0F0F
+    return pairs.bitwise_or_(pairs >> 4).to(torch.uint8)
+
+
+def read_blocks(tensor: Stored) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The numbers of a weight of a type in FORMATS: q, and the scale and least value of each group, fp32 [N, G].
+
+    Q8_0                w = scale * q: int8 [N, G, 32], no least value
+    Q4_0, Q4_1, Q4_K    w = scale * q + least, q from 0 to 15: uint8 [N, ..., n] whose low halves are n columns, and the
+                        high ones the next n; n is 16, in Q4_K 32
+
+    fp32 holds every scale and least value, and all products of scale and q.
     """
-    n_half = 2 if tensor.kind == "Q4_1" else 1      # fp16 numbers in front of q
-    blocks = raw(tensor).unflatten(-1, (tensor.shape[-1] // 32, -1))                    # [N, G, bytes]
-    numbers = blocks[..., :2 * n_half].contiguous().view(torch.float16).float()         # [N, G, 1 or 2]
-    q, scales = blocks[..., 2 * n_half:], numbers[..., 0]
+    _, n_column, n_byte = next(block for block in KEPT.values() if block[0] == tensor.kind)
+    blocks = raw(tensor).view(torch.int16).view(-1, tensor.shape[-1] // n_column, n_byte // 2)     # [N, blocks, int16]
+    numbers, q = (part.contiguous() for part in blocks.tensor_split([IN_FRONT[tensor.kind] // 2], -1))
+    if tensor.kind == "Q4_K":
+        return q.view(torch.uint8).unflatten(-1, (-1, 32)), *group_scales(numbers)
+    numbers = numbers.view(torch.float16).float()
+    scales = numbers[..., 0]
     if tensor.kind == "Q8_0":
-        return {"weight": q.contiguous().view(torch.int8).flatten(-2), "scales": scales}
-    even, odd = q[..., ::2], q[..., 1::2]
-    packed = torch.cat((even & 15 | odd << 4, even >> 4 | odd & 240), -1)               # [N, G, 16]
-    zeros = numbers[..., 1] + 8 * scales if n_half == 2 else torch.zeros_like(scales)
-    return {"weight": packed.flatten(-2), "scales": scales, "zeros": zeros}
+        return q.view(torch.int8), scales, None
+    return q.view(torch.uint8), scales, numbers[..., 1] if tensor.kind == "Q4_1" else -8 * scales
+
+
+def group_scales(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """int16 [N, blocks, 8] in front of a Q4_K block -> scale and least value of its 8 groups, [N, G] each.
+
+    They are two fp16 numbers by whole numbers of 6 bits, which lie in 12 bytes: of the groups 0 to 3 in the low bits of
+    4 bytes (scales) and 4 more (least values), whose high bits belong, above those of the last 4, to groups 4 to 7.
+    """
+    d, d_least = numbers[..., :2].contiguous().view(torch.float16).float().unbind(-1)   # [N, blocks]
+    scale, least, rest = numbers[..., 2:].contiguous().view(torch.uint8).unflatten(-1, (3, 4)).unbind(-2)
+    scale = torch.cat((scale & 63, rest & 15 | scale >> 2 & 48), -1)                    # [N, blocks, 8]
+    least = torch.cat((least & 63, rest >> 4 | least >> 2 & 48), -1)
+    return (d[..., None] * scale).flatten(-2), -(d_least[..., None] * least).flatten(-2)
 
 
 def values(tensor: Stored) -> Tensor:
@@ -245,13 +280,27 @@ def values(tensor: Stored) -> Tensor:
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if tensor.kind in dtypes:
         return raw(tensor).view(dtypes[tensor.kind])
-    if tensor.kind == "Q8_0":
-        return dequantize(**on_grid(tensor), zeros=None)
+    if tensor.kind in FORMATS:
+        return dequantised(*read_blocks(tensor)).view(tensor.shape)
     from gguf import GGMLQuantizationType, quants
     try:
         return torch.from_numpy(quants.dequantize(raw(tensor).numpy(), GGMLQuantizationType[tensor.kind]))
     except NotImplementedError:
         raise ValueError(f"the gguf package cannot dequantise {tensor.kind}") from None
+
+
+def dequantised(q: Tensor, scales: Tensor, least: Tensor | None) -> Tensor:
+    """What `read_blocks` gives -> [N, G, 32] in fp32, so many rows at a time that the processor's cache holds them."""
+    weight, step = torch.empty(*scales.shape, 32), max(STRETCH // scales.shape[1] // 32, 1)
+    for begin in range(0, len(weight), step):
+        rows = slice(begin, begin + step)
+        scale, out = scales[rows, :, None], weight[rows]
+        if least is None:
+            torch.mul(q[rows], scale, out=out)
+        else:
+            columns = torch.stack((q[rows] & 15, q[rows] >> 4), -2).view(out.shape)
+            torch.addcmul(least[rows, :, None], columns, scale, out=out)
+    return weight
 
 
 def raw(tensor: Stored) -> Tensor:

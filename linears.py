@@ -31,6 +31,13 @@ def dense_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) ->
     return F.linear(x, dequantize(q, scales, zeros))
 
 
+def in_order(rows: Tensor, order: Tensor) -> Tensor:
+    """The columns of rows [M, K] by index. `index_select` of columns takes up to three times as long (dev/log.md)."""
+    if len(rows) == 1:
+        return rows[0].index_select(0, order)[None]
+    return rows.gather(1, order.expand(len(rows), -1))
+
+
 def row_product(x: Tensor, q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """`dense_product` of one row x [1, K], written so that inductor makes one reduction and no dequantised weight.
 
@@ -222,7 +229,7 @@ class QuantLinear(nn.Module):
         """`forward` by the kernel of this name."""
         rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
         if self.order is not None:
-            rows = rows.index_select(1, self.order)
+            rows = in_order(rows, self.order)
         if name.startswith("triton"):
             from linears_triton import quant_matmul
             block_n, split_k = map(int, name.split()[1:])
@@ -238,7 +245,12 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def lay_out(self, names: set[str]) -> None:
-        """Make the layouts of these kernels and drop all others, before any layer is compiled."""
+        """Make the layouts of these kernels and drop all others, before any layer is compiled.
+
+        A dense one that only prompts from `dense_from` on take is made at the first of them.
+        """
+        if self.dense_from is not None and "dense" not in self.kernels.values():
+            names = names - {"dense"}
         if self.q.device.type == "cpu":
             experts = [None] if self.q.dim() == 2 else range(self.q.shape[0])
             self.layouts = nn.ModuleDict({f"{name} {expert}": self._layout(name, expert)
@@ -248,15 +260,16 @@ class QuantLinear(nn.Module):
         """A module that holds the weight in the layout of a CPU kernel. Made once."""
         key = f"{name} {expert}"
         if key not in self.layouts:
-            if name == "packed":
-                made = IntLinear(*self.parts(expert))
-            else:
-                made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-                made.weight = nn.Parameter(dequantize(*self.parts(expert)), requires_grad=False)
-                if can_pack(made.weight):
-                    made = PackedLinear(made)
-            self.layouts[key] = made
+            with torch.inference_mode(False), torch.no_grad():  # made for a prompt it may serve training too
+                self.layouts[key] = self._new_layout(name, expert)
         return self.layouts[key]
+
+    def _new_layout(self, name: str, expert: int | None) -> nn.Module:
+        if name == "packed":
+            return IntLinear(*self.parts(expert))
+        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        made.weight = nn.Parameter(dequantize(*self.parts(expert)), requires_grad=False)
+        return PackedLinear(made) if can_pack(made.weight) else made
 
 
 class IntLinear(nn.Module):
@@ -338,6 +351,23 @@ def install_quantized(model: nn.Module, folder: Path) -> None:
         install_parts(model, formats)
     elif settings and "tool" not in settings:
         install(model, settings, folder / "quantize.json")
+
+
+@torch.no_grad()
+def fold_orders(model: nn.Module) -> None:
+    """Where the columns of a w2 have an order of their own, put the rows of w13, which w2 reads, into that order.
+
+    For a loaded model. The product of w2 then takes its input as it is. The other inputs come from norms and attention.
+    """
+    for module in model.modules():
+        w13, w2 = getattr(module, "w13", None), getattr(module, "w2", None)
+        if w13 is None or not isinstance(w2, QuantLinear) or w2.order is None:
+            continue
+        rows = torch.cat((w2.order, w2.order + len(w2.order)))      # of gate, of up
+        for tensor in stored(w13).values():
+            if tensor is not getattr(w13, "order", None):
+                tensor.copy_(tensor.index_select(-2, rows))
+        w2.order, w2.format = None, w2.format._replace(reordered=False)
 
 
 def stored(linear: nn.Module) -> dict[str, Tensor]:

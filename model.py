@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attention import MAX_TOKENS, OwnCache, Seen, attend, rows_seen
 from checkpoint import load_weights, read_json, resolve_checkpoint
 from config import ModelArgs
-from linears import Experts, install_quantized, stored, stored_parts
+from linears import Experts, fold_orders, install_quantized, stored, stored_parts
 from masks import attention_bias, bucket, causal_mask, hide_outside, slot_positions
 from rope import apply_rope, knows_length, rope_cos_sin, rope_inv_freq
 from runtime import tune
@@ -80,6 +80,7 @@ class Transformer(nn.Module):
         optional = {"lm_head.weight": model.output.weight} if tied else {}
         part = None if shard is None else shard.part(config)
         load_weights(_hf_targets(model), folder, optional, part)  # the file of a tied model may hold the matrix twice
+        fold_orders(model)
         if shard is not None:
             shard.connect(model)    # all ranks wait for the one that reads slowest
         if choose_kernels:

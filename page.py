@@ -46,8 +46,8 @@ def page_answer(name: str, prompt_text: str, result: Generation, row: int, token
     prompt = list(prompt)
     parts = list(dict.fromkeys(part for step in steps for part in step.seconds))
     used = set(ids).union(*(ids_of(step) for step in steps))
-    return {"name": name, "prompt": prompt_text, "finish": result.finish_reason[row], "tokens": ids,
-            "pieces": text_pieces(ids, stop, prompt), "parts": parts, "steps": [page_step(step, parts) for step in steps],
+    return {"name": name, "prompt": prompt_text, "tokens": ids, "pieces": text_pieces(ids, stop, prompt),
+            "parts": parts, "steps": [page_step(step, parts) for step in steps],
             "texts": {i: tokenizer.piece(i) for i in sorted(used)}}
 
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draft_tree import Draft
-from sampling import Sampling, next_tokens
 
 PARTS = ("draft", "verify", "accept", "record", "commit")   # of an EAGLE step; what is left of its time is the host's
 
@@ -60,14 +59,17 @@ class Recorder:
         if self.has_parts:
             torch.ops.eagle_fast.mark(self.clock, part)
 
-    def note(self, draft: Draft, logits: Tensor, path: Tensor, n_accepted: Tensor) -> None:
-        """Keep a draft, what the target says at its nodes, logits [B, N, V], and the accepted path (see Accepted)."""
+    def note(self, draft: Draft, path: Tensor, n_accepted: Tensor, said: Tensor) -> None:
+        """Keep a draft, the accepted path (see Accepted), and the target's likeliest token after each node, [B, N]."""
         n = draft.tokens.shape[1]
         log_q = torch.full_like(draft.tokens, math.nan, dtype=torch.float) if draft.log_q is None else draft.log_q
         last = path.gather(1, n_accepted)                                                   # [B, 1] node
         is_accepted = draft.ancestors.gather(1, last[:, :, None].expand(-1, -1, n))[:, 0]   # [B, N]
-        rows = (draft.tokens, draft.parents, F.pad(log_q, (0, n - log_q.shape[1]), value=math.nan),
-                next_tokens(logits, Sampling()), is_accepted)
+        log_q = F.pad(log_q, (0, n - log_q.shape[1]), value=math.nan)
+        parents = draft.parents
+        if draft.copied is not None:    # of a batch some rows may have found nothing to copy: they have no such branch
+            parents = parents.masked_fill(draft.copied.found_nothing, -1)
+        rows = (draft.tokens, parents, log_q, said, is_accepted)
         nodes = torch.stack([row.float() for row in rows], dim=1)
         self.nodes.copy_(F.pad(nodes, (0, self.nodes.shape[2] - n), value=-1.0))
 

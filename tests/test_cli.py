@@ -1,23 +1,17 @@
-"""The command line of generate.py: what it writes where, its exit status, the chat, and every input it must refuse.
+"""The command line of generate.py: what it writes where, its exit status, and every input it must refuse.
 
     python -m pytest tests/test_cli.py -q
 
 In this process where that shows the law, as a child process where signals, pipes and terminals matter. The
 checkpoints are tiny random models with a byte-level tokenizer.
 """
-import contextlib
 import json
 import os
-import pty
-import re
-import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +20,6 @@ import torch
 import checkpoint as checkpoint_file
 import generate as cli
 from chat import Printer, StopTexts
-from decoder import Decoder
 from generate import generate
 from model import Transformer
 from reference import CONTEXT, edited_json, read_safetensors, write_checkpoint
@@ -44,37 +37,10 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
 
 
-@pytest.fixture(scope="session")
-def talker(tmp_path_factory):
-    """Its text is encoded back into the very ids it came from: one per character, as in a chat one hopes for."""
-    return write_checkpoint(tmp_path_factory.mktemp("cli") / "talker", merges=0, ascii_only=True)
-
-
-@pytest.fixture(scope="session")
-def endless(tmp_path_factory):
-    """A context it does not get through while a test waits, and no stop token on the way."""
-    return write_checkpoint(tmp_path_factory.mktemp("cli") / "endless", ascii_only=True, context=100_000)
-
-
 @pytest.fixture
 def broken(checkpoint, tmp_path):
     """A copy to be damaged."""
     return shutil.copytree(checkpoint, tmp_path / "broken")
-
-
-@pytest.fixture
-def run(capsys):
-    """run(*argv) -> (exit status, stdout, stderr), in this process."""
-
-    def run(*argv):
-        capsys.readouterr()
-        try:
-            status = cli.main(cli.parse_args(list(map(str, argv))))
-        except SystemExit as leave:
-            status = leave.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -673,193 +639,6 @@ def test_interactive_without_a_chat_template_is_refused_before_the_first_questio
     refused("--checkpoint", broken, "--interactive", names="chat template")
 
 
-# --- chat, in this process --------------------------------------------------------------------------------------------
-
-class Chat:
-    """Feeds lines to the chat. Records what the decoder is asked, what it answers and which positions it computes."""
-
-    def __init__(self, monkeypatch, run, folder):
-        self.run, self.folder, self.monkeypatch = run, folder, monkeypatch
-        self.watch()
-
-    def watch(self):
-        self.turns = []         # {"prompt": ids, "said": ids, "computed": positions}
-        self.interrupt_at = {}  # turn -> the pass of the model that Ctrl-C comes in
-        decode, run = Decoder.generate, Transformer.hidden_states
-
-        def watched_decode(decoder, prompts, *args, on_tokens, **options):
-            turn = {"prompt": prompts[0], "said": [], "computed": [], "passes": 0}
-            self.turns.append(turn)
-
-            def watched_on_tokens(row, ids, *rest):
-                turn["said"] += ids
-                on_tokens(row, ids, *rest)
-
-            return decode(decoder, prompts, *args, on_tokens=watched_on_tokens, **options)
-
-        def watched_pass(model, tokens, input_pos, *args, **options):
-            turn = self.turns[-1]
-            if turn["passes"] == self.interrupt_at.get(len(self.turns) - 1):
-                raise KeyboardInterrupt
-            turn["passes"] += 1
-            turn["computed"] += input_pos.expand(tokens.shape)[0].tolist()
-            return run(model, tokens, input_pos, *args, **options)
-
-        self.monkeypatch.setattr(Decoder, "generate", watched_decode)
-        self.monkeypatch.setattr(Transformer, "hidden_states", watched_pass)
-
-    def __call__(self, *lines, argv=()):
-        """Each line is a message, or an exception that input() raises; then Ctrl-D. Returns (stdout, stderr)."""
-        pending = iter([*lines, EOFError])
-
-        def read(prompt=""):
-            line = next(pending)
-            if isinstance(line, type):
-                raise line
-            return line
-
-        self.monkeypatch.setattr("builtins.input", read)
-        status, out, err = self.run("--checkpoint", self.folder, "--dtype", "float32", "--interactive",
-                                    "--max-new-tokens", 10, *argv)
-        self.monkeypatch.undo()
-        assert status == 0, err
-        return out, err
-
-    def assert_each_answer_is_that_of_a_fresh_model(self):
-        for turn in self.turns:
-            fresh, _ = tokens_and_text(self.folder, [turn["prompt"]], 10)
-            assert turn["said"] == fresh[0][:len(turn["said"])]
-
-
-@pytest.fixture
-def chat(monkeypatch, run, talker):
-    return Chat(monkeypatch, run, talker)
-
-
-def test_a_chat_carries_the_conversation_on_and_prefills_only_what_is_new(chat, talker):
-    out, _ = chat("Hello, who are you?", "I see. Tell me more!", "ok")
-    decode = Tokenizer.from_pretrained(talker).decode
-    said = [decode(turn["said"]) for turn in chat.turns]
-    assert out == "".join(text + "\n" for text in said) and [len(text) for text in said] == [10, 10, 10]
-    assert chat.turns[0]["prompt"] == chat_ids(talker, "Hello, who are you?")
-    assert chat.turns[2]["prompt"] == chat_ids(talker, "Hello, who are you?", said[0], "I see. Tell me more!", said[1],
-                                               "ok")
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-    known = 0
-    for turn in chat.turns:
-        end = len(turn["prompt"]) + 10 - 1  # the last token said has not been an input yet
-        assert sorted(set(turn["computed"])) == list(range(known, end))
-        known = end
-
-
-@pytest.mark.parametrize("at", [0, 1, 2, 6])
-def test_ctrl_c_ends_the_answer_only_and_spoils_no_later_one(chat, talker, at):
-    chat.interrupt_at = {0: at, 2: at}
-    out, err = chat("Hello, who are you?", "I see.", "What?", "Go on.")
-    assert "Traceback" not in err and len(chat.turns) == 4
-    lengths = [len(turn["said"]) for turn in chat.turns]
-    assert lengths[0] == max(0, at - 1)  # the passes are warm-up, prefill with the first token, steps
-    assert lengths[1] == lengths[3] == 10 and lengths[2] <= at
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-    said = Tokenizer.from_pretrained(talker).decode(chat.turns[0]["said"])
-    assert chat.turns[1]["prompt"] == chat_ids(talker, "Hello, who are you?", said, "I see.")
-
-
-def test_ctrl_c_while_an_answer_is_printed_keeps_the_conversation_right(chat, monkeypatch):
-    put, calls = Printer._put, []
-
-    def interrupted(printer, row, text):
-        put(printer, row, text)
-        calls.append(text)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Printer, "_put", interrupted)
-    chat("Hello, who are you?", "Go on.")
-    assert 0 < len(chat.turns[0]["said"]) < 10 and len(chat.turns[1]["said"]) == 10
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-
-
-def test_ctrl_c_at_the_prompt_neither_leaves_nor_forgets(chat):
-    chat("Hello, who are you?", KeyboardInterrupt, KeyboardInterrupt, "", "  ", "ok")
-    assert len(chat.turns) == 2 and len(chat.turns[1]["prompt"]) > len(chat.turns[0]["prompt"]) + 10
-
-
-def test_a_conversation_that_outgrows_the_context_drops_its_oldest_turns_and_says_so(chat, talker):
-    out, err = chat("Hello, who are you?", "I see.", "Tell me more.", "Go on.",
-                    argv=["--max-seq-length", 90, "--system", "Sir"])
-    tok = Tokenizer.from_pretrained(talker)
-    said, turns = [tok.decode(turn["said"]) for turn in chat.turns], [turn["prompt"] for turn in chat.turns]
-    render = lambda *texts: tok.apply_chat_template([
-        {"role": "system", "content": "Sir"},
-        *({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts))])
-    assert turns[1] == render("Hello, who are you?", said[0], "I see.")
-    assert turns[2] == render("I see.", said[1], "Tell me more.")       # one turn less
-    assert turns[3] == render("I see.", said[1], "Tell me more.", said[2], "Go on.")
-    assert len(render("Hello, who are you?", said[0], "I see.", said[1], "Tell me more.")) + 10 > 90
-    assert [line.lstrip("> ") for line in err.splitlines() if "outgrown" in line] == [
-        "The conversation has outgrown its 90 tokens: the oldest 1 of its 2 turns is dropped."]
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-
-
-def test_a_chat_past_the_original_context_of_dynamic_rope_says_what_a_fresh_model_says(monkeypatch, run, tmp_path):
-    folder = write_checkpoint(tmp_path / "dynamic", ascii_only=True, context=48,
-                              rope=dict(rope_type="dynamic", factor=8.0))
-    chat = Chat(monkeypatch, run, folder)
-    chat("Hello", "I see.", "Tell me more.", "Go on.")
-    assert len(chat.turns[0]["prompt"]) + 10 < 48 < len(chat.turns[2]["prompt"])
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-    assert min(chat.turns[1]["computed"]) > 0 == min(chat.turns[3]["computed"])
-
-
-def test_where_no_turn_fits_beside_a_message_all_are_dropped(chat, talker):
-    out, err = chat("Hello", "I see.", "x" * 30, argv=["--max-seq-length", 50])
-    assert chat.turns[2]["prompt"] == chat_ids(talker, "x" * 30)
-    assert "outgrown its 50 tokens: the oldest 2 of its 2 turns are dropped." in err
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-
-
-def test_a_message_longer_than_the_context_is_not_the_end_of_the_chat(chat, talker):
-    out, err = chat("Hello", "x" * 80, "Again", argv=["--max-seq-length", 50])
-    assert "80" in err or str(len(chat_ids(talker, "x" * 80))) in err
-    assert len(chat.turns) == 2 and len(chat.turns[1]["said"]) == 10
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-
-
-def test_a_line_that_cannot_be_said_is_left_out_and_the_conversation_goes_on(chat, talker, tmp_path):
-    (tmp_path / "picky.jinja").write_text("{% for m in messages %}"
-                                          "{% if m.content == 'bad' %}{{ raise_exception('not this') }}{% endif %}"
-                                          "{{ m.content }}<|end|>{% endfor %}")
-    out, err = chat("\ufeffHello", "Caf\udce9", "bad", "x" * 90, "Again",
-                    argv=["--chat-template", tmp_path / "picky.jinja", "--max-seq-length", 60, "--system", "Sir"])
-    tok = Tokenizer.from_pretrained(talker)
-    said = tok.decode(chat.turns[0]["said"])
-    assert [turn["prompt"] for turn in chat.turns] == [
-        tok.encode("Sir<|end|>Hello<|end|>"), tok.encode(f"Sir<|end|>Hello<|end|>{said}<|end|>Again<|end|>")]
-    assert "UTF-8" in err and "not this" in err and err.count("left out") == 3
-    chat.assert_each_answer_is_that_of_a_fresh_model()
-
-
-def test_one_seed_begins_a_chat_and_its_draws_go_on(chat, tmp_path):
-    (tmp_path / "last.jinja").write_text("{{ messages[-1].content }}")      # the same prompt each time
-    argv = ["--chat-template", tmp_path / "last.jinja", "--temperature", 1.5]
-
-    def said(seed):
-        chat.watch()
-        chat("Hi", "Hi", "Hi", argv=[*argv, "--seed", seed])
-        return [tuple(turn["said"]) for turn in chat.turns]
-    assert len({*said(3)}) == 3 and said(3) == said(3) != said(4)
-
-
-def test_a_stop_text_ends_a_turn_of_a_chat(chat, talker):
-    chat("Hello")
-    text = Tokenizer.from_pretrained(talker).decode(chat.turns[0]["said"])
-    chat.watch()
-    out, _ = chat("Hello", "Go on", argv=["--stop", text[4:6]])
-    assert out.splitlines()[0] == text[:text.index(text[4:6])]
-    assert chat.turns[1]["prompt"] == chat_ids(talker, "Hello", text[:text.index(text[4:6])], "Go on")
-
-
 # --- as a child process -----------------------------------------------------------------------------------------------
 
 def command(*argv):
@@ -924,88 +703,3 @@ def test_a_reader_that_leaves_early_is_no_error(endless):
                            env=environment(), timeout=60)
     assert len(child.stdout) == 1 and child.returncode == 141  # as a program that SIGPIPE ends
     assert len(child.stderr.splitlines()) <= 1 and b"Traceback" not in child.stderr and b"Exception" not in child.stderr
-
-
-def test_a_chat_from_a_pipe_answers_each_line_and_ends_with_it(talker):
-    argv = command("--checkpoint", talker, "--interactive", "--max-new-tokens", 8, "--dtype", "float32")
-    child = subprocess.run(argv, input=b"Hello\nCaf\xe9?\nGo on", capture_output=True, timeout=60,
-                           env=environment(PYTHONIOENCODING="utf-8:strict"))
-    child.stdout, child.stderr = child.stdout.decode(), child.stderr.decode()
-    first = tokens_and_text(talker, [chat_ids(talker, "Hello")], 8)[1][0]
-    second = tokens_and_text(talker, [chat_ids(talker, "Hello", first, "Go on")], 8)[1][0]
-    assert (child.returncode, child.stdout) == (0, f"{first}\n{second}\n"), child.stderr
-    assert child.stderr.count("not UTF-8") == 1
-    assert "Traceback" not in child.stderr
-
-
-class Terminal:
-    """A child process on a terminal of its own."""
-
-    def __init__(self, argv):
-        self.end, inner = pty.openpty()
-        settings = termios.tcgetattr(inner)
-        settings[3] &= ~termios.ECHO
-        termios.tcsetattr(inner, termios.TCSANOW, settings)
-        own = ("import os, sys, fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-               "os.execv(sys.argv[1], sys.argv[1:])")
-        self.child = subprocess.Popen([sys.executable, "-c", own, *argv], stdin=inner, stdout=inner, stderr=inner,
-                                      start_new_session=True, env=environment(TERM="dumb"), preexec_fn=heed_ctrl_c)
-        os.close(inner)
-        self.text = ""
-
-    def type(self, text):
-        os.write(self.end, text.encode())
-
-    def wait_for(self, pattern, typing="", seconds=60):
-        """Read until the text since the last match matches, and return that text.
-
-        `typing` is typed at once and again in each silent second: a key pressed between the prompt and the moment
-        when readline takes over the terminal is lost.
-        """
-        deadline = time.monotonic() + seconds
-        self.type(typing)
-        while not (match := re.search(pattern, self.text)):
-            if not self.read():
-                self.type(typing)
-            assert self.child.poll() is None and time.monotonic() < deadline, f"no {pattern!r} in {self.text[-2000:]!r}"
-        seen, self.text = self.text[:match.end()], self.text[match.end():]
-        return seen
-
-    def read(self):
-        """Take what there is, or comes within a second. False when there is nothing."""
-        with contextlib.suppress(OSError):  # EIO: the child has left
-            if select.select([self.end], [], [], 1)[0]:
-                self.text += os.read(self.end, 65536).decode(errors="replace")
-                return True
-        return False
-
-    def leave(self, seconds=30):
-        """Type Ctrl-D until the child leaves. Returns its exit status."""
-        deadline = time.monotonic() + seconds
-        while self.child.poll() is None and time.monotonic() < deadline:
-            self.type("\x04")
-            while self.read():
-                pass
-        return self.child.poll()
-
-    def close(self):
-        with contextlib.suppress(ProcessLookupError):
-            self.child.kill()
-        self.child.wait()
-        os.close(self.end)
-
-
-def test_on_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(endless):
-    terminal = Terminal(command("--checkpoint", endless, "--interactive", "--max-seq-length", 100_000, *LONG))
-    try:
-        seen = terminal.wait_for(r"> $")
-        for message in ("hello\n", "again\n"):
-            terminal.type(message)
-            seen += terminal.wait_for(r"[!-~]{40}")     # it answers, and would for long
-            terminal.type("\x03")
-            seen += terminal.wait_for(r"\r\n> $")
-        seen += terminal.wait_for(r"Ctrl-D leaves\.\r\n> $", typing="\x03")
-        assert terminal.leave() == 0
-        assert "Traceback" not in seen + terminal.text
-    finally:
-        terminal.close()

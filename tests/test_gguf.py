@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, TokenType
 from gguf.quants import dequantize
 
 import gguf_header
 import quantize
 from checkpoint import iterate_weights, list_shapes, quantize_settings, read_json, resolve_checkpoint
 from config import ModelArgs
-from gguf_files import default_tokenizer, round_to_file, write_bpe, write_gguf
+from gguf_files import default_tokenizer, round_to_file, stored, write_bpe, write_gguf
 from gguf_format import model_config, unpermute
-from gguf_header import Header, Stored, read_header, values
+from gguf_header import Header, Stored, on_grid, read_header, stored_shapes, values
 from generate import generate
 from grid import Format
+from grid import dequantize as grid_values
 from model import Transformer
 from reference import TEMPLATE, assert_close, expected, naive_decode, tiny, tokens_of, write_checkpoint
 from test_eagle_lossless import head_of
@@ -69,6 +70,20 @@ def test_values_are_those_of_the_gguf_package_to_the_last_bit(whole):
     for tensor in GGUFReader(whole).tensors:
         ours = values(header.tensors[tensor.name])
         assert torch.equal(ours, torch.tensor(dequantize(tensor.data, tensor.tensor_type))), tensor.name
+
+
+@pytest.mark.parametrize("kind", gguf_header.FORMATS)
+def test_the_grid_and_its_dequantisation_are_the_package_s_to_the_last_bit(kind, tmp_path, monkeypatch):
+    """Of weights of unlike sizes, in stretches and a rest of them."""
+    monkeypatch.setattr(gguf_header, "STRETCH", 7 * 512)
+    weight = np.random.default_rng(1).normal(size=(60, 512)) * np.logspace(-3, 0, 60)[:, None]
+    data = stored(weight.astype(np.float32), kind)
+    (tmp_path / "x").write_bytes(bytes(32) + data.tobytes())
+    tensor = Stored(kind, weight.shape, tmp_path / "x", 32, 32 + data.nbytes)
+    truth, grid = torch.from_numpy(dequantize(data, GGMLQuantizationType[kind])), on_grid(tensor)
+    assert torch.equal(values(tensor), truth)
+    assert torch.equal(grid_values(grid["weight"], grid["scales"], grid.get("zeros")), truth)
+    assert {name: tuple(part.shape) for name, part in grid.items()} == stored_shapes(tensor)
 
 
 def test_a_file_cut_at_any_place_is_refused_by_name(whole, tmp_path):
@@ -171,9 +186,9 @@ def test_quantised_weights_equal_the_packages_dequantised_ones_to_the_last_bit(m
     assert_close(logits_of(model, tokens), expected(hf, tokens)[0])
 
 
-def kept(model):
-    """{name of a linear: its format, or None for 16 bits} of the first layer, and the LM head."""
-    block = model.layers[0]
+def kept(model, layer=0):
+    """{name of a linear: its format, or None for 16 bits} of a layer, and of the LM head."""
+    block = model.layers[layer]
     linears = {"wqkv": block.attention.wqkv, "wo": block.attention.wo, "w13": block.feed_forward.w13,
                "w2": block.feed_forward.w2, "output": model.output}
     return {name: getattr(linear, "format", None) for name, linear in linears.items()}
@@ -196,15 +211,24 @@ def test_what_has_a_grid_here_keeps_it_and_one_line_names_the_rest(tmp_path, cap
         "mode": "int4", "group_size": 32, "tool": "gguf", "source": "x"}
 
 
-def test_k_quants_are_dequantised(tmp_path, capsys):
-    kinds = {"": "F32", "attn_v": "Q6_K", "attn_output": "Q4_K", "ffn": "Q4_K"}
+def test_q4_k_keeps_its_grid_and_other_k_quants_are_dequantised(tmp_path, capsys):
+    """As in a file Q4_K_M: some layers have Q6_K for v, which takes q and k with it, and for down."""
+    kinds = {"": "F32", "attn": "Q4_K", "ffn": "Q4_K", "blk.1.attn_v": "Q6_K", "blk.1.ffn_down": "Q6_K"}
     folder, hf = tiny("qwen2", tmp_path / "hf", hidden_size=256, intermediate_size=256, head_dim=64)
     write_gguf(folder, tmp_path / "x.gguf", kinds)
     round_to_file(hf, kinds, "qwen2")
+    model, int4 = load(tmp_path / "x.gguf"), Format("int4", 32)
+    assert capsys.readouterr().err == "GGUF: weights that are dequantised: 2 in Q4_K, 2 in Q6_K\n"
+    assert list(kept(model, 0).values()) == [int4, int4, int4, int4, None]
+    assert list(kept(model, 1).values()) == [None, int4, int4, None, None]
+    for block, theirs in zip(model.layers, hf.model.layers):
+        own, mlp = theirs.self_attn, theirs.mlp
+        assert torch.equal(block.attention.wqkv.weight,
+                           torch.cat([part.weight for part in (own.q_proj, own.k_proj, own.v_proj)]))
+        assert torch.equal(block.feed_forward.w2.weight, mlp.down_proj.weight)
     tokens = tokens_of(24)
-    assert_close(logits_of(load(tmp_path / "x.gguf"), tokens), expected(hf, tokens)[0])
-    assert capsys.readouterr().err == "GGUF: weights that are dequantised: 8 in Q4_K, 2 in Q6_K\n"
-    assert quantize_settings(resolve_checkpoint(tmp_path / "x.gguf")) == {}
+    assert_close(logits_of(model, tokens), expected(hf, tokens)[0])
+    assert quantize_settings(resolve_checkpoint(tmp_path / "x.gguf"))["mode"] == "int4"
 
 
 def test_quantize_py_refuses_a_file_that_keeps_its_grid_and_takes_one_in_16_bits(tmp_path, capsys):
@@ -295,11 +319,34 @@ def test_rope_scaling_is_taken_over(facts, scaling):
     ({"llama.rope.dimension_count": 8}, "rope.dimension_count 8 is not supported"),
     ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' is not supported"),
     ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor 1.2 is not supported"),
-    ({"llama.attention.sliding_window": 4096}, "sliding_window 4096 is not supported"),
+    ({"llama.attention.sliding_window": 4096, "llama.attention.sliding_window_pattern": [True, False]},
+     r"llama.attention.sliding_window 4096 with .*_pattern \[True, False\] is not supported: in which of 2 layers"),
 ])
 def test_what_the_model_lacks_is_refused_by_name(facts, message):
     with pytest.raises(ValueError, match=message):
         model_config(header_of(facts))
+
+
+@pytest.mark.parametrize("pattern", [None, 2, [True], [0, 1]])
+def test_a_window_of_qwen_is_refused_unless_each_layer_says_whether_it_has_it(pattern):
+    facts = {"qwen3.attention.sliding_window": 16, "qwen3.attention.sliding_window_pattern": pattern}
+    with pytest.raises(ValueError, match="sliding_window 16 with .* is not supported: in which of 2 layers is it"):
+        model_config(header_of(facts, arch="qwen3"))
+
+
+@pytest.mark.parametrize("kind, keys, pattern", [
+    ("mistral", dict(sliding_window=8), None),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), [False, True]),
+])
+def test_a_sliding_window_is_taken_over(kind, keys, pattern, tmp_path):
+    folder, hf = tiny(kind, tmp_path / "hf", **WIDE, **keys)
+    facts = {"{arch}.attention.sliding_window": 8} | (
+        {"{arch}.attention.sliding_window_pattern": pattern} if pattern else {})
+    write_gguf(folder, tmp_path / "x.gguf", facts=facts)
+    ours = ModelArgs.from_config(read_json(resolve_checkpoint(tmp_path / "x.gguf") / "config.json"))
+    assert ours == ModelArgs.from_config(read_json(folder / "config.json")) and ours.sliding_window == 8
+    tokens = tokens_of(24)
+    assert_close(logits_of(load(tmp_path / "x.gguf"), tokens), expected(hf, tokens)[0])
 
 
 def test_llama3_scaling_is_found_from_its_factors_and_other_factors_are_refused(tmp_path):

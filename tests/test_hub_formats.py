@@ -23,7 +23,7 @@ from reference import assert_close, assert_near_greedy, edited_json, expected, n
 from runtime import tune
 from scripts import plan
 from test_eagle_lossless import head_of
-from train_features import shard_layers
+from train_features import shard_layers, target_stamp
 
 CASES = {
     "gptq": ("gptq", {}, Format("int4", 32)),
@@ -90,7 +90,9 @@ def test_values_equal_the_reference_to_the_last_bit_and_logits_are_those_of_the_
     assert torch.equal(model.layers[1].attention.wqkv.weight, qkv)
     assert len(quantised(model)) == 8       # all linears of both layers
     if format is not None:
-        assert {module.format for module in quantised(model).values()} == {format}
+        formats = {name.split(".")[-1]: module.format for name, module in quantised(model).items()}
+        assert formats.pop("w2") == format._replace(reordered=False)    # w13 gives it its input in order
+        assert set(formats.values()) == {format}
     tokens = tokens_of(20)
     theirs, _ = expected(hf, tokens)
     assert_close(model(torch.tensor([tokens]), torch.arange(20))[0][0], theirs)
@@ -168,6 +170,22 @@ def test_a_grid_that_is_not_ours_is_dequantised_to_16_bits(method, options, tmp_
     assert_close(model(torch.tensor([tokens]), torch.arange(20))[0][0], expected(hf, tokens)[0])
 
 
+def shared_order(name, K, group_size):
+    return order_of("shared", K, group_size)
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("gqa", {}), ("gqa", dict(skip=("gate_proj",))), ("mixtral", dict(order=shared_order))])
+def test_the_rows_of_w13_stand_in_the_order_of_w2_s_columns(kind, options, tmp_path):
+    """Also where w13 has 16 bits, and of experts. So w2's input needs no order, and the products are the same."""
+    hf = write_foreign(tmp_path / "m", kind, "gptq", desc_act=True, **options)
+    model, tokens = Transformer.from_pretrained(tmp_path / "m", dtype=torch.float32), tokens_of(20)
+    orders = {name.split(".", 2)[2]: module.order for name, module in quantised(model).items()}
+    assert orders["feed_forward.w2"] is None and orders["attention.wo"] is not None
+    assert ("feed_forward.w13" in orders) == ("skip" not in options)
+    assert_close(model(torch.tensor([tokens]), torch.arange(20))[0][0], expected(hf, tokens)[0])
+
+
 def test_groups_of_96_are_kept_in_groups_of_32(tmp_path):
     hf = write_foreign(tmp_path / "m", "gqa", "gptq", group_size=96, hidden_size=96, intermediate_size=192,
                        num_attention_heads=4)
@@ -224,6 +242,24 @@ def test_shards_may_part_the_tensors_of_a_linear(tmp_path):
     dense = load_file(tmp_path / "m-dense/model.safetensors")
     ours = values(tmp_path / "m")
     assert dense.keys() == ours.keys() and all(torch.equal(ours[key], dense[key]) for key in dense)
+
+
+def test_a_file_of_gptq_s_older_tools_is_found_by_its_name(tmp_path):
+    """With quantize_config.json beside it, whole or in shards. Two of them are refused."""
+    hf = write_foreign(tmp_path / "m", "gqa", "gptq", beside=True)
+    file, tokens = tmp_path / "m/gptq_model-4bit-32g.safetensors", tokens_of(20)
+    (tmp_path / "m/model.safetensors").rename(file)
+    assert_close(Transformer.from_pretrained(tmp_path / "m", dtype=torch.float32)(
+        torch.tensor([tokens]), torch.arange(20))[0][0], expected(hf, tokens)[0])
+    tensors, stamp = load_file(file), target_stamp(tmp_path / "m")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, file)
+    assert target_stamp(tmp_path / "m") != stamp
+    shutil.copy(file, tmp_path / "m/gptq_model-8bit.safetensors")
+    with pytest.raises(ValueError, match="holds 2 models, gptq_model-4bit-32g.safetensors, gptq_model-8bit.safetens"):
+        Transformer.from_pretrained(tmp_path / "m")
+    (tmp_path / "m/gptq_model-4bit-32g.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(tensors, "gptq_model-8bit.safetensors")}))
+    Transformer.from_pretrained(tmp_path / "m")
 
 
 def split_by_turns(folder, tensors):

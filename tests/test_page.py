@@ -9,12 +9,12 @@ import random
 import re
 import shutil
 import time
-from types import SimpleNamespace
 
 import pytest
 
 import generate as cli
 from chat import StopTexts
+from decoder import Generation
 from page import TEMPLATE, page_answer, script_json, write_page
 from recorder import Step
 from reference import CORPUS, write_checkpoint
@@ -44,8 +44,7 @@ def tok(tmp_path_factory):
 def recorded(tokens, steps, *more):
     """A generation of one row, or more: (tokens, steps) each."""
     rows = [(tokens, steps), *more]
-    return SimpleNamespace(tokens=[row[0] for row in rows], steps=[row[1] for row in rows],
-                           finish_reason=["length"] * len(rows))
+    return Generation([row[0] for row in rows], [], [], steps=[row[1] for row in rows])
 
 
 def three_steps(tok):
@@ -93,8 +92,9 @@ def random_steps(n_token, n_node, mean_length=1.6, n_copy=0, vocab=300, seed=0):
 
 def test_the_pieces_of_an_answer_are_its_text_whatever_characters_its_tokens_break(tok):
     ids = tok.encode("der Füchsin 🦊 \u2028 the end\n<|end|>")
-    answer = page_answer("1", "", recorded(ids, random_steps(40, 3).steps[0]), 0, tok)
-    assert "".join(answer["pieces"]) == tok.decode(ids) and len(answer["pieces"]) == len(ids)
+    for n in range(1, len(ids) + 1):    # some end within a character
+        answer = page_answer("1", "", recorded(ids[:n], random_steps(40, 3).steps[0]), 0, tok)
+        assert "".join(answer["pieces"]) == tok.decode(ids[:n]) and len(answer["pieces"]) == n
     assert "" in answer["pieces"] and answer["texts"][tok.encode("<|end|>")[0]] == "<|end|>"
 
 
@@ -121,8 +121,8 @@ def test_a_step_is_written_as_it_was_recorded_probabilities_and_times_rounded(to
 
 def test_an_answer_that_was_not_recorded_is_refused_and_one_of_the_prefill_alone_is_none(tok):
     with pytest.raises(ValueError, match="record=True"):
-        page_answer("1", "", SimpleNamespace(tokens=[[1, 2]], steps=[], finish_reason=["stop"]), 0, tok)
-    answer = page_answer("1", "", SimpleNamespace(tokens=[[40]], steps=[[]], finish_reason=["stop"]), 0, tok)
+        page_answer("1", "", Generation([[1, 2]], [], []), 0, tok)
+    answer = page_answer("1", "", recorded([40], []), 0, tok)
     assert answer["steps"] == [] and answer["pieces"] == [tok.decode([40])]
 
 
@@ -161,7 +161,7 @@ def opened(browser, tmp_path):
             file.write_text(edit(file.read_text()))
         contexts.append(browser.new_context(viewport=dict(width=width, height=height), **options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(5000)
+        page.set_default_timeout(15_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text))
         page.on("request", lambda request: wrong.append(request.url) if request.url != file.as_uri() else None)
@@ -209,11 +209,11 @@ def test_every_token_shows_where_it_came_from(opened, tok):
     assert page.text_content("#prompt") == "What does the fox do?"
     assert page.eval_on_selector("#answer [data-name]", "token => token.dataset.name") == "<|end|>"
     page.mouse.move(5, 5)
-    colors = {source: color(page, f"#answer .{source}:not(.here)", "backgroundColor") for source in SOURCES}
-    lines = {source: color(page, f"#answer .{source}:not(.here)", "borderBottomStyle") for source in SOURCES}
+    colors = {source: color(page, f"#answer .{source}:not(.here) > .mark", "backgroundColor") for source in SOURCES}
+    lines = {source: color(page, f"#answer .{source}:not(.here) > .mark", "borderBottomStyle") for source in SOURCES}
+    widths = {source: color(page, f"#answer .{source}:not(.here) > .mark", "borderBottomWidth") for source in SOURCES}
     assert len(set(colors.values())) == 3
-    assert [lines[name] for name in SOURCES] == ["solid", "dashed", "solid"]
-    assert color(page, "#answer .own", "borderBottomWidth") == "0px"        # no line under the target's own
+    assert [(lines[name], widths[name]) for name in SOURCES] == [("solid", "2px"), ("dashed", "2px"), ("solid", "0px")]
     keys = page.eval_on_selector_all("#sources li", "keys => keys.map(key => key.textContent.split(' ').join(' '))")
     assert [re.findall(r"\d+%?", key) for key in keys] == [["3", "33%"], ["2", "22%"], ["4", "44%"]]
     assert page.text_content("#length") == "2.25"       # 9 tokens in 4 steps, before the cut
@@ -226,7 +226,7 @@ def test_the_step_under_the_pointer_shows_its_tree(opened, tok):
     page = opened(page_answer("1", "", three_steps(tok), 0, tok))
     page.hover("#answer [data-step='1']")
     assert title(page) == "Step 1 of 4"
-    assert page.text_content("#said") == ("3 tokens: 2 drafted by the head, then one the target's own. "
+    assert page.text_content("#said") == ("3 tokens: 2 drafted by the head, 1 the target's own. "
                                           "2 of 4 drafted nodes wasted. 13.4 ms.")
     nodes = nodes_shown(page)
     assert [node[:4] for node in nodes] == [
@@ -238,7 +238,7 @@ def test_the_step_under_the_pointer_shows_its_tree(opened, tok):
     assert nodes[1][4] == "·quick: depth 1, drafted, probability 20%, accepted; the target then says ·fox"
     assert nodes[4][4] == "·dog: depth 1, drafted, probability 62%, wasted; the target then says ·over"
     bars = page.eval_on_selector_all(".node hr", "bars => bars.map(bar => parseFloat(bar.style.width))")
-    assert sorted(bars) == pytest.approx([0, 20, 62.34, 100])
+    assert sorted(bars) == pytest.approx([20, 62.34, 100])
     kept, wasted = (color(page, f".node.head{kind}", "borderTopColor") for kind in (".kept", ":not(.kept)"))
     assert kept != wasted
     page.hover("#answer [data-step='2']")
@@ -375,7 +375,7 @@ def test_a_page_of_2000_tokens_and_trees_of_60_nodes_is_small_and_quick(opened, 
     assert (tmp_path / "steps.html").stat().st_size < 3_000_000
     assert len(tokens_shown(page)) == 2000
     seconds = time.perf_counter() - start
-    assert seconds < 5, seconds
+    assert seconds < 8, seconds
     took = page.evaluate("(() => { const start = performance.now(); for (let s = 1; s <= 50; s++) keep(s); "
                          "document.body.offsetHeight; return (performance.now() - start) / 50 })()")
     assert took < 100, took
@@ -386,8 +386,9 @@ def test_a_page_of_2000_tokens_and_trees_of_60_nodes_is_small_and_quick(opened, 
 def test_a_phone_shows_the_step_of_a_tap_without_scrolling_sideways(opened, tok, scheme):
     facts = {"checkpoint": "a-checkpoint-with-a-very-long-name-" * 3, "tokens/s": 123.4}
     result = random_steps(300, 60, mean_length=3, n_copy=8)
-    page = opened(page_answer("1", "word " * 60 + "x" * 200, result, 0, tok), facts=facts, title="long" * 40, width=390,
-                  height=844, has_touch=True, is_mobile=True, device_scale_factor=2, color_scheme=scheme)
+    answers = [page_answer(name, "word " * 60 + "x" * 200, result, 0, tok) for name in ("name " * 40, "two")]
+    page = opened(*answers, facts=facts, title="long" * 40, width=390, height=844,
+                  has_touch=True, is_mobile=True, device_scale_factor=2, color_scheme=scheme)
     token = page.locator("#answer [data-step='9']").first
     token.tap()
     assert title(page).startswith("Step 9 ")
@@ -428,7 +429,8 @@ def test_generate_writes_a_page_of_what_it_answered(opened, checkpoint, tmp_path
     assert [[step["copied"] for step in answer["steps"]] for answer in data["answers"]] == told["copied"]
     assert [answer["prompt"] for answer in data["answers"]] == ["the fox, the fox", "the dog"]
     facts = dict(data["facts"])
-    assert facts["checkpoint"] == "tiny" and facts["dtype"] == "float32" and "head" not in facts
+    assert [facts.get(name) for name in ("checkpoint", "dtype", "copied branch")] == ["tiny", "float32", 4]
+    assert "head" not in facts
     page = opened(*data["answers"])
     assert page.text_content("#answer") == told["text"][0]
 

@@ -180,6 +180,17 @@ def test_decoding_any_ids_equals_transformers(any_folder):
     assert tok.decode([tok.vocab_size + 3, -1, 10**12]) == ""
 
 
+def test_a_piece_is_the_text_of_an_id_among_others(any_folder):
+    tok = Tokenizer.from_pretrained(any_folder)
+    rng = random.Random(3)
+    for _ in range(100):
+        text = "".join(rng.choice("abc  \n.,") for _ in range(20))
+        ids = tok.encode(text)
+        assert "".join(map(tok.piece, ids)).endswith(text)      # SentencePiece's first one has a space more
+        assert tok.decode(ids, after=tok.encode("b")) == "".join(map(tok.piece, ids))
+    assert all(tok.piece(i) for i in tok.special_ids) and tok.piece(tok.vocab_size + 3) == ""
+
+
 # --- tokens that JSON files beside the tokenizer declare --------------------------------------------------------------
 
 PIECES = "a <x>b <x> c<y>\n <y>d</s><z> e<|im_end|>f <think>g</think> [PAD]h x<w>y <w>"
