@@ -10,6 +10,7 @@ package, which takes seconds for a vocabulary and does not check that tensors li
 
 Shapes: N rows and K columns of a weight, G = K / 32 groups of a row.
 """
+import functools
 import math
 import mmap
 import re
@@ -86,7 +87,7 @@ def read_header(file: Path, vocabulary: bool = True) -> Header:
     Raises ValueError for a damaged file, FileNotFoundError.
     """
     parts = parts_of(file)
-    headers = [read_part(part, vocabulary) for part in parts]
+    headers = [read_part(part, vocabulary, (part.stat().st_size, part.stat().st_mtime_ns)) for part in parts]
     facts = headers[0].facts
     if facts.get("split.count", 1) not in (0, len(parts)):
         raise ValueError(f"{file} is one of {facts['split.count']} parts: they are found by their names, "
@@ -97,8 +98,9 @@ def read_header(file: Path, vocabulary: bool = True) -> Header:
     return Header(file, facts, tensors)
 
 
-def read_part(file: Path, vocabulary: bool) -> Header:
-    """One file. Every string, array and tensor is checked to lie within it."""
+@functools.lru_cache(maxsize=64)    # a load asks twice
+def read_part(file: Path, vocabulary: bool, state: tuple[int, int]) -> Header:
+    """One file in this state. Every string, array and tensor is checked to lie within it."""
     with open(file, "rb") as content:
         if content.read(4) != b"GGUF":
             raise ValueError(f"{file} is not a GGUF file")

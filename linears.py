@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from checkpoint import foreign_formats, quantize_settings
 from console import say
-from grid import Format, dequantize, linear_of, round_to_nearest, unpack
+from grid import Format, dequantize, linear_of, round_to_nearest
 
 LINEARS = ("wqkv", "wo", "w13", "w2", "fc")     # names of the modules that are quantised; routers (`gate`) are not
 ROWS = (1, 2, 4, 8, 16, 32, 64)                 # a kernel is chosen for up to each of these numbers of rows
@@ -284,7 +284,8 @@ class IntLinear(nn.Module):
         if zeros is None:
             scales = scales.flatten()
         else:
-            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu((unpack(q) + 8).int(), 1)
+            q = torch.stack((q & 15, q >> 4), -1).flatten(-2).int()     # from 0 to 15
+            q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
             scales = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous()  # [G, N, 2]
         self.register_buffer("q", q, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
