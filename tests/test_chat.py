@@ -320,8 +320,9 @@ def test_save_writes_all_messages_also_the_dropped_ones_and_may_write_its_own_fi
 
 
 def test_after_a_reset_a_save_holds_the_new_conversation_only(chat, talker, tmp_path):
-    chat("Hello, who are you?", "I see.", "Tell me more.", "/reset", "Hi", f"/save {tmp_path / 'talk.json'}",
-         argv=["--max-seq-length", 90])
+    _, err = chat("Hello, who are you?", "I see.", "Tell me more.", "/reset", "Hi", f"/save {tmp_path / 'talk.json'}",
+                  argv=["--max-seq-length", 60])
+    assert "dropped" in err
     said = Tokenizer.from_pretrained(talker).decode(chat.turns[3]["said"])
     assert json.loads((tmp_path / "talk.json").read_text(encoding="utf-8")) == [
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
