@@ -218,7 +218,7 @@ class Conversation:
     def figures(self, n_new: int, n_used: int, result: Generation | None, drafts: bool) -> str:
         """A line about an answer of n_new tokens, with which n_used slots of the context are taken:
 
-        [63 tokens, 171.2 tokens/s, 2.81 a pass, context 412 of 8192]
+        [N tokens, N tokens/s, N a pass, context N of N_SLOT]
 
         See Generation for the rates. Without a result the answer was stopped by Ctrl-C, and nothing timed it.
         """

@@ -33,13 +33,15 @@ def chat(talk: Conversation, decoder: Decoder) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")     # a byte that is not text spoils only its own line
     say("Ctrl-C ends an answer, Ctrl-D leaves, /help lists the commands.")
     while (text := read_message()) is not None:
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             if history is not None:
                 history.add(text)
             if name := command_of(text):
                 say(obey(talk, name, text.removeprefix(name).strip()))
             elif figures := talk.answer(decoder, text[1:] if text.startswith(" /") else text):
                 say(dim(figures) if talk.args.color else figures)
+        except KeyboardInterrupt:       # before the answer began, or just after it
+            say("\nStopped.")
         if sys.stdin.isatty():
             say("")     # between this answer and the next prompt
 

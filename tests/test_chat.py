@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from chat import Printer
+from chat import Conversation, Printer
 from decoder import Decoder
 from model import Transformer
 from reference import CONTEXT, write_checkpoint
@@ -138,6 +138,21 @@ def test_ctrl_c_while_an_answer_is_printed_keeps_the_conversation_right(chat, mo
 def test_ctrl_c_at_the_prompt_neither_leaves_nor_forgets(chat):
     chat("Hello, who are you?", KeyboardInterrupt, KeyboardInterrupt, "", "  ", "ok")
     assert len(chat.turns) == 2 and len(chat.turns[1]["prompt"]) > len(chat.turns[0]["prompt"]) + 10
+
+
+def test_ctrl_c_before_an_answer_begins_leaves_the_message_out_and_says_so(chat, monkeypatch, talker):
+    render = Conversation.render
+
+    def interrupted(talk, text):
+        if text == "I see.":
+            raise KeyboardInterrupt
+        return render(talk, text)
+
+    monkeypatch.setattr(Conversation, "render", interrupted)
+    _, err = chat("Hello", "I see.", "Go on.")
+    said = Tokenizer.from_pretrained(talker).decode(chat.turns[0]["said"])
+    assert err.count("Stopped.") == 1 and len(chat.turns) == 2
+    assert chat.turns[1]["prompt"] == chat_ids(talker, "Hello", said, "Go on.")
 
 
 def test_a_conversation_that_outgrows_the_context_drops_its_oldest_turns_and_says_so(chat, talker):
@@ -305,8 +320,9 @@ def test_save_writes_all_messages_also_the_dropped_ones_and_may_write_its_own_fi
 
 
 def test_after_a_reset_a_save_holds_the_new_conversation_only(chat, talker, tmp_path):
-    chat("Hello, who are you?", "I see.", "Tell me more.", "/reset", "Hi", f"/save {tmp_path / 'talk.json'}",
-         argv=["--max-seq-length", 90])
+    _, err = chat("Hello, who are you?", "I see.", "Tell me more.", "/reset", "Hi", f"/save {tmp_path / 'talk.json'}",
+                  argv=["--max-seq-length", 60])
+    assert "dropped" in err
     said = Tokenizer.from_pretrained(talker).decode(chat.turns[3]["said"])
     assert json.loads((tmp_path / "talk.json").read_text(encoding="utf-8")) == [
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
