@@ -295,7 +295,7 @@ def test_in_bf16_the_measured_kernels_decode_near_greedily_and_exact_py_gives_pl
     write_foreign(tmp_path / "m", "gqa", method, **options)
     model = Transformer.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     for module in quantised(model).values():
-        module.kernels = dict.fromkeys((1, 2, 4, 8, 16, 32, 64), "packed" if options.get("bits") != 8 else "dense")
+        module.kernels = dict.fromkeys((1, 2, 4, 8, 16, 32, 64), "packed")
     prompt = tokens_of(9)
     assert_near_greedy(model, prompt, generate(model, [prompt], 30).tokens[0])
     tune(model)
