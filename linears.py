@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from checkpoint import foreign_formats, quantize_settings
 from console import say
-from grid import Format, dequantize, linear_of, round_to_nearest
+from grid import GROUP_SIZES, Format, dequantize, linear_of, pack_nibbles, round_to_nearest
 
 LINEARS = ("wqkv", "wo", "w13", "w2", "fc")     # names of the modules that are quantised; routers (`gate`) are not
 ROWS = (1, 2, 4, 8, 16, 32, 64)                 # a kernel is chosen for up to each of these numbers of rows
@@ -273,14 +273,21 @@ class QuantLinear(nn.Module):
 
 
 class IntLinear(nn.Module):
-    """torch's product of bf16 rows [M, K] by int8 or int4 weights on a CPU, over weights in the layout it needs."""
+    """torch's product of bf16 rows [M, K] by int8 or int4 weights on a CPU, over weights in the layout it needs.
+
+    It knows int8 with one scale a row only. Other int8 is multiplied as int4 of twice as many columns.
+    """
     q: Tensor
     scales: Tensor
 
     def __init__(self, q: Tensor, scales: Tensor, zeros: Tensor | None):
         super().__init__()
-        self.out_features, self.in_features = q.shape[0], q.shape[1] * (1 if zeros is None else 2)
-        self.group_size = None if zeros is None else self.in_features // scales.shape[1]
+        self.is_split = q.dtype == torch.int8 and (zeros is not None or scales.shape[1] > 1)
+        if self.is_split:
+            q, scales, zeros = split_int8(q, scales, zeros)
+        n_column = q.shape[1] * (1 if zeros is None else 2)
+        self.out_features, self.in_features = q.shape[0], n_column // (1 + self.is_split)
+        self.group_size = None if zeros is None else n_column // scales.shape[1]
         if zeros is None:
             scales = scales.flatten()
         else:
@@ -293,7 +300,20 @@ class IntLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.group_size is None:
             return torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.q, self.scales)
+        if self.is_split:
+            x = torch.cat((x, x), -1)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.q, self.group_size, self.scales)
+
+
+def split_int8(q: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 in groups, or with zero points, as int4 [N, 2K] that is to be multiplied by x and x: q = 16 high + low."""
+    size = q.shape[1] // scales.shape[1]
+    repeats = size // next(fit for fit in reversed(GROUP_SIZES) if size % fit == 0)
+    zeros = torch.zeros_like(scales) if zeros is None else zeros
+    scales, zeros = (part.repeat_interleave(repeats, 1) for part in (scales, zeros))
+    u = q.view(torch.uint8) ^ 128       # q + 128; its low half is not shifted by 8, as int4 is
+    return (pack_nibbles(torch.cat((u >> 4, u & 15), 1)), torch.cat((16 * scales, scales), 1),
+            torch.cat((zeros, 8 * scales), 1))
 
 
 def install(model: nn.Module, settings: dict, file: Path | str = "quantize.json") -> None:

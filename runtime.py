@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import read_json
 from console import device_name, say, write_atomically
+from grid import GROUP_SIZES
 from linears import ROWS, PackedLinear, QuantLinear, can_pack
 
 COLD = 1 << 28  # bytes: while a kernel is timed, weights of this size take turns, so that no cache holds them
@@ -210,8 +211,9 @@ def tune(model: nn.Module, cache: Path | None = None) -> None:
 def candidates(module: QuantLinear, rows: int) -> list[str]:
     """Names of the kernels that can run this module on its device, in its dtype."""
     dtype, device = module.scales.dtype, module.q.device.type
-    if module.format.mode == "int8" and (module.scales.shape[-1] > 1 or module.zeros is not None):
-        # Other kernels know int8 with one scale a row only.
+    is_int8, n_group = module.format.mode == "int8", module.scales.shape[-1]
+    is_split = is_int8 and (n_group > 1 or module.zeros is not None)    # CPUs multiply it as int4
+    if is_split and device != "cpu":    # Triton's knows int8 with one scale a row only
         return ["dense", "reduction"] if device == "cuda" and dtype != torch.float32 and rows == 1 else ["dense"]
     if device == "cuda" and dtype != torch.float32:
         with contextlib.suppress(ImportError):
@@ -219,8 +221,9 @@ def candidates(module: QuantLinear, rows: int) -> list[str]:
             return ["reduction" if rows == 1 else "dense",
                     *(f"triton {block_n} {split_k}" for block_n in (32, 64, 128) for split_k in (1, 2, 4, 8))]
     # torch packs 16 int4 rows together. Its int8 product reads 16 columns at a time, past the end of other widths.
-    by_sixteen = module.in_features if module.format.mode == "int8" else module.out_features
-    if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0:
+    by_sixteen = module.in_features if is_int8 and not is_split else module.out_features
+    fits = not is_split or module.in_features // n_group % GROUP_SIZES[0] == 0
+    if device == "cpu" and dtype == torch.bfloat16 and by_sixteen % 16 == 0 and fits:
         return ["dense", "packed"]
     return ["dense"]
 

@@ -295,7 +295,7 @@ def test_in_bf16_the_measured_kernels_decode_near_greedily_and_exact_py_gives_pl
     write_foreign(tmp_path / "m", "gqa", method, **options)
     model = Transformer.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     for module in quantised(model).values():
-        module.kernels = dict.fromkeys((1, 2, 4, 8, 16, 32, 64), "packed" if options.get("bits") != 8 else "dense")
+        module.kernels = dict.fromkeys((1, 2, 4, 8, 16, 32, 64), "packed")
     prompt = tokens_of(9)
     assert_near_greedy(model, prompt, generate(model, [prompt], 30).tokens[0])
     tune(model)
@@ -307,6 +307,19 @@ def test_in_bf16_the_measured_kernels_decode_near_greedily_and_exact_py_gives_pl
     head = head_of(model).bfloat16()
     head.tell([prompt + plain.tokens[0]])
     assert generate(model, [prompt], 40, head=head, tree="dynamic:3,4,12").tokens == plain.tokens
+
+
+def test_exact_decoding_dequantises_at_the_first_long_prompt(tmp_path):
+    write_foreign(tmp_path / "m", "gqa", "awq")
+    model = Transformer.from_pretrained(tmp_path / "m", dtype=torch.bfloat16, choose_kernels=False)
+    try:
+        make_exact(model)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for length, layouts in ((20, {"packed None"}), (90, {"packed None", "dense None"})):
+        generate(model, [tokens_of(length)], 4)
+        assert {name for module in quantised(model).values() for name in module.layouts} == layouts
+    assert not any(buffer.is_inference() for module in quantised(model).values() for buffer in module.buffers())
 
 
 def test_training_reads_the_features_of_such_a_target_whole_and_in_pieces(tmp_path):
