@@ -639,7 +639,7 @@ def test_the_readme_has_one_table_of_chosen_arms_and_every_mark_in_documents_is_
         assert all(mark["content"] for mark in found)
     assert [mark["arms"] is not None for mark in marks[README]] == [True]
     arms = marks[README][0]["arms"].split()
-    assert {"plain", "eagle-tuned", "int8-eagle-tuned", "int4-plain", "int4-eagle-tuned"} <= set(arms)
+    assert {"plain", "eagle-tuned", "int4-plain", "int4-eagle-tuned"} <= set(arms)
 
 
 def test_tables_are_written_between_their_marks_and_nothing_else_changes(run, tmp_path, capsys):
