@@ -721,7 +721,7 @@ def test_a_node_that_is_not_visited_may_have_any_logits(narrow):
         unseen = [n for n in range(step.tree.n_node) if n not in (*wanted.path[0, :wanted.n_accepted + 1].tolist(),)]
         spoilt[0, unseen] = math.nan
         found = step.accept(spoilt, draft)
-        assert wanted.n_accepted >= 1 and all(torch.equal(a, b) for a, b in zip(wanted, found))
+        assert wanted.n_accepted >= 1 and all(torch.equal(a, b) for a, b in zip(wanted[:3], found))
 
 
 def test_a_used_step_begins_as_a_fresh_one(narrow):
