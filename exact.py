@@ -97,8 +97,9 @@ def mirrored(product: nn.Linear | PackedLinear, x: Tensor,
     they were added, where rounding an ordinary sum to 16 bits hides it in all but one of 10^5."""
     half, odd = divmod(product.in_features, 2)
     weight = torch.randn(product.out_features, half, generator=generator)
-    linear = nn.Linear(product.in_features, product.out_features, bias=False, dtype=torch.bfloat16)
-    linear.weight.data = torch.cat((weight, weight.new_zeros(len(weight), odd), weight.flip(1)), dim=1).bfloat16()
+    linear = nn.Linear(product.in_features, product.out_features, bias=False, device="meta")
+    weight = torch.cat((weight, weight.new_zeros(len(weight), odd), weight.flip(1)), dim=1).bfloat16()
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     rows = torch.cat((x[:, :half + odd], -x[:, :half].flip(1)), dim=1)
     return PackedLinear(linear) if isinstance(product, PackedLinear) else linear, rows
 
