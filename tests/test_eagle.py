@@ -818,7 +818,7 @@ def test_model_and_eagle_head_alone_decode_and_import_no_compiler(narrow, tmp_pa
     """
     for name in ("console.py", "checkpoint.py", "hub_formats.py", "grid.py", "config.py", "sampling.py", "linears.py",
                  "runtime.py", "attention.py", "masks.py", "rope.py", "model.py", "head_config.py", "eagle_head.py",
-                 "draft_tree.py", "copy_branch.py", "eagle_step.py"):
+                 "draft_tree.py", "copy_branch.py", "recorder.py", "eagle_step.py"):
         shutil.copy(ROOT / name, tmp_path)
     prompt = tokens_of(7, seed=7, vocab=12)
     wanted = naive_decode(load(narrow.folder), prompt, 24)

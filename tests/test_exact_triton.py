@@ -18,7 +18,8 @@ from torch import library
 
 from benchmarks.exact_kernels import (TREES, add_products_in_order, attention_apart, exact_product, mirrored,
                                       rows_apart)
-from linears import Format, QuantLinear, unpack
+from grid import Format, unpack
+from linears import QuantLinear
 
 TESTS = Path(__file__).parent
 FORMATS = (None, Format("int8"), Format("int4", 32), Format("int4", 128))
