@@ -432,7 +432,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write tokens, text and times as one JSON object")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch profiler trace")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write a page that shows what each step did: "
-                        "drafts, what the target said, times (docs/page.md). Recording makes steps about 1.4%% slower")
+                        "drafts, what the target said, times (docs/page.md). Recording makes steps about 1%% slower")
     return parser.parse_args(argv)
 
 
